@@ -1,0 +1,88 @@
+"""Checks of the numbers and mappings that schedules are made of; messages name the argument."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any, SupportsIndex, TypeAlias
+
+Sparsity: TypeAlias = float | Mapping[str, float] | tuple[tuple[str, float], ...]
+Counts: TypeAlias = Mapping[str, int] | tuple[tuple[str, int], ...]
+
+
+def count(name: str, value: SupportsIndex, least: int = 0) -> int:
+    """``value`` as an int >= ``least``."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name} must be >= {least}, got {number}")
+    return number
+
+
+def fraction(name: str, value: object) -> float:
+    """``value`` as a float in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number in [0, 1), got {value!r}")
+    number = float(value)
+    if not 0 <= number < 1:  # also refuses NaN
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+    return number
+
+
+def pairs(name: str, value: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(value)
+    if not mapping:
+        raise ValueError(f"{name} names no layer: give a number or at least one entry")
+    for pattern in mapping:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{name} must map layer names to values, got the key {pattern!r}")
+    return mapping
+
+
+def frozen_sparsity(name: str, value: Sparsity) -> Sparsity:
+    """A float, or a mapping as hashable pairs."""
+    if isinstance(value, (Mapping, tuple)):
+        entries = pairs(name, value).items()
+        return tuple((pattern, fraction(f"{name}[{pattern!r}]", v)) for pattern, v in entries)
+    return fraction(name, value)
+
+
+def frozen_counts(name: str, value: Counts | None) -> Counts | None:
+    if value is None:
+        return None
+    if not isinstance(value, (Mapping, tuple)):
+        raise TypeError(f"{name} must map layer names to counts, got {value!r}")
+    entries = pairs(name, value).items()
+    return tuple((pattern, count(f"{name}[{pattern!r}]", v, least=1)) for pattern, v in entries)
+
+
+def plain(value: Any) -> Any:
+    """Pairs as lists, for files."""
+    return [list(pair) for pair in value] if isinstance(value, tuple) else value
+
+
+def check_fractions(fractions: dict[str, float], whole: float) -> None:
+    """Refuse fractions out of [0, 1], or that do not cover the run."""
+    for name, value in fractions.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be a fraction in [0, 1], got {value}")
+    if not math.isclose(whole, 1, abs_tol=1e-6):
+        raise ValueError(f"the fractions {fractions} cover {whole:g} of the run, not 1")
+
+
+def apportion(total: int, shares: dict[str, float]) -> dict[str, int]:
+    """Split ``total`` by ``shares`` (largest remainder), so that the parts sum to it exactly."""
+    parts = {name: int(total * share + 1e-9) for name, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda name: parts[name] - total * shares[name])
+    for name in by_remainder[: total - sum(parts.values())]:
+        parts[name] += 1
+    for name, share in shares.items():
+        if share > 0 and parts[name] == 0:
+            raise ValueError(f"{name} would get no iteration out of {total}: make the run longer")
+    return parts

@@ -1,0 +1,1 @@
+"""Experiments of the paper: runs, the demo, their files and pictures."""

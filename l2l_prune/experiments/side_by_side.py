@@ -1,0 +1,137 @@
+"""Several runs at once, each in a process of its own, with progress bars and a clean Ctrl-C."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import traceback
+from multiprocessing.queues import Queue
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from l2l_prune.experiments.run import Progress, RunConfig, RunResult, run
+
+
+class RunFailed(RuntimeError):
+    """A run in another process raised; the message holds its traceback."""
+
+
+def run_side_by_side(configs: list[RunConfig], console: Console) -> list[RunResult]:
+    """Run all configs in parallel processes of one thread each.
+
+    Args:
+        configs: The runs; names must differ.
+        console: Where the progress bars go.
+
+    Returns:
+        Results in the order of ``configs``.
+
+    Raises:
+        RunFailed: If a run raised; the others are stopped.
+        KeyboardInterrupt: On Ctrl-C, after all processes have ended.
+    """
+    context = multiprocessing.get_context("spawn")
+    messages: Queue[tuple[int, Any]] = context.Queue()
+    workers = [
+        context.Process(target=_work, args=(number, config, messages), daemon=True)
+        for number, config in enumerate(configs)
+    ]
+    results: dict[int, RunResult] = {}
+    try:
+        for worker in workers:
+            worker.start()
+        with _bars(console) as bars:
+            tasks = [
+                bars.add_task(
+                    config.name, total=config.schedule.iterations, phase="starting", numbers=""
+                )
+                for config in configs
+            ]
+            while len(results) < len(configs):
+                number, message = _next_message(messages, workers, results)
+                if isinstance(message, Progress):
+                    phase, numbers = _columns(message)
+                    bars.update(
+                        tasks[number],
+                        completed=message.iteration,
+                        phase=phase,
+                        numbers=numbers,
+                    )
+                elif isinstance(message, RunResult):
+                    results[number] = message
+                    bars.update(tasks[number], phase="done", numbers=_numbers(message))
+                else:
+                    raise RunFailed(f"the run {configs[number].name!r} failed:\n{message}")
+    finally:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join()
+    return [results[number] for number in range(len(configs))]
+
+
+def _work(number: int, config: RunConfig, messages: Queue[tuple[int, Any]]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
+    torch.set_num_threads(1)
+    try:
+        for message in run(config):
+            messages.put((number, _sendable(message)))
+    except Exception:
+        messages.put((number, traceback.format_exc()))
+    messages.close()
+    messages.join_thread()
+
+
+def _sendable(message: Progress | RunResult) -> Progress | RunResult:
+    """Weights travel as numpy arrays: torch would pass a handle that dies with the process."""
+    if isinstance(message, RunResult):
+        message.weights = {key: value.numpy() for key, value in message.weights.items()}  # type: ignore[misc]
+    return message
+
+
+def _next_message(
+    messages: Queue[tuple[int, Any]], workers: list[Any], results: dict[int, RunResult]
+) -> tuple[int, Any]:
+    import queue
+
+    while True:
+        try:
+            number, message = messages.get(timeout=1)
+        except queue.Empty:
+            for number, worker in enumerate(workers):
+                if number not in results and worker.exitcode is not None and messages.empty():
+                    return number, f"its process ended with exit code {worker.exitcode}"
+            continue
+        if isinstance(message, RunResult):
+            arrays = message.weights.items()
+            message.weights = {key: torch.as_tensor(value) for key, value in arrays}
+        return number, message
+
+
+def _bars(console: Console) -> Bars:
+    return Bars(
+        TextColumn("{task.description:<6}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[phase]:<18}"),
+        TextColumn("{task.fields[numbers]:<24}"),
+        TimeRemainingColumn(),
+        console=console,
+        refresh_per_second=4,
+    )
+
+
+def _columns(progress: Progress) -> tuple[str, str]:
+    sparsity = f" {100 * progress.sparsity:.0f}% pruned" if progress.sparsity else ""
+    numbers = ""
+    if progress.train == progress.train:  # not NaN: there is a first evaluation
+        numbers = f"train {100 * progress.train:.0f}  test {100 * progress.test:.0f}"
+    return progress.phase + sparsity, numbers
+
+
+def _numbers(result: RunResult) -> str:
+    return f"train {100 * result.train.mean:.1f}  test {100 * result.test.mean:.1f}"

@@ -1,0 +1,112 @@
+"""What happens to optimizer state where weights are pruned and where they regrow.
+
+While a weight is pruned its gradient is 0, so Adam's second moment decays towards 0 there; the
+first gradient after release would then be divided by almost nothing and the weight would jump by
+many learning rates. The rules here keep a regrown weight's first steps no larger than those of
+the weights that were kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+# State of torch.optim that divides the step: squared gradients, or their size in Adamax.
+_SQUARED = frozenset({"exp_avg_sq", "square_avg"})
+_DIVIDING = _SQUARED | {"max_exp_avg_sq", "sum", "exp_inf"}
+# Rprop's per-weight step and Adadelta's past steps belong to no gradient; 0 would stop them.
+_UNTOUCHED = frozenset({"step_size", "acc_delta"})
+
+
+def clear_momentum(optimizer: Optimizer, parameter: Tensor, mask: Tensor) -> None:
+    """Zero momentum (every first-moment-like state) of the pruned entries.
+
+    Args:
+        optimizer: Any torch optimizer; L-BFGS, whose history mixes all entries, starts afresh.
+        parameter: A parameter that the optimizer may hold.
+        mask: Boolean tensor of the parameter's shape; False is pruned.
+    """
+    if isinstance(optimizer, LBFGS):
+        optimizer.state.clear()
+        return
+    for key, value in _entries(optimizer, parameter):
+        if not _divides(key) and key not in _UNTOUCHED:
+            value.mul_(mask.to(value.dtype))
+
+
+def level_second_moment(
+    optimizer: Optimizer, parameter: Tensor, kept: Tensor, regrown: Tensor
+) -> None:
+    """Give regrown entries the largest second moment that a kept entry of the tensor has.
+
+    Args:
+        optimizer: Any torch optimizer.
+        parameter: A parameter that the optimizer may hold.
+        kept: Boolean tensor of the parameter's shape: entries that were trained all along.
+        regrown: Boolean tensor of the same shape: entries that are released now.
+    """
+    for key, value in _entries(optimizer, parameter):
+        if _divides(key):
+            level = torch.where(kept, value, 0.0).max()
+            value.copy_(torch.where(regrown, torch.maximum(value, level), value))
+
+
+def raise_to_gradient(optimizer: Optimizer, parameter: Tensor, regrown: Tensor) -> None:
+    """Before the first step after release: a second moment that fits the gradient.
+
+    Adam started afresh divides the first gradient by its own size, for a step of one learning
+    rate. This raises the second moment of regrown entries further, so that a gradient of this
+    size moves them by as much as the kept entries of the tensor moved on average in their last
+    step (between a tenth of a learning rate and one), even where those have converged and their
+    second moments are tiny. The surplus decays like all of Adam's memory.
+
+    Args:
+        optimizer: Any torch optimizer, about to step with ``parameter.grad``.
+        parameter: A parameter that the optimizer may hold.
+        regrown: Boolean tensor of the parameter's shape.
+    """
+    gradient = parameter.grad
+    state = optimizer.state.get(parameter, {})
+    if gradient is None:
+        return
+    correction = _bias_correction(optimizer, parameter)
+    for key, value in _entries(optimizer, parameter):
+        if key in _SQUARED:
+            step = _mean_step(state.get("exp_avg"), value, correction, ~regrown)
+            floor = (gradient.detach() / step).square() * correction
+            value.copy_(torch.where(regrown, torch.maximum(value, floor.to(value.dtype)), value))
+
+
+def _mean_step(
+    momentum: Tensor | None, squared: Tensor, correction: Tensor | float, kept: Tensor
+) -> Tensor | float:
+    """Mean size of the kept entries' last step in learning rates, within [0.1, 1]."""
+    if momentum is None:
+        return 0.5
+    sizes = momentum.abs() / (squared / correction).sqrt().clamp_min(1e-30)
+    return (torch.where(kept, sizes, 0.0).sum() / kept.sum().clamp_min(1)).clamp(0.1, 1.0)
+
+
+def _entries(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Per-entry state: floating tensors of the parameter's own shape."""
+    state: dict[str, Any] = optimizer.state.get(parameter, {})
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            if value.is_floating_point():
+                yield key, value
+
+
+def _divides(key: str) -> bool:
+    return key in _DIVIDING or "_sq" in key or "var" in key
+
+
+def _bias_correction(optimizer: Optimizer, parameter: Tensor) -> Tensor | float:
+    step = optimizer.state.get(parameter, {}).get("step")
+    for group in optimizer.param_groups:
+        if step is not None and "betas" in group and any(p is parameter for p in group["params"]):
+            return torch.as_tensor(1 - group["betas"][1] ** (step + 1), device=parameter.device)
+    return 1.0

@@ -1,0 +1,393 @@
+"""The Pruner: a schedule carried out on a model and its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from l2l_prune import optimizer_state
+from l2l_prune.masks import magnitude_mask
+from l2l_prune.reparam import attach, detach, held_names, held_tensors, set_mask
+from l2l_prune.schedules import Schedule, Segment
+from l2l_prune.selection import Layers, LayerTensor, Rule, segment_counts, select
+
+_STATE_VERSION = 1
+
+
+class Pruner:
+    """Prunes a model by a schedule, in any training loop that calls :meth:`step`.
+
+    While attached, each selected weight is a masked view: ``module.weight`` equals
+    ``weight_orig * weight_mask``, computed at each access, in the model and in every clone,
+    copy and functional call. Parameters keep their identity and order. On entering a sparse
+    segment, the ``k_l`` largest weights of each tensor are kept and the others become exactly 0;
+    on leaving it they restart from 0 (Algorithm 1 of the paper).
+
+    Args:
+        model: The module to prune, or a learn2learn wrapper (MAML, MetaSGD, ...) around it.
+        schedule: When to prune, and how much.
+        optimizer: The optimizer (or several) whose momentum and second moments follow the masks.
+            Without it the masks still hold; only the state is left alone.
+        layers: ``"all"`` convolution and linear weights, or ``"authors"``: without the first
+            convolution.
+        only: Names, ``fnmatch`` patterns, module types or predicates ``(name, module) -> bool``
+            that a tensor must match; see :func:`l2l_prune.selection.select`.
+        skip: The same, for tensors to leave dense.
+        regrow_state: Second moments (Adam, RMSprop, ...) of weights that are released.
+            ``"match"``: as large as the largest kept one of the tensor, and at the first step at
+            least as large as the gradient asks, so that regrown weights do not jump. ``"keep"``:
+            as the optimizer left them.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If nothing can be pruned, a name or number does not fit the model, a selected
+            weight cannot be pruned correctly, or ``optimizer`` holds none of them.
+
+    Example:
+        >>> from l2l_prune import DSDSchedule
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> pruner = Pruner(model, DSDSchedule(0.5, pretrain=1, prune=1, retrain=1), optimizer)
+        >>> for _ in range(pruner.schedule.iterations):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(1, 4)).sum().backward()
+        ...     optimizer.step()
+        ...     pruner.step()
+        >>> type(pruner.finalize()).__name__
+        'Linear'
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        *,
+        layers: Layers = "all",
+        only: Rule | Iterable[Rule] | None = None,
+        skip: Rule | Iterable[Rule] | None = None,
+        regrow_state: Literal["match", "keep"] = "match",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
+        if regrow_state not in ("match", "keep"):
+            raise ValueError(f'regrow_state must be "match" or "keep", got {regrow_state!r}')
+        self.model = model
+        self.schedule = schedule
+        self._regrow_state = regrow_state
+        self._tensors = select(model, layers=layers, only=only, skip=skip)
+        self._counts = [segment_counts(self._tensors, s) for s in schedule.segments]
+        self._optimizers = _as_optimizers(optimizer)
+        _check_optimizers(self._optimizers, self._tensors)
+
+        self._iteration = 0
+        self._position = schedule.index(0)
+        # Computed before anything is attached, so that a failure leaves the model untouched.
+        weights = [tensor.module._parameters[tensor.name] for tensor in self._tensors]
+        first = self._new_masks(self._position, weights)  # type: ignore[arg-type]
+        for tensor in self._tensors:
+            attach(tensor.module, tensor.name)
+        self._regrown: dict[str, Tensor] = {}
+        self._masks: list[Tensor] = []
+        self._seen: list[tuple[Tensor, int]] = []  # mask buffers as last checked, with versions
+        self._put_masks(first)
+        self._finalized = False
+        self._handles = [
+            held.register_step_pre_hook(self._before_optimizer_step) for held in self._optimizers
+        ]
+
+    # ---- what is going on -------------------------------------------------------------------
+
+    @property
+    def iteration(self) -> int:
+        """Number of :meth:`step` calls so far."""
+        return self._iteration
+
+    @property
+    def segment(self) -> Segment:
+        """The segment of the schedule that is in force."""
+        return self.schedule.segments[self._position]
+
+    @property
+    def phase(self) -> str:
+        """Its name: ``"pretrain"``, ``"prune"`` or ``"retrain"`` in DSD and IHT."""
+        return self.segment.phase
+
+    @property
+    def sparse(self) -> bool:
+        """Whether masks prune now."""
+        return self.segment.sparse and not self._finalized
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the selected weights that is pruned now, in [0, 1)."""
+        if not self.sparse:
+            return 0.0
+        total = sum(mask.numel() for mask in self._masks)
+        return 1 - sum(self._counts[self._position]) / total
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Boolean mask of each selected tensor by its dense name; True stays."""
+        return {t.full_name: m for t, m in zip(self._tensors, self._masks, strict=True)}
+
+    def summary(self) -> str:
+        """A table: shape, kept / total and sparsity per layer and for the whole model."""
+        from tabulate import tabulate
+
+        rows: list[tuple[str, str, str, str]] = []
+        pruned = 0
+        for tensor, mask in zip(self._tensors, self._masks, strict=True):
+            kept, total = int(mask.sum()), mask.numel()
+            pruned += total - kept
+            rows.append(
+                (tensor.full_name, str(tuple(mask.shape)), f"{kept}/{total}", _share(kept, total))
+            )
+        selected = sum(mask.numel() for mask in self._masks)
+        whole = sum(p.numel() for p in self.model.parameters())
+        for name, total in (("selected layers", selected), ("whole model", whole)):
+            rows.append((name, "", f"{total - pruned}/{total}", _share(total - pruned, total)))
+        table = tabulate(rows, headers=("tensor", "shape", "kept/total", "pruned"))
+        place = f"iteration {self._iteration} of {self.schedule.iterations}"
+        return f"{place}, phase {self.segment.label}\n{table}"
+
+    def __repr__(self) -> str:
+        return (
+            f"Pruner({self.schedule}, iteration={self._iteration}, phase={self.segment.label!r}, "
+            f"sparsity={self.sparsity:.3f}, tensors={len(self._tensors)})"
+        )
+
+    # ---- training ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """End a meta-iteration: call it after the (outer) optimizer's step.
+
+        Holds the pruned weights at exactly 0 and, where the schedule says so, enters the next
+        segment. Past the end of the schedule the last segment goes on.
+
+        Raises:
+            RuntimeError: After :meth:`finalize`, or if a mask was changed by somebody else.
+            ValueError: If weights are NaN or infinite when a mask is due; nothing is changed.
+        """
+        self._check_attached()
+        self.project()
+        self._regrown = {}  # the first optimizer step of the segment is over
+        position = self.schedule.index(self._iteration + 1)
+        if position != self._position:
+            originals = [held_tensors(t.module, t.name)[0] for t in self._tensors]
+            masks = self._new_masks(position, originals)
+            self._position = position
+            self._put_masks(masks)
+        self._iteration += 1
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Set the pruned weights to exactly 0 (:meth:`step` does it; harmless to repeat)."""
+        if self.sparse:
+            held = [held_tensors(t.module, t.name) for t in self._tensors]
+            torch._foreach_mul_([o for o, _ in held], [mask for _, mask in held])
+
+    def finalize(self) -> nn.Module:
+        """Take the masks off: a plain module with its original classes, names, order and keys.
+
+        Weights that are pruned at that moment stay 0 as values, but are free from then on.
+
+        Returns:
+            The model that was given, changed in place.
+
+        Raises:
+            RuntimeError: If called twice, or if a mask was changed by somebody else.
+        """
+        self._check_attached()
+        for tensor in self._tensors:
+            detach(tensor.module, tensor.name)
+        for handle in self._handles:
+            handle.remove()
+        self._finalized = True
+        return self.model
+
+    # ---- saving and resuming ----------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to resume from beside the model's and optimizer's own state dicts.
+
+        Holds only tensors and plain values, so ``torch.load(weights_only=True)`` reads it.
+        """
+        return {
+            "version": _STATE_VERSION,
+            "schedule": self.schedule.to_dict(),
+            "iteration": self._iteration,
+            "masks": {name: mask.clone() for name, mask in self.masks.items()},
+            "regrown": {name: mask.clone() for name, mask in self._regrown.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume; the model's and optimizer's state dicts may be loaded before or after.
+
+        Args:
+            state: What :meth:`state_dict` gave, for the same model and schedule.
+
+        Raises:
+            ValueError: If it belongs to another model or schedule; nothing is changed then.
+            RuntimeError: After :meth:`finalize`.
+        """
+        self._check_attached(masks=False)
+        _check_state(state, self.schedule, {t.full_name: t for t in self._tensors})
+        self._iteration = state["iteration"]
+        self._position = self.schedule.index(self._iteration)
+        self._set_masks([self._restored(t, state["masks"]) for t in self._tensors])
+        self._regrown = {
+            t.full_name: self._restored(t, state["regrown"])
+            for t in self._tensors
+            if t.full_name in state["regrown"]
+        }
+
+    # ---- inside -----------------------------------------------------------------------------
+
+    def _restored(self, tensor: LayerTensor, saved: dict[str, Tensor]) -> Tensor:
+        original, _ = held_tensors(tensor.module, tensor.name)
+        return saved[tensor.full_name].to(original.device, copy=True)
+
+    def _new_masks(self, position: int, weights: list[Tensor]) -> list[Tensor]:
+        masks = []
+        counts = self._counts[position]
+        for tensor, weight, keep in zip(self._tensors, weights, counts, strict=True):
+            try:
+                masks.append(magnitude_mask(weight, keep))
+            except ValueError as error:
+                raise ValueError(
+                    f"cannot prune {tensor.full_name} at iteration {self._iteration}: {error}; "
+                    "the training has diverged before (lower the learning rate, clip gradients)"
+                ) from None
+        return masks
+
+    def _put_masks(self, masks: list[Tensor]) -> None:
+        """Change masks in the course of training: weights, momentum and second moments follow."""
+        old = self._masks
+        self._set_masks(masks)
+        for position, (tensor, mask) in enumerate(zip(self._tensors, masks, strict=True)):
+            original, _ = held_tensors(tensor.module, tensor.name)
+            regrown = mask & ~old[position] if old else torch.zeros_like(mask)
+            for optimizer in self._optimizers:
+                optimizer_state.clear_momentum(optimizer, original, mask)
+                if self._regrow_state == "match":
+                    optimizer_state.level_second_moment(optimizer, original, ~regrown, regrown)
+            if self._optimizers and self._regrow_state == "match" and bool(regrown.any()):
+                self._regrown[tensor.full_name] = regrown
+
+    def _set_masks(self, masks: list[Tensor]) -> None:
+        for tensor, mask in zip(self._tensors, masks, strict=True):
+            set_mask(tensor.module, tensor.name, mask)
+        self._masks = masks
+        self._remember_buffers()
+
+    def _remember_buffers(self) -> None:
+        buffers = [held_tensors(t.module, t.name)[1] for t in self._tensors]
+        self._seen = [(buffer, buffer._version) for buffer in buffers]
+
+    def _before_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Optimizer pre-hook: the first step after a release looks at the gradients."""
+        if not self._regrown:
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            self._raise_to_gradients(optimizer)
+            return None
+
+        def closure_with_rule() -> Any:  # its gradients only exist once it has run
+            loss = closure()
+            self._raise_to_gradients(optimizer)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], closure_with_rule, *args[2:]), kwargs
+        return args, {**kwargs, "closure": closure_with_rule}
+
+    @torch.no_grad()
+    def _raise_to_gradients(self, optimizer: Optimizer) -> None:
+        for tensor in self._tensors:
+            if tensor.full_name in self._regrown:
+                original, _ = held_tensors(tensor.module, tensor.name)
+                regrown = self._regrown[tensor.full_name]
+                optimizer_state.raise_to_gradient(optimizer, original, regrown)
+
+    def _check_attached(self, masks: bool = True) -> None:
+        if self._finalized:
+            raise RuntimeError("the Pruner was finalized: make a new one to prune again")
+        for tensor in self._tensors:
+            if tensor.name not in held_names(tensor.module):
+                raise RuntimeError(
+                    f"the mask of {tensor.full_name} was removed by somebody else "
+                    "(prune.remove?); use Pruner.finalize() to take masks off"
+                )
+        if masks:
+            self._check_masks()
+
+    def _check_masks(self) -> None:
+        """Masks in the model may be moved, cast or reloaded, but must say the same."""
+        for position, tensor in enumerate(self._tensors):
+            _, buffer = held_tensors(tensor.module, tensor.name)
+            seen, version = self._seen[position]
+            if buffer is seen and buffer._version == version:
+                continue
+            self._masks[position] = self._masks[position].to(buffer.device)
+            if not torch.equal(buffer.bool(), self._masks[position]):
+                raise RuntimeError(
+                    f"the mask of {tensor.full_name} is not the one of this Pruner's iteration "
+                    f"{self._iteration}: load Pruner.state_dict() together with the model's"
+                )
+        self._remember_buffers()
+
+
+def _as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    if optimizer is None:
+        return []
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    for entry in optimizers:
+        if not isinstance(entry, Optimizer):
+            raise TypeError(f"optimizer must be a torch Optimizer, got {type(entry).__name__}")
+    return optimizers
+
+
+def _check_optimizers(optimizers: list[Optimizer], tensors: list[LayerTensor]) -> None:
+    weights = {id(t.module._parameters[t.name]) for t in tensors}
+    for optimizer in optimizers:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not held & weights:
+            raise ValueError(
+                "optimizer holds none of the weights that are pruned: was it made for another "
+                "model, or before the model was copied?"
+            )
+
+
+def _check_state(
+    state: dict[str, Any], schedule: Schedule, tensors: dict[str, LayerTensor]
+) -> None:
+    keys = {"version", "schedule", "iteration", "masks", "regrown"}
+    if not isinstance(state, dict) or set(state) != keys or state["version"] != _STATE_VERSION:
+        raise ValueError("this is not a Pruner state dict of this version")
+    if not isinstance(state["iteration"], int) or state["iteration"] < 0:
+        raise ValueError(f"the checkpoint's iteration is {state['iteration']!r}")
+    if state["schedule"] != schedule.to_dict():
+        raise ValueError(
+            f"the checkpoint belongs to another schedule: {state['schedule']}, "
+            f"but this Pruner has {schedule.to_dict()}"
+        )
+    if set(state["masks"]) != set(tensors):
+        differing = sorted(set(state["masks"]) ^ set(tensors))
+        raise ValueError(f"the checkpoint prunes other tensors; they differ in {differing}")
+    for name, mask in state["masks"].items():
+        shape = held_tensors(tensors[name].module, tensors[name].name)[0].shape
+        if mask.shape != shape or mask.dtype != torch.bool:
+            raise ValueError(f"the checkpoint's mask of {name} does not fit its shape {shape}")
+
+
+def _share(kept: int, total: int) -> str:
+    return f"{100 * (total - kept) / total:.1f}%"

@@ -1,0 +1,285 @@
+"""Holding a mask on a module through torch.nn.utils.prune, without its stale or leaking tensors.
+
+``torch.nn.utils.prune`` recomputes ``module.weight`` in a forward pre-hook and stores it as a
+plain attribute, which breaks deepcopy, goes stale after every optimizer step, leaks functional
+tensors, and moves the parameter to the end of ``parameters()``. Here ``weight`` is a property of
+a subclass of the module's own class instead: each access multiplies ``weight_orig`` by
+``weight_mask`` with torch's own ``apply_mask``. Torch's names and its pre-hook object stay, so
+that ``prune.is_pruned`` and other tools recognise the module.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import types
+from collections import OrderedDict
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+
+class HeldMask(prune.BasePruningMethod):  # type: ignore[misc]
+    """The pruning method that torch sees on a module; masks are set with :func:`set_mask`."""
+
+    PRUNING_TYPE = "unstructured"
+
+    def __init__(self, tensor_name: str) -> None:
+        self._tensor_name = tensor_name
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        """Do nothing: the property computes the masked tensor at each access."""
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+        """Return ``default_mask``: masks come from the schedule, not from torch's calls."""
+        return default_mask
+
+    def remove(self, module: nn.Module) -> None:
+        """Undo :func:`attach` for ``torch.nn.utils.prune.remove``, keeping the pruned zeros."""
+        hooks = OrderedDict(module._forward_pre_hooks)
+        detach(module, self._tensor_name)
+        # torch deletes the hook itself next; give it a dict of this module's own, since
+        # learn2learn's clones share the dict with the model that they were cloned from.
+        module._forward_pre_hooks = hooks
+
+
+def attach(module: nn.Module, name: str) -> None:
+    """Put ``module.<name>`` under an all-ones mask.
+
+    The ``Parameter`` object stays the same and keeps its place in ``parameters()``; it is then
+    called ``<name>_orig``, beside the buffer ``<name>_mask``.
+
+    Args:
+        module: The module that owns the parameter (see ``selection.check_prunable``).
+        name: Name of the parameter in ``module``.
+    """
+    weight = cast(nn.Parameter, module._parameters[name])
+    names = held_names(module)
+    base = held_base(module)
+    _rename_parameter(module, name, f"{name}_orig")
+    mask = torch.ones_like(weight, memory_format=torch.preserve_format)
+    module.register_buffer(f"{name}_mask", mask.detach())
+    module.__dict__.pop("_flat_weights", None)
+    module.__class__ = held_class(base, (*names, name))
+    module.register_forward_pre_hook(HeldMask(name))
+
+
+def detach(module: nn.Module, name: str) -> None:
+    """Undo :func:`attach`: original class, name, order and keys, with the pruned weights at 0.
+
+    Args:
+        module: A module (or a learn2learn clone of one) that holds a mask on ``name``.
+        name: Name of the parameter in ``module``.
+
+    Raises:
+        TypeError: If ``module`` holds no such mask, or is a wrapper class made around it.
+    """
+    names, base = held_names(module), held_base(module)
+    if name not in names or type(module) is not held_class(base, names):
+        raise TypeError(f"{type(module).__name__} holds no mask on {name!r} that could be removed")
+    remaining = tuple(held for held in names if held != name)
+    original, mask = held_tensors(module, name)
+    module.__class__ = held_class(base, remaining) if remaining else base
+    del module._buffers[f"{name}_mask"]
+    module._non_persistent_buffers_set.discard(f"{name}_mask")
+    _rename_parameter(module, f"{name}_orig", name)
+    if original.is_leaf:
+        with torch.no_grad():
+            original.mul_(mask.to(original.dtype))
+    else:  # a clone in the middle of an inner loop keeps its graph
+        module._parameters[name] = original * mask.to(original.dtype)  # type: ignore[assignment]
+    hooks = module._forward_pre_hooks.items()
+    module._forward_pre_hooks = OrderedDict(
+        (key, hook)
+        for key, hook in hooks
+        if not (isinstance(hook, HeldMask) and hook._tensor_name == name)
+    )
+    if isinstance(module, nn.RNNBase) and not remaining:
+        module._flat_weights = [getattr(module, key) for key in module._flat_weights_names]
+
+
+def set_mask(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Replace the mask by a new buffer, and set the weights that it prunes to 0.
+
+    The old buffer is left as it was: a clone made earlier may still need it for its backward.
+
+    Args:
+        module: A module that holds a mask on ``name``.
+        name: Name of the parameter in ``module``.
+        mask: Boolean tensor of the parameter's shape; True stays.
+    """
+    original, _ = held_tensors(module, name)
+    new = mask.to(device=original.device, dtype=original.dtype)
+    module._buffers[f"{name}_mask"] = new
+    with torch.no_grad():
+        original.mul_(new)
+
+
+def held_tensors(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """The stored parameter ``<name>_orig`` and the buffer ``<name>_mask``."""
+    original = cast(Tensor, module._parameters[f"{name}_orig"])
+    return original, cast(Tensor, module._buffers[f"{name}_mask"])
+
+
+def held_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of ``module`` (not of its children) that are under a mask."""
+    return getattr(type(module), "_l2l_prune_held", ())
+
+
+def held_base(module: nn.Module) -> type[nn.Module]:
+    """The class that ``module`` has without masks."""
+    return getattr(type(module), "_l2l_prune_base", type(module))
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of ``model`` without masks: plain modules, pruned weights at 0."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        for name in held_names(module):
+            detach(module, name)
+    return twin
+
+
+def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that ``model`` would have without masks: dense keys, pruned weights at 0.
+
+    Args:
+        model: Any module; masks may be held on it or not.
+
+    Returns:
+        Keys in the order of a model that was never pruned, so that scripts which load dense
+        checkpoints read it. The tensors are detached; masked ones are new, others are shared
+        with the model, as in ``Module.state_dict()``.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1))
+        >>> attach(net[0], "weight")
+        >>> list(dense_state_dict(net))
+        ['0.weight', '0.bias']
+    """
+    state = model.state_dict()
+    masks: set[str] = set()
+    originals: dict[str, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for name in held_names(module):
+            masks.add(f"{prefix}{name}_mask")
+            originals[f"{prefix}{name}_orig"] = f"{prefix}{name}"
+    dense: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key in originals:
+            mask = state[f"{originals[key]}_mask"]
+            dense[originals[key]] = value * mask.to(value.dtype)
+        elif key not in masks:
+            dense[key] = value
+    return dense
+
+
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def held_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The subclass of ``base`` in which each of ``names`` is a masked property; one per pair."""
+    if (base, names) not in _CLASSES:
+        _CLASSES[base, names] = _make_held_class(base, names)
+    return _CLASSES[base, names]
+
+
+def _make_held_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    def fill(namespace: dict[str, Any]) -> None:
+        namespace["__module__"] = base.__module__
+        namespace["_l2l_prune_base"] = base
+        namespace["_l2l_prune_held"] = names
+        for name in names:
+            namespace[name] = _masked_property(base, name)
+        if issubclass(base, nn.RNNBase):
+            namespace["_flat_weights"] = _flat_weights_property()
+
+        def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+            return _reduce_held(self, base, names, base.__reduce_ex__(self, protocol))
+
+        def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+            _translate_dense_keys(self, state_dict, prefix, error_msgs=args[-1])
+            base._load_from_state_dict(self, state_dict, prefix, *args)
+
+        namespace["__reduce_ex__"] = reduce_ex
+        namespace["_load_from_state_dict"] = load
+
+    return types.new_class(f"Pruned{base.__name__}", (base,), exec_body=fill)
+
+
+def _masked_property(base: type[nn.Module], name: str) -> property:
+    method = HeldMask(name)
+
+    def read(module: nn.Module) -> Tensor:
+        return cast(Tensor, method.apply_mask(module))  # type: ignore[no-untyped-call]
+
+    def write(module: nn.Module, value: object) -> None:
+        raise RuntimeError(
+            f"{base.__name__}.{name} is under an l2l_prune mask and cannot be "
+            f"assigned: write to '{name}_orig' (its name in functional_call and state dicts too), "
+            "or take the masks off first with Pruner.finalize()"
+        )
+
+    def refuse_delete(module: nn.Module) -> None:
+        write(module, None)
+
+    return property(read, write, refuse_delete)
+
+
+def _flat_weights_property() -> property:
+    """Recurrent layers cache their weights in a list, which would go stale: build it on access."""
+
+    def read(module: Any) -> list[Tensor]:
+        return [getattr(module, name) for name in module._flat_weights_names]
+
+    def write(module: nn.Module, value: object) -> None:
+        """Ignore torch's own refreshes of the cache."""
+
+    return property(read, write)
+
+
+def _reduce_held(
+    module: nn.Module, base: type[nn.Module], names: tuple[str, ...], reduced: Any
+) -> Any:
+    """Pickle and copy through the base class, since the subclass has no importable name."""
+    function, args, *rest = reduced
+    if function is not copyreg.__newobj__ or args[0] is not held_class(base, names):
+        raise TypeError(
+            f"{base.__name__} has its own way to be pickled, which would lose the masks: "
+            "save dense_state_dict(model), or finalize the Pruner first"
+        )
+    return (_new_held, (base, names, *args[1:]), *rest)
+
+
+def _new_held(base: type[nn.Module], names: tuple[str, ...], *args: Any) -> nn.Module:
+    cls = held_class(base, names)
+    return cls.__new__(cls, *args)
+
+
+def _translate_dense_keys(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]
+) -> None:
+    """Take dense keys while the mask is all ones; refuse them, also under strict=False, if not."""
+    for name in held_names(module):
+        dense, original = f"{prefix}{name}", f"{prefix}{name}_orig"
+        if dense not in state_dict or original in state_dict:
+            continue
+        _, mask = held_tensors(module, name)
+        if bool(mask.all()):
+            state_dict[original] = state_dict.pop(dense)
+            state_dict[f"{prefix}{name}_mask"] = mask.clone()
+        else:
+            error_msgs.append(
+                f"{dense} is a dense weight, but the model is pruned: load it before the pruning "
+                "phase, or load a state dict that was saved with its masks"
+            )
+
+
+def _rename_parameter(module: nn.Module, old: str, new: str) -> None:
+    """Rename in place, so that the order of ``parameters()`` does not change."""
+    items = [(new if key == old else key, value) for key, value in module._parameters.items()]
+    module._parameters.clear()
+    module._parameters.update(items)

@@ -1,0 +1,266 @@
+"""Which tensors of a model are pruned, and whether they can be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize, prune
+
+from l2l_prune.masks import kept_count
+from l2l_prune.schedules import Segment
+
+_CONV = nn.modules.conv._ConvNd
+
+Rule: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+Layers: TypeAlias = Literal["all", "authors"]
+
+
+@dataclass(frozen=True)
+class LayerTensor:
+    """One prunable tensor: ``module.<name>``, found in the model under ``path``."""
+
+    path: str
+    module: nn.Module
+    name: str
+
+    @property
+    def full_name(self) -> str:
+        """Dense name in the model: ``"features.conv2.weight"``."""
+        return f"{self.path}.{self.name}" if self.path else self.name
+
+    def named_by(self, pattern: str) -> bool:
+        """Whether a module name, tensor name or ``fnmatch`` pattern means this tensor."""
+        return fnmatchcase(self.path, pattern) or fnmatchcase(self.full_name, pattern)
+
+
+def select(
+    model: nn.Module,
+    *,
+    layers: Layers = "all",
+    only: Rule | Iterable[Rule] | None = None,
+    skip: Rule | Iterable[Rule] | None = None,
+) -> list[LayerTensor]:
+    """Choose the tensors to prune, in the order of the model's modules.
+
+    Args:
+        model: Any module, wrapped by learn2learn or not.
+        layers: ``"all"``: the weight of every convolution and linear layer. ``"authors"``: the
+            same without the first convolution, as the paper's program prunes.
+        only: Names, ``fnmatch`` patterns, module types or predicates ``(name, module) -> bool``;
+            a tensor must match one. With it, other modules can be chosen too: of those, every
+            own parameter with two or more dimensions, or the one whose full name is given.
+        skip: As ``only``, but matches are left out.
+
+    Returns:
+        At least one tensor; each can be pruned.
+
+    Raises:
+        ValueError: If a name matches nothing, nothing is left to prune, or a chosen tensor
+            cannot be pruned correctly (already pruned, tied, parametrized, frozen, ...).
+    """
+    if layers not in ("all", "authors"):
+        raise ValueError(f'layers must be "all" or "authors", got {layers!r}')
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ValueError("the model is scripted (torch.jit), its weights are out of reach")
+    candidates = [
+        LayerTensor(path, module, name)
+        for path, module in model.named_modules()
+        for name in _prunable_names(module, everything=only is not None)
+    ]
+    if layers == "authors":
+        first = next((c for c in candidates if isinstance(c.module, _CONV)), None)
+        if first is None:
+            raise ValueError('layers="authors" leaves out the first convolution; there is none')
+        candidates.remove(first)
+    only_rules, skip_rules = _rules("only", only), _rules("skip", skip)
+    _check_names(candidates, [r for r in (*only_rules, *skip_rules) if isinstance(r, str)])
+    chosen = [
+        c
+        for c in candidates
+        if (only is None or _matches(c, only_rules)) and not _matches(c, skip_rules)
+    ]
+    if not chosen:
+        kinds = sorted({type(module).__name__ for module in model.modules()})
+        raise ValueError(
+            "there is nothing to prune: the selection holds no weight of a convolution or linear "
+            f"layer (the model is made of {', '.join(kinds)}); choose others with only="
+        )
+    uses = _parameter_uses(model)
+    for tensor in chosen:
+        check_prunable(tensor)
+        if uses[_identity(tensor.module._parameters[tensor.name])] > 1:
+            raise ValueError(
+                f"{tensor.full_name} is tied: the model uses the same weight in another place, "
+                "which a mask here would not reach; untie it or leave it out with skip="
+            )
+    return chosen
+
+
+def check_prunable(tensor: LayerTensor) -> None:
+    """Refuse a tensor whose masking could not be right.
+
+    Raises:
+        ValueError: Naming the tensor and what to do.
+    """
+    module, name, where = tensor.module, tensor.name, tensor.full_name
+    weight = module._parameters.get(name)
+    advice = "leave it out with skip="
+    problem = None
+    if _already_pruned(module, name):
+        problem = f"is already pruned: take that mask off with prune.remove first, or {advice}"
+    elif parametrize.is_parametrized(module, name):
+        problem = f"is parametrized: remove the parametrization first, or {advice}"
+    elif weight is None:
+        problem = (
+            "is not a parameter of its module (weight_norm or spectral_norm?): "
+            f"remove that reparametrization first, or {advice}"
+        )
+    elif isinstance(weight, UninitializedParameter):
+        problem = "is not initialized yet: run one forward pass before pruning"
+    elif not isinstance(weight, nn.Parameter):
+        problem = "is not a Parameter: attach the Pruner to the original model, not to a clone"
+    elif weight.is_meta:
+        problem = "has no data (meta device): materialize the model before pruning"
+    elif not weight.is_floating_point():
+        problem = f"is {weight.dtype}, not real floating point: {advice}"
+    elif not weight.requires_grad:
+        problem = (
+            "is frozen (requires_grad=False), so pruned entries could never be retrained: "
+            f"unfreeze it or {advice}"
+        )
+    if problem:
+        raise ValueError(f"{where} {problem}")
+
+
+def segment_counts(tensors: list[LayerTensor], segment: Segment) -> list[int]:
+    """How many weights each tensor keeps in ``segment``.
+
+    Args:
+        tensors: The selected tensors.
+        segment: A segment of a schedule; dense ones keep everything.
+
+    Returns:
+        One count ``k_l`` per tensor, in [1, numel].
+
+    Raises:
+        ValueError: If the segment names a layer that is not selected, keeps more weights than
+            a layer has, or would prune a layer away.
+    """
+    counts = [_numel(tensor) for tensor in tensors]
+    if not segment.sparse:
+        return counts
+    keep, rates = dict(segment.keep or ()), segment.sparsity
+    _check_names(tensors, keep)
+    if isinstance(rates, tuple):
+        _check_names(tensors, dict(rates))
+    for position, tensor in enumerate(tensors):
+        numel = counts[position]
+        explicit = _lookup(tensor, keep)
+        if explicit is not None:
+            if explicit > numel:
+                raise ValueError(f"keep={explicit} is more than {tensor.full_name} has: {numel}")
+            counts[position] = int(explicit)
+            continue
+        rate = _lookup(tensor, dict(rates)) if isinstance(rates, tuple) else float(rates)  # type: ignore[arg-type]
+        counts[position] = kept_count(numel, rate or 0.0)
+        if counts[position] == 0:
+            raise ValueError(
+                f"sparsity {rate} would prune all {numel} weights of {tensor.full_name} and cut "
+                "the network: lower it for this layer, or leave the layer out with skip="
+            )
+    return counts
+
+
+def _prunable_names(module: nn.Module, *, everything: bool) -> list[str]:
+    own = [name for name, weight in module._parameters.items() if weight is not None]
+    if isinstance(module, (_CONV, nn.Linear)):  # a reparametrized weight is no parameter, yet meant
+        return list(dict.fromkeys(["weight", *own])) if everything else ["weight"]
+    return own if everything else []
+
+
+def _rules(argument: str, rules: Rule | Iterable[Rule] | None) -> list[Rule]:
+    if rules is None:
+        return []
+    listed = [rules] if isinstance(rules, (str, type)) or callable(rules) else list(rules)
+    for rule in listed:
+        if not (isinstance(rule, (str, type)) or callable(rule)):
+            raise TypeError(f"{argument} takes names, module types or predicates, got {rule!r}")
+    return listed
+
+
+def _matches(tensor: LayerTensor, rules: list[Rule]) -> bool:
+    return any(_matches_one(tensor, rule) for rule in rules)
+
+
+def _matches_one(tensor: LayerTensor, rule: Rule) -> bool:
+    if isinstance(rule, str):
+        return rule == tensor.full_name or (tensor.named_by(rule) and _is_weight(tensor))
+    hit = (
+        isinstance(tensor.module, rule)
+        if isinstance(rule, type)
+        else rule(tensor.path, tensor.module)
+    )
+    return bool(hit) and _is_weight(tensor)
+
+
+def _is_weight(tensor: LayerTensor) -> bool:
+    """Naming a whole module means its matrices and kernels, not its biases and scales."""
+    if isinstance(tensor.module, (_CONV, nn.Linear)):
+        return tensor.name == "weight"
+    weight = tensor.module._parameters[tensor.name]
+    return weight is not None and weight.dim() > 1
+
+
+def _check_names(tensors: list[LayerTensor], patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        if not any(tensor.named_by(pattern) for tensor in tensors):
+            known = ", ".join(tensor.full_name for tensor in tensors)
+            raise ValueError(f"no prunable layer is called {pattern!r}; there are: {known}")
+
+
+def _lookup(tensor: LayerTensor, table: Mapping[str, float]) -> float | None:
+    """The entry for a tensor: its exact name first, then the first pattern that matches."""
+    for exact in (tensor.full_name, tensor.path):
+        if exact in table:
+            return table[exact]
+    return next((value for pattern, value in table.items() if tensor.named_by(pattern)), None)
+
+
+def _numel(tensor: LayerTensor) -> int:
+    parameters = tensor.module._parameters
+    weight = parameters.get(tensor.name)
+    weight = parameters[f"{tensor.name}_orig"] if weight is None else weight
+    assert weight is not None
+    return weight.numel()
+
+
+def _already_pruned(module: nn.Module, name: str) -> bool:
+    plain = name.removesuffix("_orig")
+    return f"{plain}_mask" in module._buffers or any(
+        isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == plain
+        for hook in module._forward_pre_hooks.values()
+    )
+
+
+def _identity(weight: Tensor | None) -> object:
+    """Same object or same memory means the same weight; empty storage has no address."""
+    if weight is None or isinstance(weight, UninitializedParameter) or weight.numel() == 0:
+        return id(weight)
+    address = 0 if weight.is_meta else weight.data_ptr()
+    return (weight.device, address) if address else id(weight)
+
+
+def _parameter_uses(model: nn.Module) -> Counter[object]:
+    return Counter(
+        _identity(weight)
+        for module in model.modules()
+        for weight in module._parameters.values()
+        if weight is not None
+    )

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from l2l_prune.masks import kept_count, magnitude_mask
+
+
+def brute_force(weight: np.ndarray, keep: int) -> np.ndarray:
+    """Sort indices by falling magnitude, then by rising flat index."""
+    flat = weight.reshape(-1)
+    order = sorted(range(flat.size), key=lambda i: (-abs(float(flat[i])), i))
+    mask = np.zeros(flat.size, dtype=bool)
+    mask[order[:keep]] = True
+    return mask.reshape(weight.shape)
+
+
+# Few distinct values make ties common; the rest covers zeros, subnormals and huge numbers.
+values = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -2.0]),
+    st.floats(allow_nan=False, allow_infinity=False, width=16),
+)
+
+
+@given(
+    npst.arrays(np.float32, npst.array_shapes(min_dims=1, max_dims=4, max_side=6), elements=values),
+    st.data(),
+    st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+)
+def test_keeps_the_largest_and_of_ties_the_first(array, data, dtype):
+    keep = data.draw(st.integers(0, array.size))
+    weight = torch.from_numpy(array).to(dtype)
+    if not torch.isfinite(weight).all():
+        return
+    mask = magnitude_mask(weight, keep)
+    assert mask.dtype == torch.bool
+    assert int(mask.sum()) == keep
+    assert np.array_equal(mask.numpy(), brute_force(weight.double().numpy(), keep))
+
+
+def test_memory_layout_does_not_matter():
+    weight = torch.randint(-3, 4, (6, 5, 3, 3)).float()
+    expected = magnitude_mask(weight, 100)
+    assert torch.equal(magnitude_mask(weight.to(memory_format=torch.channels_last), 100), expected)
+    transposed = weight.permute(1, 0, 3, 2)
+    assert np.array_equal(
+        magnitude_mask(transposed, 100).numpy(), brute_force(transposed.numpy(), 100)
+    )
+
+
+def test_all_equal_weights_keep_the_first():
+    assert magnitude_mask(torch.ones(2, 3), 4).tolist() == [[True] * 3, [True, False, False]]
+
+
+@given(st.integers(1, 10_000), st.floats(0, 0.999))
+def test_kept_count_is_the_paper_count(numel, sparsity):
+    assert kept_count(numel, sparsity) == numel - round(sparsity * numel)
+    assert 0 <= kept_count(numel, sparsity) <= numel
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("keep", [0, 1, 3])
+def test_nan_and_infinity_are_refused(bad, keep):
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        magnitude_mask(torch.tensor([1.0, bad, 2.0]), keep)
+
+
+def test_refuses_complex_and_impossible_counts():
+    with pytest.raises(TypeError, match="complex"):
+        magnitude_mask(torch.ones(3, dtype=torch.complex64), 1)
+    for keep in (-1, 4):
+        with pytest.raises(ValueError, match="keep"):
+            magnitude_mask(torch.ones(3), keep)
+
+
+def test_weight_is_left_alone_and_needs_no_grad():
+    weight = torch.nn.Parameter(torch.randn(4, 4))
+    before = weight.detach().clone()
+    mask = magnitude_mask(weight, 5)
+    assert torch.equal(weight.detach(), before)
+    assert not mask.requires_grad

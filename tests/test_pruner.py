@@ -1,0 +1,522 @@
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from l2l_prune import DSDSchedule, IHTSchedule, Pruner, Schedule, Segment
+
+IHT = IHTSchedule(0.5, pretrain=2, prune=3, retrain=2, rounds=2, initial_sparsity=0.3)
+
+OPTIMIZERS = {
+    "sgd": lambda ps: torch.optim.SGD(ps, lr=0.05, weight_decay=0.1),
+    "momentum": lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9, weight_decay=0.1),
+    "nesterov": lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9, nesterov=True),
+    "adam": lambda ps: torch.optim.Adam(ps, lr=0.01, weight_decay=0.1),
+    "amsgrad": lambda ps: torch.optim.Adam(ps, lr=0.01, amsgrad=True),
+    "adamw": lambda ps: torch.optim.AdamW(ps, lr=0.01, weight_decay=0.1),
+    "adam-loop": lambda ps: torch.optim.Adam(ps, lr=0.01, foreach=False),
+    "adam-fused": lambda ps: torch.optim.Adam(ps, lr=0.01, fused=True),
+    "nadam": lambda ps: torch.optim.NAdam(ps, lr=0.01),
+    "radam": lambda ps: torch.optim.RAdam(ps, lr=0.01),
+    "adamax": lambda ps: torch.optim.Adamax(ps, lr=0.01),
+    "rmsprop": lambda ps: torch.optim.RMSprop(ps, lr=0.01, momentum=0.9, centered=True),
+    "adagrad": lambda ps: torch.optim.Adagrad(ps, lr=0.05),
+    "adadelta": lambda ps: torch.optim.Adadelta(ps, lr=1.0),
+    "rprop": lambda ps: torch.optim.Rprop(ps, lr=0.01),
+    "asgd": lambda ps: torch.optim.ASGD(ps, lr=0.05),
+}
+
+
+def batches(count, dtype=torch.float32, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(8, 1, 6, 6, generator=generator).to(dtype),
+            torch.randint(0, 3, (8,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def train_step(model, optimizer, x, y):
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def brute_force_mask(weight, keep):
+    flat = weight.detach().double().numpy().reshape(-1)
+    order = sorted(range(flat.size), key=lambda i: (-abs(flat[i]), i))
+    mask = np.zeros(flat.size, bool)
+    mask[order[:keep]] = True
+    return torch.from_numpy(mask.reshape(tuple(weight.shape)))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_masks_hold_through_every_phase_with_any_optimizer(net, name):
+    optimizer = OPTIMIZERS[name](net.parameters())
+    pruner = Pruner(net, IHT, optimizer)
+    for x, y in batches(IHT.iterations + 3):
+        before = {n: m.clone() for n, m in pruner.masks.items()}
+        was_sparse = pruner.sparse
+        train_step(net, optimizer, x, y)
+        if was_sparse:
+            for n, mask in before.items():
+                assert (net.get_submodule(n[:-7]).weight[~mask] == 0).all()
+        pruner.step()
+        for n, mask in pruner.masks.items():
+            layer = net.get_submodule(n[:-7])
+            rate = pruner.segment.sparsity if pruner.sparse else 0
+            assert int(mask.sum()) == mask.numel() - round(rate * mask.numel())
+            assert (layer.weight_orig[~mask] == 0).all()
+            assert torch.isfinite(layer.weight_orig).all()
+
+
+def test_mask_is_the_largest_weights_of_each_layer(net):
+    optimizer = OPTIMIZERS["adam"](net.parameters())
+    pruner = Pruner(net, DSDSchedule(0.4, pretrain=3, prune=2, retrain=1), optimizer)
+    weights = {}
+    for x, y in batches(3):
+        train_step(net, optimizer, x, y)
+        weights = {n: net.get_submodule(n[:-7]).weight.detach().clone() for n in pruner.masks}
+        pruner.step()
+    assert pruner.phase == "prune"
+    for n, mask in pruner.masks.items():
+        keep = mask.numel() - round(0.4 * mask.numel())
+        assert torch.equal(mask, brute_force_mask(weights[n], keep))
+        assert torch.equal(net.get_submodule(n[:-7]).weight, weights[n] * mask)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
+def test_equals_a_dense_model_masked_by_hand(net, name):
+    """Oracle: functional_call on dense weights times masks, with its own optimizer, in float64."""
+    net.double()
+    dense = copy.deepcopy(net)
+    layers = ["conv1.weight", "conv2.weight", "fc.weight"]
+    ours, theirs = OPTIMIZERS[name](net.parameters()), OPTIMIZERS[name](dense.parameters())
+    schedule = Schedule((Segment(2), Segment(3, sparse=True, sparsity=0.5), Segment(3)))
+    pruner = Pruner(net, schedule, ours, regrow_state="keep")
+    masks = None
+    parameters = dict(dense.named_parameters())
+    for iteration, (x, y) in enumerate(batches(8, torch.float64)):
+        train_step(net, ours, x, y)
+        pruner.step()
+        theirs.zero_grad()
+        values = {n: p * masks[n] if masks and n in layers else p for n, p in parameters.items()}
+        F.cross_entropy(functional_call(dense, values, (x,)), y).backward()
+        theirs.step()
+        with torch.no_grad():
+            if iteration + 1 == 2:
+                masks = {
+                    n: brute_force_mask(parameters[n], round(0.5 * parameters[n].numel()))
+                    for n in layers
+                }
+            for n in layers if masks else []:
+                parameters[n].mul_(masks[n])
+                state = theirs.state.get(parameters[n], {})
+                for key in ("momentum_buffer", "exp_avg"):
+                    if isinstance(state.get(key), torch.Tensor):
+                        state[key].mul_(masks[n])
+            if iteration + 1 == 5:
+                masks = None
+        for a, b in zip(net.parameters(), dense.parameters(), strict=True):
+            assert torch.allclose(a, b, atol=1e-12, rtol=0)
+
+
+def test_released_weights_restart_from_zero_and_move(net):
+    optimizer = OPTIMIZERS["momentum"](net.parameters())
+    pruner = Pruner(net, DSDSchedule(0.5, pretrain=2, prune=2, retrain=5), optimizer)
+    data = batches(5)
+    for x, y in data[:4]:
+        train_step(net, optimizer, x, y)
+        old = pruner.masks["fc.weight"]
+        pruner.step()
+    assert pruner.phase == "retrain"
+    assert pruner.sparsity == 0
+    assert (net.fc.weight[~old] == 0).all()
+    train_step(net, optimizer, *data[4])
+    pruner.step()
+    moved = net.fc.weight[~old] != 0
+    assert torch.equal(moved, net.fc.weight_orig.grad[~old] != 0)
+    assert moved.any()
+
+
+def test_second_round_can_bring_weights_back(net):
+    """A new mask replaces the old: counts do not stack (0.5 twice is not 0.75)."""
+    pruner = Pruner(net, IHTSchedule(0.5, pretrain=0, prune=1, retrain=1, rounds=2))
+    first = pruner.masks["fc.weight"]
+    pruner.step()
+    with torch.no_grad():
+        net.fc.weight_orig[~first] = 100.0
+    pruner.step()
+    assert torch.equal(pruner.masks["fc.weight"], ~first)
+    assert int(first.sum()) == 24
+
+
+def test_dense_phases_are_bit_identical_to_no_plugin(net):
+    twin = copy.deepcopy(net)
+    ours, theirs = OPTIMIZERS["adam"](net.parameters()), OPTIMIZERS["adam"](twin.parameters())
+    pruner = Pruner(net, Schedule((Segment(5), Segment(5, sparse=True, sparsity=0.0))), ours)
+    for x, y in batches(10):
+        train_step(net, ours, x, y)
+        pruner.step()
+        train_step(twin, theirs, x, y)
+        for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_pretrain_zero_prunes_at_once_and_retrain_zero_stays_sparse(net):
+    pruner = Pruner(net, DSDSchedule(0.5, pretrain=0, prune=2, retrain=0))
+    assert pruner.sparse
+    assert (net.fc.weight == 0).sum() == 24
+    for _ in range(5):
+        pruner.step()
+    assert pruner.sparse
+    assert pruner.iteration == 5
+
+
+def test_rounds_without_retraining_make_a_new_mask_each(net):
+    schedule = IHTSchedule(0.6, pretrain=1, prune=2, retrain=0, rounds=3, initial_sparsity=0.2)
+    optimizer = OPTIMIZERS["sgd"](net.parameters())
+    pruner = Pruner(net, schedule, optimizer)
+    sparsities = []
+    for x, y in batches(schedule.iterations):
+        train_step(net, optimizer, x, y)
+        pruner.step()
+        sparsities.append(round(pruner.sparsity, 2))
+    assert sparsities == [0.2, 0.2, 0.4, 0.4, 0.6, 0.6, 0.6]
+
+
+def test_finalize_gives_back_the_plain_model(net, batch):
+    keys, classes = list(net.state_dict()), [type(m) for m in net.modules()]
+    parameters = list(net.parameters())
+    pruner = Pruner(net, DSDSchedule(0.5, pretrain=0, prune=2, retrain=1))
+    out = net(batch[0])
+    assert pruner.finalize() is net
+    assert list(net.state_dict()) == keys
+    assert [type(m) for m in net.modules()] == classes
+    assert [id(p) for p in net.parameters()] == [id(p) for p in parameters]
+    assert all(not m._forward_pre_hooks for m in net.modules())
+    assert torch.equal(net(batch[0]), out)
+    for call in (
+        pruner.step,
+        pruner.finalize,
+        pruner.state_dict and (lambda: pruner.load_state_dict({})),
+    ):
+        with pytest.raises(RuntimeError, match="finalized"):
+            call()
+    Pruner(net, DSDSchedule(0.5, pretrain=1, prune=2, retrain=1))  # can be attached again
+
+
+# ---- regrown weights ------------------------------------------------------------------------
+
+
+def first_steps_after_release(noise, beta1, regrow_state, sparse_steps=3000, steps=20):
+    """Linear regression whose target needs all weights; returns step sizes in learning rates."""
+    generator = torch.Generator().manual_seed(0)
+    lr = 1e-3
+    layer = nn.Linear(20, 1, bias=False)
+    target = torch.randn(20, 1, generator=generator)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=lr, betas=(beta1, 0.999))
+    pruner = Pruner(
+        layer,
+        DSDSchedule(0.5, pretrain=10, prune=sparse_steps, retrain=steps),
+        optimizer,
+        regrow_state=regrow_state,
+    )
+    fixed = torch.randn(64, 20, generator=generator)
+    kept_steps, regrown_steps = [], []
+    regrown = None
+    for _ in range(10 + sparse_steps + steps):
+        x = torch.randn(64, 20, generator=generator) if noise else fixed
+        before = layer.weight.detach().clone()
+        optimizer.zero_grad()
+        (layer(x) - x @ target).square().mean().backward()
+        optimizer.step()
+        if pruner.sparse:
+            regrown = ~pruner.masks["weight"]
+        elif regrown is not None:
+            moved = (layer.weight.detach() - before).abs() / lr
+            kept_steps.append(float(moved[~regrown].max()))
+            regrown_steps.append(float(moved[regrown].max()))
+        pruner.step()
+    return kept_steps, regrown_steps
+
+
+@pytest.mark.parametrize("noise", [True, False], ids=["noisy", "converged"])
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_regrown_weights_do_not_jump(noise, beta1):
+    kept, regrown = first_steps_after_release(noise, beta1, "match")
+    print([f"{k:.2f}/{r:.2f}" for k, r in zip(kept, regrown, strict=True)])
+    assert 0 < regrown[0] <= kept[0]
+    assert max(regrown[:10]) <= max(kept[:10])
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_without_the_rule_they_would(beta1):
+    _, regrown = first_steps_after_release(True, beta1, "keep")
+    assert max(regrown) > 3
+
+
+def test_regrow_rule_under_an_optimizer_closure():
+    """Lightning passes a closure: the gradients exist only inside optimizer.step."""
+
+    def run(closure):
+        torch.manual_seed(0)
+        layer, x = nn.Linear(6, 1), torch.randn(9, 6)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.1, betas=(0.0, 0.999))
+        pruner = Pruner(layer, DSDSchedule(0.5, pretrain=1, prune=50, retrain=9), optimizer)
+
+        def loss():
+            optimizer.zero_grad()
+            value = (layer(x) - x.sum(1, keepdim=True)).square().mean()
+            value.backward()
+            return value
+
+        for _ in range(60):
+            if closure == "positional":
+                optimizer.step(loss)
+            elif closure == "keyword":
+                optimizer.step(closure=loss)
+            else:
+                loss()
+                optimizer.step()
+            pruner.step()
+        return layer.weight_orig.detach()
+
+    plain = run(None)
+    assert torch.equal(run("positional"), plain)
+    assert torch.equal(run("keyword"), plain)
+
+
+def test_momentum_of_pruned_entries_is_zeroed(net):
+    optimizers = {k: OPTIMIZERS[k](net.parameters()) for k in ("momentum", "adam")}
+    for optimizer in optimizers.values():
+        for x, y in batches(3):
+            train_step(net, optimizer, x, y)
+    pruner = Pruner(
+        net, DSDSchedule(0.5, pretrain=0, prune=2, retrain=2), list(optimizers.values())
+    )
+    weight, mask = net.fc.weight_orig, pruner.masks["fc.weight"]
+    momentum = optimizers["momentum"].state[weight]["momentum_buffer"]
+    adam = optimizers["adam"].state[weight]
+    assert (momentum[~mask] == 0).all()
+    assert (momentum[mask] != 0).any()
+    assert (adam["exp_avg"][~mask] == 0).all()
+    assert (adam["exp_avg_sq"][~mask] != 0).any()
+
+
+def test_lbfgs_starts_afresh_at_each_mask(net):
+    optimizer = torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=3)
+    pruner = Pruner(net, IHT, optimizer)
+    for x, y in batches(IHT.iterations):
+
+        def closure(x=x, y=y):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        if pruner.sparse:
+            assert (net.fc.weight_orig[~pruner.masks["fc.weight"]] == 0).all()
+        pruner.step()
+        assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+# ---- resuming -------------------------------------------------------------------------------
+
+
+def build(seed=0):
+    torch.manual_seed(seed)
+    from tests.conftest import SmallNet
+
+    net = SmallNet()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    return net, optimizer, Pruner(net, IHT, optimizer)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("stop", [0, 1, 2, 4, 5, 6, 7, 10, 12, 13])
+def test_resumes_bit_exactly_in_any_phase_and_order(stop, order):
+    data = batches(IHT.iterations + 1)
+    net, optimizer, pruner = build()
+    for x, y in data[:stop]:
+        train_step(net, optimizer, x, y)
+        pruner.step()
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in (net, optimizer, pruner)], file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    again = build(seed=99)
+    for position in order:
+        again[position].load_state_dict(states[position])
+    for x, y in data[stop:]:
+        for one, two, three in ((net, optimizer, pruner), again):
+            train_step(one, two, x, y)
+            three.step()
+        assert all(
+            torch.equal(a, b) for a, b in zip(net.parameters(), again[0].parameters(), strict=True)
+        )
+    assert repr(pruner) == repr(again[2])
+    ours, theirs = pruner.masks, again[2].masks
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def test_model_state_alone_is_noticed(net):
+    pruned, *_, pruner = build()
+    for _ in range(3):
+        pruner.step()
+    assert pruner.sparse
+    other = Pruner(net, IHT)
+    net.load_state_dict(pruned.state_dict())
+    with pytest.raises(RuntimeError, match=r"conv1.weight.*load Pruner.state_dict"):
+        other.step()
+    other.load_state_dict(pruner.state_dict())
+    other.step()
+
+
+def change(state, **entries):
+    return {**copy.deepcopy(state), **entries}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: {}, "not a Pruner state dict"),
+        (lambda s: [], "not a Pruner state dict"),
+        (lambda s: change(s, version=99), "not a Pruner state dict"),
+        (lambda s: change(s, iteration=-1), "iteration is -1"),
+        (lambda s: change(s, iteration="3"), "iteration is '3'"),
+        (
+            lambda s: change(
+                s, schedule=DSDSchedule(0.5, pretrain=1, prune=1, retrain=1).to_dict()
+            ),
+            "another schedule",
+        ),
+        (lambda s: change(s, masks={}), "other tensors"),
+        (
+            lambda s: change(
+                s, masks={**s["masks"], "fc.weight": torch.ones(2, 2, dtype=torch.bool)}
+            ),
+            "fc.weight does not fit",
+        ),
+        (
+            lambda s: change(s, masks={**s["masks"], "fc.weight": torch.ones(3, 16)}),
+            "fc.weight does not fit",
+        ),
+    ],
+)
+def test_foreign_checkpoints_are_refused_and_change_nothing(spoil, message):
+    net, _, pruner = build()
+    for _ in range(3):
+        pruner.step()
+    before = copy.deepcopy((pruner.state_dict(), net.state_dict()))
+    with pytest.raises(ValueError, match=message):
+        pruner.load_state_dict(spoil(pruner.state_dict()))
+    for old, new in zip(before, (pruner.state_dict(), net.state_dict()), strict=True):
+        assert str(old) == str(new)
+
+
+# ---- bad input ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_diverged_weights_are_named_and_nothing_changes(net, bad):
+    pruner = Pruner(net, DSDSchedule(0.5, pretrain=1, prune=2, retrain=1))
+    with torch.no_grad():
+        net.fc.weight_orig[0, 0] = bad
+    before = copy.deepcopy(pruner.state_dict())
+    with pytest.raises(ValueError, match=r"fc.weight at iteration .*NaN or infinity"):
+        pruner.step()
+    assert str(before) == str(pruner.state_dict())
+    with torch.no_grad():
+        net.fc.weight_orig[0, 0] = 1
+    pruner.step()
+    assert pruner.sparse
+
+
+def test_failed_construction_leaves_the_model_untouched(net):
+    with torch.no_grad():
+        net.fc.weight[0, 0] = float("nan")
+    keys = list(net.state_dict())
+    with pytest.raises(ValueError, match=r"fc\.weight"):
+        Pruner(net, DSDSchedule(0.5, pretrain=0, prune=2, retrain=1))
+    assert list(net.state_dict()) == keys
+    assert type(net.conv1) is nn.Conv2d
+
+
+SCHEDULE = DSDSchedule(0.5, pretrain=1, prune=1, retrain=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (lambda n: (3, SCHEDULE), TypeError, "model"),
+        (lambda n: (n, 0.5), TypeError, "schedule"),
+        (lambda n: (n, SCHEDULE, 3), TypeError, "optimizer|iterable"),
+        (lambda n: (n, SCHEDULE, ["sgd"]), TypeError, "optimizer"),
+        (
+            lambda n: (n, SCHEDULE, torch.optim.SGD(copy.deepcopy(n).parameters(), lr=1)),
+            ValueError,
+            "optimizer holds none",
+        ),
+        (
+            lambda n: (n, DSDSchedule({"nope": 0.5}, pretrain=1, prune=1, retrain=1)),
+            ValueError,
+            "'nope'",
+        ),
+    ],
+)
+def test_bad_arguments(net, arguments, error, message):
+    with pytest.raises(error, match=message):
+        Pruner(*arguments(net))
+    with pytest.raises(ValueError, match="regrow_state"):
+        Pruner(net, SCHEDULE, regrow_state="fast")
+    assert type(net.conv1) is nn.Conv2d
+
+
+def test_somebody_elses_removal_is_noticed(net):
+    pruner = Pruner(net, SCHEDULE)
+    nn.utils.prune.remove(net.fc, "weight")
+    with pytest.raises(RuntimeError, match=r"mask of fc.weight was removed"):
+        pruner.step()
+
+
+def test_casting_and_moving_between_steps(net):
+    pruner = Pruner(net, DSDSchedule(0.5, pretrain=1, prune=3, retrain=1))
+    pruner.step()
+    net.double()
+    pruner.project()
+    pruner.step()
+    assert net.fc.weight.dtype == torch.float64
+    assert (net.fc.weight == 0).sum() == 24
+
+
+def test_summary_counts_by_hand(net):
+    pruner = Pruner(net, DSDSchedule({"conv*": 0.5}, pretrain=0, prune=1, retrain=1))
+    rows = [line.split() for line in pruner.summary().splitlines()]
+    assert ["conv2.weight", "(4,", "4,", "3,", "3)", "72/144", "50.0%"] in rows
+    assert ["fc.weight", "(3,", "16)", "48/48", "0.0%"] in rows
+    whole = sum(p.numel() for p in net.parameters())
+    assert ["selected", "layers", "138/228", "39.5%"] in rows
+    assert ["whole", "model", f"{whole - 90}/{whole}", f"{100 * 90 / whole:.1f}%"] in rows
+    assert "iteration 0 of 2, phase prune" in pruner.summary()
+
+
+def test_old_masks_survive_for_a_pending_backward(net, batch):
+    """A mask change between a clone's forward and its backward must not touch that graph."""
+    pruner = Pruner(net, DSDSchedule(0.5, pretrain=0, prune=1, retrain=1))
+    mask = pruner.masks["fc.weight"]
+    loss = F.cross_entropy(net(batch[0]).double(), batch[1])
+    net.fc._buffers["weight_mask"] = torch.ones_like(net.fc.weight_mask)
+    loss.backward()
+    assert (net.fc.weight_orig.grad[~mask] == 0).all()
