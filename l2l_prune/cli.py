@@ -43,6 +43,7 @@ def demo(
         float, typer.Option(help="Fraction pruned in the sparse phases, in (0, 1).")
     ] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and tasks.")] = 0,
+    eval_tasks: Annotated[int, typer.Option(min=2, help="Tasks behind each accuracy.")] = 200,
 ) -> None:
     """Train dense, DSD and IHT Reptile side by side on rendered characters."""
     from l2l_prune.experiments.demo import run_demo
@@ -53,7 +54,14 @@ def demo(
         raise typer.BadParameter(f"{out} is a file, not a folder", param_hint="--out")
     console = Console()
     try:
-        run_demo(out, iterations=iterations, sparsity=sparsity, seed=seed, console=console)
+        run_demo(
+            out,
+            iterations=iterations,
+            sparsity=sparsity,
+            seed=seed,
+            eval_tasks=eval_tasks,
+            console=console,
+        )
     except KeyboardInterrupt:
         console.print("stopped by Ctrl-C; nothing of this run was written")
         raise typer.Exit(130) from None

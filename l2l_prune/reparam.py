@@ -11,7 +11,6 @@ that ``prune.is_pruned`` and other tools recognise the module.
 from __future__ import annotations
 
 import copy
-import copyreg
 import types
 from collections import OrderedDict
 from typing import Any, cast
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 
-class HeldMask(prune.BasePruningMethod):  # type: ignore[misc]
+class HeldMask(prune.BasePruningMethod):
     """The pruning method that torch sees on a module; masks are set with :func:`set_mask`."""
 
     PRUNING_TYPE = "unstructured"
@@ -246,7 +245,7 @@ def _reduce_held(
 ) -> Any:
     """Pickle and copy through the base class, since the subclass has no importable name."""
     function, args, *rest = reduced
-    if function is not copyreg.__newobj__ or args[0] is not held_class(base, names):
+    if function.__name__ != "__newobj__" or args[0] is not held_class(base, names):
         raise TypeError(
             f"{base.__name__} has its own way to be pickled, which would lose the masks: "
             "save dense_state_dict(model), or finalize the Pruner first"

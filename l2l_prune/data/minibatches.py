@@ -41,5 +41,6 @@ def minibatches(
     passes = -(-batch_size * steps // len(x))
     order = [torch.randperm(len(x), generator=generator) for _ in range(passes)]
     if order:
-        for batch in torch.cat(order)[: batch_size * steps].to(x.device).split(batch_size):
+        dealt = torch.cat(order)[: batch_size * steps].to(x.device)
+        for batch in dealt.view(steps, batch_size):
             yield x[batch], y[batch]

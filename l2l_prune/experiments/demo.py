@@ -23,18 +23,36 @@ from l2l_prune.experiments.side_by_side import run_side_by_side
 from l2l_prune.schedules import DSDSchedule, IHTSchedule, Schedule, Segment
 
 
-def demo_configs(iterations: int, sparsity: float, seed: int) -> list[RunConfig]:
+def demo_configs(
+    iterations: int, sparsity: float, seed: int, eval_tasks: int = 200
+) -> list[RunConfig]:
     """The three runs: the same weights and tasks at the start, other schedules."""
-    every = max(1, iterations // 16)
+    schedules = {
+        "dense": Schedule((Segment(iterations),)),
+        "DSD": DSDSchedule.from_fractions(sparsity, iterations),
+        "IHT": IHTSchedule.from_fractions(sparsity, iterations),
+    }
     return [
-        RunConfig("dense", Schedule((Segment(iterations),)), seed, eval_every=every),
-        RunConfig("DSD", DSDSchedule.from_fractions(sparsity, iterations), seed, eval_every=every),
-        RunConfig("IHT", IHTSchedule.from_fractions(sparsity, iterations), seed, eval_every=every),
+        RunConfig(
+            name,
+            schedule,
+            seed,
+            eval_every=max(1, iterations // 10),
+            curve_tasks=min(12, eval_tasks),
+            final_tasks=eval_tasks,
+        )
+        for name, schedule in schedules.items()
     ]
 
 
 def run_demo(
-    folder: Path, *, iterations: int, sparsity: float, seed: int, console: Console
+    folder: Path,
+    *,
+    iterations: int,
+    sparsity: float,
+    seed: int,
+    eval_tasks: int,
+    console: Console,
 ) -> list[RunResult]:
     """Train, print the table, write the files.
 
@@ -43,12 +61,13 @@ def run_demo(
         iterations: Meta-iterations of each run.
         sparsity: Fraction pruned in the sparse phases, in (0, 1).
         seed: Seed of weights and tasks.
+        eval_tasks: Tasks behind each accuracy of the table.
         console: Where progress and table are printed.
 
     Returns:
         The results of dense, DSD and IHT.
     """
-    configs = demo_configs(iterations, sparsity, seed)
+    configs = demo_configs(iterations, sparsity, seed, eval_tasks)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with console.status("rendering glyphs (first time only)"):

@@ -28,7 +28,8 @@ def accuracy_curves(configs: list[RunConfig], results: list[RunResult], path: Pa
     for ax, config, result in zip(axes, configs, results, strict=True):
         _panel(ax, config, result)
     axes[0].set_ylabel("accuracy [%]")
-    axes[-1].legend(loc="lower right", frameon=False)
+    handles, labels = axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     with replace_file(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
 

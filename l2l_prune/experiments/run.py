@@ -58,11 +58,11 @@ class RunConfig:
     inner_batch: int = 10
     inner_lr: float = 1e-3
     meta_lr: float = 1.0
-    eval_steps: int = 10
+    eval_steps: int = 5
     eval_batch: int = 5
     eval_every: int = 25
-    curve_tasks: int = 20
-    final_tasks: int = 300
+    curve_tasks: int = 12
+    final_tasks: int = 200
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,7 @@ def run_side_by_side(configs: list[RunConfig], console: Console) -> list[RunResu
     ]
     results: dict[int, RunResult] = {}
     try:
-        for worker in workers:
-            worker.start()
+        _start(workers)
         with _bars(console) as bars:
             tasks = [
                 bars.add_task(
@@ -55,6 +54,8 @@ def run_side_by_side(configs: list[RunConfig], console: Console) -> list[RunResu
                 number, message = _next_message(messages, workers, results)
                 if isinstance(message, Progress):
                     phase, numbers = _columns(message)
+                    if message.iteration == configs[number].schedule.iterations:
+                        phase = "scoring"
                     bars.update(
                         tasks[number],
                         completed=message.iteration,
@@ -67,15 +68,25 @@ def run_side_by_side(configs: list[RunConfig], console: Console) -> list[RunResu
                 else:
                     raise RunFailed(f"the run {configs[number].name!r} failed:\n{message}")
     finally:
-        for worker in workers:
+        started = [worker for worker in workers if worker.pid is not None]
+        for worker in started:
             worker.terminate()
-        for worker in workers:
+        for worker in started:
             worker.join()
     return [results[number] for number in range(len(configs))]
 
 
+def _start(workers: list[Any]) -> None:
+    """Start with SIGINT ignored, which the processes inherit: Ctrl-C is the parent's to handle."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for worker in workers:
+            worker.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def _work(number: int, config: RunConfig, messages: Queue[tuple[int, Any]]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
     torch.set_num_threads(1)
     try:
         for message in run(config):

@@ -1,0 +1,112 @@
+"""Few-shot tasks from images in memory, drawn without a loop over examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Episode(NamedTuple):
+    """One few-shot task.
+
+    Attributes:
+        support_x: float32 ``[ways * shots, C, H, W]``.
+        support_y: int64 ``[ways * shots]``, in 0 .. ways - 1.
+        query_x: float32 ``[ways * queries, C, H, W]``.
+        query_y: int64 ``[ways * queries]``.
+    """
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+
+
+class EpisodeSampler:
+    """Draws episodes: classes, and examples of each class, without replacement.
+
+    Args:
+        images: ``[n, C, H, W]``; uint8 images are scaled to [0, 1] after the draw.
+        labels: Class of each image ``[n]``, any integers.
+        ways: Classes in a task, >= 1.
+        shots: Support examples of each class, >= 1.
+        queries: Query examples of each class, >= 0; never support examples.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: If a number is out of range, lengths differ, or a class is too small.
+
+    Example:
+        >>> sampler = EpisodeSampler(
+        ...     torch.zeros(4, 1, 8, 8), torch.tensor([0, 0, 1, 1]), ways=2, shots=1, queries=1
+        ... )
+        >>> sampler.sample().query_y.tolist()
+        [0, 1]
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        seed: int = 0,
+    ) -> None:
+        if len(images) != len(labels):
+            raise ValueError(f"labels must be as many as images, got {len(labels)}, {len(images)}")
+        for name, value, least in (("ways", ways, 1), ("shots", shots, 1), ("queries", queries, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+        classes, sizes = torch.unique(labels, return_counts=True)
+        if ways > len(classes):
+            raise ValueError(f"ways={ways}, but there are only {len(classes)} classes")
+        smallest = int(sizes.argmin())
+        if shots + queries > int(sizes[smallest]):
+            raise ValueError(
+                f"shots + queries = {shots + queries}, but class {int(classes[smallest])} has only "
+                f"{int(sizes[smallest])} examples"
+            )
+        self._images = images
+        self.ways, self.shots, self.queries = ways, shots, queries
+        self._sizes = sizes
+        self._first = sizes.cumsum(0) - sizes  # of each class in the order below
+        self._order = labels.argsort(stable=True)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def sample(self) -> Episode:
+        """Draw one episode."""
+        classes = torch.randperm(len(self._sizes), generator=self._generator)[: self.ways]
+        # The smallest of random keys choose examples without replacement, in all classes at once.
+        keys = torch.rand(self.ways, int(self._sizes.max()), generator=self._generator)
+        keys[torch.arange(keys.shape[1]) >= self._sizes[classes][:, None]] = 2.0
+        members = keys.argsort(dim=1)[:, : self.shots + self.queries]
+        chosen = self._order[self._first[classes][:, None] + members]
+        support, query = chosen[:, : self.shots], chosen[:, self.shots :]
+        labels = torch.arange(self.ways)
+        return Episode(
+            self._gather(support),
+            labels.repeat_interleave(self.shots),
+            self._gather(query),
+            labels.repeat_interleave(self.queries),
+        )
+
+    def __iter__(self) -> Iterator[Episode]:
+        while True:
+            yield self.sample()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the stream of draws."""
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the draws from where :meth:`state_dict` was taken."""
+        self._generator.set_state(state["generator"])
+
+    def _gather(self, indices: Tensor) -> Tensor:
+        images = self._images[indices.flatten()]
+        return images.float() / 255 if images.dtype == torch.uint8 else images.float()
