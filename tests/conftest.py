@@ -20,6 +20,14 @@ class SmallNet(nn.Module):
         return self.fc(torch.relu(self.conv2(x)).flatten(1))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _glyph_cache(tmp_path_factory):
+    """One rendering for all tests and the commands that they start, apart from the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("L2L_PRUNE_CACHE", str(tmp_path_factory.mktemp("glyphs")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
