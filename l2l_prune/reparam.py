@@ -60,7 +60,7 @@ def attach(module: nn.Module, name: str) -> None:
     _rename_parameter(module, name, f"{name}_orig")
     mask = torch.ones_like(weight, memory_format=torch.preserve_format)
     module.register_buffer(f"{name}_mask", mask.detach())
-    module.__dict__.pop("_flat_weights", None)
+    module.__dict__.pop("_flat_weights", None)  # recurrent layers: see _flat_weights_property
     module.__class__ = held_class(base, (*names, name))
     module.register_forward_pre_hook(HeldMask(name))
 
@@ -232,7 +232,8 @@ def _flat_weights_property() -> property:
     """Recurrent layers cache their weights in a list, which would go stale: build it on access."""
 
     def read(module: Any) -> list[Tensor]:
-        return [getattr(module, name) for name in module._flat_weights_names]
+        held = {f"{name}_orig": name for name in held_names(module)}
+        return [getattr(module, held.get(name, name)) for name in module._flat_weights_names]
 
     def write(module: nn.Module, value: object) -> None:
         """Ignore torch's own refreshes of the cache."""
@@ -282,3 +283,6 @@ def _rename_parameter(module: nn.Module, old: str, new: str) -> None:
     items = [(new if key == old else key, value) for key, value in module._parameters.items()]
     module._parameters.clear()
     module._parameters.update(items)
+    if isinstance(module, nn.RNNBase):  # higher looks these names up among the parameters
+        names = module._flat_weights_names
+        module._flat_weights_names = [new if name == old else name for name in names]
