@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -84,12 +84,13 @@ class Pruner:
         self._tensors = select(model, layers=layers, only=only, skip=skip)
         self._counts = [segment_counts(self._tensors, s) for s in schedule.segments]
         self._optimizers = _as_optimizers(optimizer)
-        _check_optimizers(self._optimizers, self._tensors)
+        weights = [tensor.module._parameters[tensor.name] for tensor in self._tensors]
+        for given in self._optimizers:
+            _check_optimizer(given, weights)
 
         self._iteration = 0
         self._position = schedule.index(0)
         # Computed before anything is attached, so that a failure leaves the model untouched.
-        weights = [tensor.module._parameters[tensor.name] for tensor in self._tensors]
         first = self._new_masks(self._position, weights)  # type: ignore[arg-type]
         for tensor in self._tensors:
             attach(tensor.module, tensor.name)
@@ -162,6 +163,18 @@ class Pruner:
             f"Pruner({self.schedule}, iteration={self._iteration}, phase={self.segment.label!r}, "
             f"sparsity={self.sparsity:.3f}, tensors={len(self._tensors)})"
         )
+
+    def add_optimizer(self, optimizer: Optimizer) -> None:
+        """Let the state of an optimizer that was made after the Pruner follow the masks too.
+
+        Raises:
+            ValueError: If it holds none of the pruned weights.
+        """
+        self._check_attached(masks=False)
+        _as_optimizers(optimizer)
+        _check_optimizer(optimizer, [held_tensors(t.module, t.name)[0] for t in self._tensors])
+        self._optimizers.append(optimizer)
+        self._handles.append(self._hook(optimizer))
 
     # ---- training ---------------------------------------------------------------------------
 
@@ -292,6 +305,9 @@ class Pruner:
         buffers = [held_tensors(t.module, t.name)[1] for t in self._tensors]
         self._seen = [(buffer, buffer._version) for buffer in buffers]
 
+    def _hook(self, optimizer: Optimizer) -> Any:
+        return optimizer.register_step_pre_hook(self._before_optimizer_step)
+
     def _before_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Optimizer pre-hook: the first step after a release looks at the gradients."""
         if not self._regrown:
@@ -356,15 +372,13 @@ def _as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Op
     return optimizers
 
 
-def _check_optimizers(optimizers: list[Optimizer], tensors: list[LayerTensor]) -> None:
-    weights = {id(t.module._parameters[t.name]) for t in tensors}
-    for optimizer in optimizers:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not held & weights:
-            raise ValueError(
-                "optimizer holds none of the weights that are pruned: was it made for another "
-                "model, or before the model was copied?"
-            )
+def _check_optimizer(optimizer: Optimizer, weights: Sequence[Tensor | None]) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(weight) in held for weight in weights):
+        raise ValueError(
+            "optimizer holds none of the weights that are pruned: was it made for another "
+            "model, or before the model was copied?"
+        )
 
 
 def _check_state(

@@ -86,7 +86,7 @@ def detach(module: nn.Module, name: str) -> None:
     _rename_parameter(module, f"{name}_orig", name)
     if original.is_leaf:
         with torch.no_grad():
-            original.mul_(mask.to(original.dtype))
+            original.masked_fill_(mask == 0, 0)
     else:  # a clone in the middle of an inner loop keeps its graph
         module._parameters[name] = original * mask.to(original.dtype)  # type: ignore[assignment]
     hooks = module._forward_pre_hooks.items()
@@ -113,7 +113,7 @@ def set_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     new = mask.to(device=original.device, dtype=original.dtype)
     module._buffers[f"{name}_mask"] = new
     with torch.no_grad():
-        original.mul_(new)
+        original.masked_fill_(new == 0, 0)  # also where it is infinite
 
 
 def held_tensors(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:

@@ -51,8 +51,9 @@ def select(
 
     Args:
         model: Any module, wrapped by learn2learn or not.
-        layers: ``"all"``: the weight of every convolution and linear layer. ``"authors"``: the
-            same without the first convolution, as the paper's program prunes.
+        layers: ``"all"``: the weight of every convolution and linear layer of the network; not
+            what a learn2learn algorithm holds beside it (transforms). ``"authors"``: the same
+            without the first convolution, as the paper's program prunes.
         only: Names, ``fnmatch`` patterns, module types or predicates ``(name, module) -> bool``;
             a tensor must match one. With it, other modules can be chosen too: of those, every
             own parameter with two or more dimensions, or the one whose full name is given.
@@ -69,9 +70,11 @@ def select(
         raise ValueError(f'layers must be "all" or "authors", got {layers!r}')
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ValueError("the model is scripted (torch.jit), its weights are out of reach")
+    aside = _beside_the_network(model) if only is None else set()
     candidates = [
         LayerTensor(path, module, name)
         for path, module in model.named_modules()
+        if module not in aside
         for name in _prunable_names(module, everything=only is not None)
     ]
     if layers == "authors":
@@ -176,6 +179,23 @@ def segment_counts(tensors: list[LayerTensor], segment: Segment) -> list[int]:
                 "the network: lower it for this layer, or leave the layer out with skip="
             )
     return counts
+
+
+def _beside_the_network(model: nn.Module) -> set[nn.Module]:
+    """Modules that a meta-learning wrapper holds beside its network.
+
+    learn2learn's algorithms (clone, adapt) keep the network under ``module``; what else they
+    hold, like the gradient transforms of GBML, is no layer of it.
+    """
+    aside: set[nn.Module] = set()
+    for wrapper in model.modules():
+        if all(callable(getattr(wrapper, verb, None)) for verb in ("clone", "adapt")):
+            network = wrapper._modules.get("module")
+            for child in wrapper.children() if network is not None else ():
+                if child is not network:
+                    aside.update(child.modules())
+            aside -= set(network.modules()) if network is not None else set()
+    return aside
 
 
 def _prunable_names(module: nn.Module, *, everything: bool) -> list[str]:
