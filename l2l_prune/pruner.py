@@ -164,6 +164,15 @@ class Pruner:
             f"sparsity={self.sparsity:.3f}, tensors={len(self._tensors)})"
         )
 
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """The optimizers whose state follows the masks."""
+        return tuple(self._optimizers)
+
+    def owns(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer holds any of the pruned weights."""
+        return _holds(optimizer, self._originals())
+
     def add_optimizer(self, optimizer: Optimizer) -> None:
         """Let the state of an optimizer that was made after the Pruner follow the masks too.
 
@@ -172,7 +181,7 @@ class Pruner:
         """
         self._check_attached(masks=False)
         _as_optimizers(optimizer)
-        _check_optimizer(optimizer, [held_tensors(t.module, t.name)[0] for t in self._tensors])
+        _check_optimizer(optimizer, self._originals())
         self._optimizers.append(optimizer)
         self._handles.append(self._hook(optimizer))
 
@@ -194,8 +203,7 @@ class Pruner:
         self._regrown = {}  # the first optimizer step of the segment is over
         position = self.schedule.index(self._iteration + 1)
         if position != self._position:
-            originals = [held_tensors(t.module, t.name)[0] for t in self._tensors]
-            masks = self._new_masks(position, originals)
+            masks = self._new_masks(position, self._originals())
             self._position = position
             self._put_masks(masks)
         self._iteration += 1
@@ -263,6 +271,9 @@ class Pruner:
         }
 
     # ---- inside -----------------------------------------------------------------------------
+
+    def _originals(self) -> list[Tensor]:
+        return [held_tensors(t.module, t.name)[0] for t in self._tensors]
 
     def _restored(self, tensor: LayerTensor, saved: dict[str, Tensor]) -> Tensor:
         original, _ = held_tensors(tensor.module, tensor.name)
@@ -372,9 +383,13 @@ def _as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Op
     return optimizers
 
 
-def _check_optimizer(optimizer: Optimizer, weights: Sequence[Tensor | None]) -> None:
+def _holds(optimizer: Optimizer, weights: Sequence[Tensor | None]) -> bool:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not any(id(weight) in held for weight in weights):
+    return any(id(weight) in held for weight in weights)
+
+
+def _check_optimizer(optimizer: Optimizer, weights: Sequence[Tensor | None]) -> None:
+    if not _holds(optimizer, weights):
         raise ValueError(
             "optimizer holds none of the weights that are pruned: was it made for another "
             "model, or before the model was copied?"

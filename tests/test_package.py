@@ -22,6 +22,7 @@ FLOORS = [
     {"reparam", "selection", "optimizer_state"},
     {"pruner"},
     {"reptile"},
+    {"integrations"},
     {"data"},
     {"evaluation"},
     {"experiments"},

@@ -1,0 +1,1 @@
+"""Adapters to hosts; each module imports its host only."""

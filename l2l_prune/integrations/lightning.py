@@ -1,0 +1,152 @@
+"""Pruning in a Lightning training, learn2learn's Lightning algorithms included."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from l2l_prune.pruner import Pruner
+from l2l_prune.reparam import dense_state_dict
+from l2l_prune.schedules import Schedule
+from l2l_prune.selection import Layers, Rule
+
+try:  # learn2learn's algorithms are modules of this package; the two share their hooks
+    from pytorch_lightning import Callback
+except ImportError:
+    try:
+        from lightning.pytorch import Callback  # type: ignore[assignment]
+    except ImportError as error:
+        raise ImportError(
+            f'{error}; PruningCallback needs: pip install "l2l-prune[lightning]"'
+        ) from None
+
+
+class PruningCallback(Callback):
+    """Carries a pruning schedule out while a Lightning trainer fits.
+
+    One optimizer step is one iteration of the schedule: steps skipped by gradient accumulation
+    or a gradient scaler do not count. Of several optimizers the first that holds pruned weights
+    counts; the others only have their state follow the masks. The callback logs
+    ``pruning/sparsity`` and ``pruning/phase`` (the number of the segment), and saves and restores
+    itself with Lightning's checkpoints. The model stays attached after the fit, so that its
+    checkpoints go on to load; ``callback.pruner.finalize()`` makes it plain.
+
+    Args:
+        schedule: When to prune, and how much, in optimizer steps.
+        layers: As in :class:`~l2l_prune.Pruner`, likewise ``only``, ``skip`` and
+            ``regrow_state``; names start at the LightningModule.
+        only: See ``layers``.
+        skip: See ``layers``.
+        regrow_state: See ``layers``.
+        dense_weights: If given, at the end of the fit the weights are written to this file under
+            dense keys, as ``torch.save`` of a state dict.
+
+    Raises:
+        TypeError: If ``schedule`` is none.
+        ValueError: When the fit starts, if the module cannot be pruned as asked, or no optimizer
+            holds a pruned weight.
+
+    Example:
+        ``Trainer(callbacks=[PruningCallback(DSDSchedule(0.3, pretrain=300, prune=600,
+        retrain=100))])``
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        layers: Layers = "all",
+        only: Rule | Iterable[Rule] | None = None,
+        skip: Rule | Iterable[Rule] | None = None,
+        regrow_state: Literal["match", "keep"] = "match",
+        dense_weights: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
+        self.schedule = schedule
+        self.pruner: Pruner | None = None
+        self._options: dict[str, Any] = {
+            "layers": layers,
+            "only": only,
+            "skip": skip,
+            "regrow_state": regrow_state,
+        }
+        self._dense_weights = dense_weights
+        self._restored: dict[str, Any] | None = None
+        self._handles: list[Any] = []
+
+    def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
+        """Attach before Lightning restores weights, whose keys are those of a pruned model."""
+        if self.pruner is None or self.pruner.model is not pl_module:
+            self.pruner = Pruner(pl_module, self.schedule, **self._options)
+            if self._restored is not None:
+                self.pruner.load_state_dict(self._restored)
+
+    def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Find the optimizers of the pruned weights and count their steps from here on."""
+        pruner = self._attached()
+        found = [_plain(o) for o in trainer.optimizers if pruner.owns(_plain(o))]
+        if not found:
+            raise ValueError("none of the trainer's optimizers holds a weight that is pruned")
+        for number, optimizer in enumerate(found):
+            if optimizer not in pruner.optimizers:
+                pruner.add_optimizer(optimizer)
+            then = self._count if number == 0 else self._project
+            self._handles.append(optimizer.register_step_post_hook(then))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Log sparsity and phase."""
+        pruner = self._attached()
+        position = float(self.schedule.index(pruner.iteration))
+        pl_module.log("pruning/sparsity", pruner.sparsity, on_step=True, on_epoch=False)
+        pl_module.log("pruning/phase", position, on_step=True, on_epoch=False)
+
+    def on_fit_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Stop counting; write the dense weights if asked to."""
+        self._unhook()
+        if self._dense_weights is not None and trainer.is_global_zero:
+            torch.save(dense_state_dict(pl_module), self._dense_weights)
+
+    def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
+        """Stop counting after a fit that failed or was interrupted."""
+        self._unhook()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Saved in Lightning's checkpoints."""
+        return {} if self.pruner is None else self.pruner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restored from Lightning's checkpoints."""
+        if not state_dict:
+            return
+        self._restored = state_dict
+        if self.pruner is not None:
+            self.pruner.load_state_dict(state_dict)
+
+    def _attached(self) -> Pruner:
+        if self.pruner is None:
+            raise RuntimeError("PruningCallback is not set up: pass it to Trainer(callbacks=...)")
+        return self.pruner
+
+    def _count(self, *args: Any) -> None:
+        self._attached().step()
+
+    def _project(self, *args: Any) -> None:
+        self._attached().project()
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _plain(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside Lightning's wrapper."""
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner

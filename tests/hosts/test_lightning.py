@@ -1,0 +1,327 @@
+"""PruningCallback in real Lightning trainers, learn2learn's four algorithms included."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from l2l_prune import Pruner, Schedule, Segment
+
+pl = pytest.importorskip("pytorch_lightning")
+algorithms = pytest.importorskip("learn2learn.algorithms.lightning")
+
+from l2l_prune.integrations.lightning import PruningCallback  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SCHEDULE = Schedule(
+    (
+        Segment(2, phase="pretrain"),
+        Segment(4, sparse=True, sparsity=0.5, phase="prune"),
+        Segment(2, phase="retrain"),
+        Segment(4, sparse=True, sparsity=0.25, phase="prune"),
+    )
+)
+
+
+class Net(nn.Module):
+    def __init__(self, out=3):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.head = nn.Linear(16, out)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.conv(x)).flatten(1))
+
+
+class Tasks(torch.utils.data.Dataset):
+    """Three ways, one shot, two queries, in the order that learn2learn's modules expect."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return (
+            torch.randn(9, 1, 4, 4, generator=generator),
+            torch.arange(3).repeat_interleave(3),
+        )
+
+
+def loader(length=12):
+    return DataLoader(Tasks(length), batch_size=None)
+
+
+WAYS = {
+    f"{split}_{kind}": n
+    for split in ("train", "test")
+    for kind, n in (("ways", 3), ("shots", 1), ("queries", 2))
+}
+MODULES = {
+    "maml": lambda: algorithms.LightningMAML(Net(), adaptation_lr=0.1, lr=0.01, **WAYS),
+    "anil": lambda: algorithms.LightningANIL(
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten()),
+        nn.Linear(16, 3),
+        lr=0.01,
+        **WAYS,
+    ),
+    "protonet": lambda: algorithms.LightningPrototypicalNetworks(Net(8), lr=0.01, **WAYS),
+    "metaoptnet": lambda: algorithms.LightningMetaOptNet(Net(8), lr=0.01, **WAYS),
+}
+
+
+def trainer(folder, callbacks, epochs=1, **options):
+    return pl.Trainer(
+        default_root_dir=folder,
+        callbacks=callbacks,
+        max_epochs=epochs,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"logger": False, "enable_checkpointing": False, **options},
+    )
+
+
+class Watch(pl.Callback):
+    """Looks at the weights after every batch, from outside."""
+
+    def __init__(self, pruning):
+        self.pruning, self.seen = pruning, []
+
+    def on_train_batch_end(self, trainer, module, *args):
+        pruner = self.pruning.pruner
+        for name, mask in pruner.masks.items():
+            path, _, weight = name.rpartition(".")
+            assert (getattr(module.get_submodule(path), weight)[~mask] == 0).all()
+        self.seen.append((pruner.iteration, pruner.phase, round(pruner.sparsity, 2)))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_learn2learn_algorithms(tmp_path, name):
+    torch.manual_seed(0)
+    pruning = PruningCallback(SCHEDULE)
+    watch = Watch(pruning)
+    trainer(tmp_path, [pruning, watch]).fit(MODULES[name](), loader())
+    phases = [SCHEDULE.segment(i).phase for i in range(1, 13)]
+    assert [phase for _, phase, _ in watch.seen] == phases
+    assert [i for i, *_ in watch.seen] == list(range(1, 13))
+    sparsities = [s for _, _, s in watch.seen]
+    assert sparsities == pytest.approx([0, 0.5, 0.5, 0.5, 0.5, 0, 0] + [0.25] * 5, abs=0.02)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_equals_a_plain_loop_with_pruner(tmp_path, name):
+    torch.manual_seed(0)
+    module = MODULES[name]()
+    twin = copy.deepcopy(module)
+    pruning = PruningCallback(SCHEDULE)
+    trainer(tmp_path, [pruning]).fit(module, loader())
+    (optimizer,), (scheduler,) = twin.configure_optimizers()
+    pruner = Pruner(twin, SCHEDULE, optimizer)
+    twin.train()
+    for index, batch in enumerate(loader()):
+        optimizer.zero_grad()
+        twin.meta_learn(batch, index, 3, 1, 2)[0].backward()
+        optimizer.step()
+        pruner.step()
+    scheduler.step()
+    for a, b in zip(module.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+class Plain(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def training_step(self, batch, index):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+def test_gradient_accumulation_counts_optimizer_steps(tmp_path):
+    pruning = PruningCallback(SCHEDULE)
+    trainer(tmp_path, [pruning], accumulate_grad_batches=3).fit(Plain(), loader(12))
+    assert pruning.pruner.iteration == 4
+
+
+class TwoOptimizers(Plain):
+    """Manual optimization: a conv optimizer, a head optimizer, and one over something else."""
+
+    def __init__(self, prunable=True):
+        super().__init__()
+        self.automatic_optimization = False
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def training_step(self, batch, index):
+        loss = self.scale * super().training_step(batch, index)
+        other, conv, head = self.optimizers()
+        for optimizer in (other, conv, head):
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        other.step()
+        other.step()
+        conv.step()
+        head.step()
+
+    def configure_optimizers(self):
+        return (
+            torch.optim.SGD([self.scale], lr=0.1),
+            torch.optim.SGD(self.net.conv.parameters(), lr=0.1, momentum=0.9),
+            torch.optim.SGD(self.net.head.parameters(), lr=0.1, momentum=0.9),
+        )
+
+
+def test_several_optimizers(tmp_path):
+    pruning = PruningCallback(SCHEDULE)
+    watch = Watch(pruning)
+    trainer(tmp_path, [pruning, watch]).fit(TwoOptimizers(), loader())
+    assert [i for i, *_ in watch.seen] == list(range(1, 13))
+    assert len(pruning.pruner.optimizers) == 2
+
+
+@pytest.mark.parametrize("name", ["maml", "protonet"])
+def test_resumes_exactly_from_any_step(tmp_path, name):
+    """Epochs of one task each, since Lightning itself does not rewind a loader within an epoch."""
+    torch.manual_seed(0)
+    whole = MODULES[name]()
+    start = copy.deepcopy(whole)
+    first = PruningCallback(SCHEDULE)
+    saving = pl.callbacks.ModelCheckpoint(
+        dirpath=tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}"
+    )
+    trainer(tmp_path, [first, saving], epochs=12, enable_checkpointing=True).fit(whole, loader(1))
+    for step in (1, 2, 4, 6, 7, 9):
+        module, again = copy.deepcopy(start), PruningCallback(SCHEDULE)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(1)
+        trainer(tmp_path, [again], epochs=12).fit(
+            module, loader(1), ckpt_path=tmp_path / f"step={step}.ckpt"
+        )
+        assert again.pruner.iteration == 12
+        for a, b in zip(whole.parameters(), module.parameters(), strict=True):
+            assert torch.equal(a, b), step
+        assert repr(again.pruner) == repr(first.pruner)
+
+
+def test_testing_a_checkpoint_and_dense_weights(tmp_path):
+    torch.manual_seed(0)
+    module = MODULES["maml"]()
+    keys = list(module.state_dict())
+    dense = tmp_path / "dense.pt"
+    pruning = PruningCallback(SCHEDULE, dense_weights=dense)
+    fit = trainer(tmp_path, [pruning], inference_mode=False)
+    fit.fit(module, loader())
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+    state = torch.load(dense, weights_only=True)
+    assert list(state) == keys
+    assert (state["model.module.head.weight"] == 0).sum() == 12
+    fresh = MODULES["maml"]()
+    fresh.load_state_dict(state)
+    (ours,) = fit.test(module, loader(3), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    x = loader().dataset[0][0]
+    assert torch.equal(fresh.model(x), module.model(x))
+    (resumed,) = trainer(tmp_path, [PruningCallback(SCHEDULE)], inference_mode=False).test(
+        MODULES["maml"](), loader(3), ckpt_path=tmp_path / "last.ckpt", verbose=False
+    )
+    assert ours == resumed  # both adapt under the mask
+    assert list(pruning.pruner.finalize().state_dict()) == keys
+
+
+def test_logs_sparsity_and_phase(tmp_path):
+    logger = pl.loggers.CSVLogger(tmp_path)
+    pruning = PruningCallback(SCHEDULE)
+    trainer(tmp_path, [pruning], logger=logger, log_every_n_steps=1).fit(Plain(), loader())
+    logger.save()
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["pruning/phase"]) for row in rows] == [
+        SCHEDULE.index(i) for i in range(1, 13)
+    ]
+    assert max(float(row["pruning/sparsity"]) for row in rows) == pytest.approx(0.5, abs=0.02)
+
+
+def test_misuse_is_told(tmp_path):
+    with pytest.raises(TypeError, match="schedule"):
+        PruningCallback(0.5)
+
+    class Elsewhere(Plain):
+        def configure_optimizers(self):
+            return torch.optim.SGD([self.net.head.bias], lr=0.1)
+
+    with pytest.raises(ValueError, match="none of the trainer's optimizers"):
+        trainer(tmp_path, [PruningCallback(SCHEDULE)]).fit(Elsewhere(), loader())
+    with pytest.raises(ValueError, match="'nope'"):
+        trainer(tmp_path, [PruningCallback(SCHEDULE, only="nope")]).fit(Plain(), loader())
+    with pytest.raises(RuntimeError, match="not set up"):
+        PruningCallback(SCHEDULE).on_fit_start(None, Plain())
+
+
+def test_the_other_lightning_package_takes_it_too(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Other(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        training_step, configure_optimizers = Plain.training_step, Plain.configure_optimizers
+
+    pruning = PruningCallback(SCHEDULE)
+    lightning.Trainer(
+        default_root_dir=tmp_path,
+        callbacks=[pruning],
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(Other(), loader())
+    assert pruning.pruner.iteration == 12
+
+
+DDP = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import pytorch_lightning as pl
+from tests.hosts.test_lightning import Plain, SCHEDULE, loader
+from l2l_prune.integrations.lightning import PruningCallback
+pl.seed_everything(0)
+module, pruning = Plain(), PruningCallback(SCHEDULE)
+fit = pl.Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False,
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    use_distributed_sampler=False)
+fit.callbacks.append(pruning)
+fit.fit(module, loader())
+torch.save((pruning.pruner.masks, module.state_dict()), f"{folder}/{{fit.global_rank}}.pt")
+"""
+
+
+def test_ddp_on_two_processes(tmp_path):
+    from pathlib import Path
+
+    script = tmp_path / "script.py"
+    root = str(Path(__file__).parents[2])
+    script.write_text(DDP.format(root=root, folder=str(tmp_path)))
+    subprocess.run([sys.executable, "-W", "ignore", str(script)], check=True, timeout=300)
+    (masks, state), (other_masks, other) = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)
+    )
+    assert all(torch.equal(state[k], other[k]) for k in state)
+    assert all(torch.equal(masks[k], other_masks[k]) for k in masks)
+    assert sum(int((~m).sum()) for m in masks.values()) > 0
