@@ -3,13 +3,23 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint install
+.PHONY: demo test test-peers support lint install
 
 demo: install
 	$(BIN)/l2l-prune demo
 
 test: install
 	$(BIN)/python -m pytest
+
+# The hosts' own tests with the plugin attached; HIGHER=DIR adds those of a checkout of higher.
+test-peers: install
+	$(BIN)/python tests/peers/run.py $(if $(HIGHER),--higher $(HIGHER))
+
+# docs/support.md from the tests' results
+support: install
+	$(BIN)/python -m pytest -q -p tests.support_table --support-table docs/support.md \
+		tests/hosts tests/test_reparam.py tests/test_selection.py tests/test_distributed.py \
+		tests/test_examples.py
 
 lint: install
 	$(BIN)/ruff check .

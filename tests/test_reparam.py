@@ -274,10 +274,11 @@ def test_multihead_attention_out_proj_follows_its_mask():
             attention.out_proj.weight_orig.add_(1)  # no forward of out_proj in between
 
 
-def test_recurrent_layers_see_the_mask(batch):
-    lstm = nn.LSTM(3, 4, num_layers=2, bidirectional=True)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_see_the_mask(kind):
+    lstm = kind(3, 4, num_layers=2, bidirectional=True)
     oracle = copy.deepcopy(lstm)
-    Pruner(lstm, SPARSE, only=nn.LSTM)
+    Pruner(lstm, SPARSE, only=kind)
     x = torch.randn(5, 2, 3)
     for model in (lstm, copy.deepcopy(lstm), pickle.loads(pickle.dumps(lstm))):
         oracle.load_state_dict(dense_state_dict(model))
@@ -333,3 +334,33 @@ def test_compiled_model_follows_the_masks(net, batch):
         for name, mask in pruner.masks.items():
             assert (dict(net.named_parameters())[name + "_orig"].grad[~mask] == 0).all()
         pruner.step()
+
+
+def test_data_parallel_wrapping(net, batch):
+    """Without GPUs DataParallel calls the module itself; names and masks go through it."""
+    pruner = Pruner(nn.DataParallel(net), SPARSE)
+    assert set(pruner.masks) == {"module.conv1.weight", "module.conv2.weight", "module.fc.weight"}
+    wrapped = nn.DataParallel(net)
+    wrapped(batch[0]).sum().backward()
+    assert (net.fc.weight_orig.grad[~pruner.masks["module.fc.weight"]] == 0).all()
+    assert (net.fc.weight == 0).sum() == 24
+
+
+def test_replicas_of_data_parallel_keep_the_mask(net, batch):
+    """What DataParallel makes of a module on each device (here by its own replica method)."""
+    Pruner(net, SPARSE)
+    replica = net.fc._replicate_for_data_parallel()
+    for name, tensor in (*net.fc.named_parameters(), *net.fc.named_buffers()):
+        setattr(replica, name, tensor + 0)  # replicas hold non-leaf tensors
+    x = torch.randn(2, 16)
+    assert torch.equal(replica(x), net.fc(x))
+    replica(x).sum().backward()
+    assert (net.fc.weight_orig.grad[net.fc.weight_mask == 0] == 0).all()
+
+
+def test_batch_norm_scales_can_be_pruned_by_name(net, batch):
+    pruner = Pruner(net, SPARSE, only="norm.weight")
+    assert int(pruner.masks["norm.weight"].sum()) == 2
+    assert pruner.masks["norm.weight"].tolist() == [True, True, False, False]  # ties: lower index
+    net(batch[0]).sum().backward()
+    assert (net.norm.weight_orig.grad[2:] == 0).all()

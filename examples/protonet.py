@@ -1,0 +1,50 @@
+"""Prototypical networks with dense-sparse-dense training on glyphs.
+
+The lines marked l2l_prune are all that pruning adds to learn2learn's own loop.
+"""
+
+import sys
+
+import learn2learn as l2l
+import torch
+from torch.nn import functional as F
+
+from l2l_prune import DSDSchedule, Pruner  # l2l_prune
+from l2l_prune.data import glyphs_tasksets
+
+ITERATIONS = int(sys.argv[1]) if len(sys.argv) > 1 else 60
+WAYS, SHOTS, TASKS = 5, 1, 4
+
+
+def split(task):
+    """Support and query halves of a task of 2 * SHOTS examples a class."""
+    x, y = task
+    support = torch.arange(len(y)) % (2 * SHOTS) < SHOTS
+    return x[support], y[support], x[~support], y[~support]
+
+
+def main():
+    torch.manual_seed(0)
+    tasks = glyphs_tasksets(train_ways=WAYS, train_samples=2 * SHOTS).train
+    features = l2l.vision.models.OmniglotCNN(64, hidden_size=32)
+    opt = torch.optim.Adam(features.parameters(), 3e-3)
+    schedule = DSDSchedule.from_fractions(0.3, ITERATIONS)  # l2l_prune
+    pruner = Pruner(features, schedule, optimizer=opt)  # l2l_prune
+    for iteration in range(ITERATIONS):
+        opt.zero_grad()
+        accuracy = 0.0
+        for _ in range(TASKS):
+            xs, ys, xq, yq = split(tasks.sample())
+            classifier = l2l.nn.PrototypicalClassifier(features(xs), ys)
+            scores = classifier(features(xq))
+            (F.cross_entropy(scores, yq) / TASKS).backward()
+            accuracy += float((scores.argmax(1) == yq).float().mean()) / TASKS
+        opt.step()
+        pruner.step()  # l2l_prune
+        if iteration % 10 == 0:
+            print(f"{iteration:4d}  accuracy {accuracy:.2f}")
+    pruner.finalize()  # l2l_prune
+
+
+if __name__ == "__main__":
+    main()
