@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,14 @@ from l2l_prune import optimizer_state
 from l2l_prune.masks import magnitude_mask
 from l2l_prune.reparam import attach, detach, held_names, held_tensors, set_mask
 from l2l_prune.schedules import Schedule, Segment
-from l2l_prune.selection import Layers, LayerTensor, Rule, segment_counts, select
+from l2l_prune.selection import (
+    Layers,
+    LayerTensor,
+    Rule,
+    learning_rates,
+    segment_counts,
+    select,
+)
 
 _STATE_VERSION = 1
 
@@ -82,6 +89,7 @@ class Pruner:
         self.schedule = schedule
         self._regrow_state = regrow_state
         self._tensors = select(model, layers=layers, only=only, skip=skip)
+        self._rates = learning_rates(model, self._tensors)
         self._counts = [segment_counts(self._tensors, s) for s in schedule.segments]
         self._optimizers = _as_optimizers(optimizer)
         weights = [tensor.module._parameters[tensor.name] for tensor in self._tensors]
@@ -200,10 +208,11 @@ class Pruner:
         """
         self._check_attached()
         self.project()
-        self._regrown = {}  # the first optimizer step of the segment is over
         position = self.schedule.index(self._iteration + 1)
-        if position != self._position:
-            masks = self._new_masks(position, self._originals())
+        changed = position != self._position
+        masks = self._new_masks(position, self._originals()) if changed else []
+        self._regrown = {}  # the first optimizer step after a release is over
+        if changed:
             self._position = position
             self._put_masks(masks)
         self._iteration += 1
@@ -297,14 +306,23 @@ class Pruner:
         old = self._masks
         self._set_masks(masks)
         for position, (tensor, mask) in enumerate(zip(self._tensors, masks, strict=True)):
-            original, _ = held_tensors(tensor.module, tensor.name)
             regrown = mask & ~old[position] if old else torch.zeros_like(mask)
-            for optimizer in self._optimizers:
-                optimizer_state.clear_momentum(optimizer, original, mask)
-                if self._regrow_state == "match":
-                    optimizer_state.level_second_moment(optimizer, original, ~regrown, regrown)
-            if self._optimizers and self._regrow_state == "match" and bool(regrown.any()):
+            match = self._regrow_state == "match" and bool(regrown.any())
+            for optimizer, parameter in self._states(position):
+                optimizer_state.clear_momentum(optimizer, parameter, mask)
+                if match:
+                    optimizer_state.level_second_moment(optimizer, parameter, ~regrown, regrown)
+            if match and self._optimizers:
                 self._regrown[tensor.full_name] = regrown
+
+    def _states(self, position: int) -> Iterator[tuple[Optimizer, Tensor]]:
+        """Every optimizer with each parameter whose state follows the mask of a tensor."""
+        tensor, rates = self._tensors[position], self._rates[position]
+        original, _ = held_tensors(tensor.module, tensor.name)
+        for optimizer in self._optimizers:
+            yield optimizer, original
+            if rates is not None:
+                yield optimizer, rates
 
     def _set_masks(self, masks: list[Tensor]) -> None:
         for tensor, mask in zip(self._tensors, masks, strict=True):
@@ -339,11 +357,12 @@ class Pruner:
 
     @torch.no_grad()
     def _raise_to_gradients(self, optimizer: Optimizer) -> None:
-        for tensor in self._tensors:
-            if tensor.full_name in self._regrown:
-                original, _ = held_tensors(tensor.module, tensor.name)
-                regrown = self._regrown[tensor.full_name]
-                optimizer_state.raise_to_gradient(optimizer, original, regrown)
+        for position, tensor in enumerate(self._tensors):
+            regrown = self._regrown.get(tensor.full_name)
+            if regrown is not None:
+                for held, parameter in self._states(position):
+                    if held is optimizer:
+                        optimizer_state.raise_to_gradient(optimizer, parameter, regrown)
 
     def _check_attached(self, masks: bool = True) -> None:
         if self._finalized:

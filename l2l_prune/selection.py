@@ -181,6 +181,30 @@ def segment_counts(tensors: list[LayerTensor], segment: Segment) -> list[int]:
     return counts
 
 
+def learning_rates(model: nn.Module, tensors: list[LayerTensor]) -> list[nn.Parameter | None]:
+    """The learned rates that belong to each tensor entry by entry, as in learn2learn's Meta-SGD.
+
+    Meta-SGD keeps one rate tensor for each parameter of its network, in the same order, as
+    ``lrs``. The state that an optimizer has for them must follow the masks like the weights'.
+
+    Args:
+        model: The model that was given to the Pruner.
+        tensors: The selected tensors, before anything is attached.
+
+    Returns:
+        For each tensor its rates, of the same shape, or None.
+    """
+    rates: dict[int, nn.Parameter] = {}
+    for wrapper in model.modules():
+        network, lrs = wrapper._modules.get("module"), wrapper._modules.get("lrs")
+        if network is not None and isinstance(lrs, nn.ParameterList):
+            pairs = list(zip(network.parameters(), lrs.parameters(), strict=False))
+            if all(parameter.shape == rate.shape for parameter, rate in pairs):
+                rates.update({id(parameter): rate for parameter, rate in pairs})
+    weights = [t.module._parameters.get(t.name) for t in tensors]
+    return [rates.get(id(weight)) for weight in weights]
+
+
 def _beside_the_network(model: nn.Module) -> set[nn.Module]:
     """Modules that a meta-learning wrapper holds beside its network.
 

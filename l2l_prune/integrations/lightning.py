@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -15,18 +17,16 @@ from l2l_prune.reparam import dense_state_dict
 from l2l_prune.schedules import Schedule
 from l2l_prune.selection import Layers, Rule
 
-try:  # learn2learn's algorithms are modules of this package; the two share their hooks
-    from pytorch_lightning import Callback
-except ImportError:
-    try:
-        from lightning.pytorch import Callback  # type: ignore[assignment]
-    except ImportError as error:
-        raise ImportError(
-            f'{error}; PruningCallback needs: pip install "l2l-prune[lightning]"'
-        ) from None
+
+def _callback_class() -> Any:
+    """Callback of the Lightning package that is installed; the two packages share their hooks."""
+    for package in ("pytorch_lightning", "lightning.pytorch"):  # learn2learn uses the first
+        with suppress(ImportError):
+            return importlib.import_module(package).Callback
+    raise ImportError('PruningCallback needs: pip install "l2l-prune[lightning]"')
 
 
-class PruningCallback(Callback):
+class PruningCallback(_callback_class()):  # type: ignore[misc]
     """Carries a pruning schedule out while a Lightning trainer fits.
 
     One optimizer step is one iteration of the schedule: steps skipped by gradient accumulation
