@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import typer
@@ -14,6 +16,9 @@ except ImportError as error:  # pragma: no cover - needs an environment without 
     ) from None
 
 import l2l_prune
+from l2l_prune.data import DATA_SETS
+from l2l_prune.data.images import check_files
+from l2l_prune.experiments.config import DEFAULTS, SCHEDULES, make_config
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,38 +38,166 @@ def root(
         raise typer.Exit
 
 
+AlgorithmOption = Annotated[
+    str, typer.Option(help=f"One of {', '.join(DEFAULTS)}.", rich_help_panel="What")
+]
+ScheduleOption = Annotated[
+    list[str],
+    typer.Option(
+        help=f"One of {', '.join(SCHEDULES)}; repeat the option to compare.",
+        rich_help_panel="What",
+    ),
+]
+DataOption = Annotated[
+    str, typer.Option(help=f"One of {', '.join(DATA_SETS)}.", rich_help_panel="What")
+]
+RootOption = Annotated[
+    Path | None, typer.Option(help="Folder of the data set's files.", rich_help_panel="What")
+]
+SparsityOption = Annotated[
+    float,
+    typer.Option(help="Fraction pruned in the sparse phases, in (0, 1).", rich_help_panel="What"),
+]
+PublishedOption = Annotated[
+    bool,
+    typer.Option(
+        "--published",
+        help="Start from the published settings (reptile, cavia, metaoptnet).",
+        rich_help_panel="Settings",
+    ),
+]
+
+
+def _setting(help_text: str, least: int | None = 1) -> Any:
+    return typer.Option(
+        min=least,
+        help=help_text,
+        show_default="by algorithm",
+        rich_help_panel="Settings",
+    )
+
+
+@contextmanager
+def _plain_errors(out: Path) -> Iterator[None]:
+    """What a user can mend is told in a line; Ctrl-C leaves quietly."""
+    from l2l_prune.experiments.side_by_side import RunFailed
+
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"{out} is a file, not a folder", param_hint="--out")
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ImportError, RunFailed) as error:
+        typer.echo(f"l2l-prune: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped by Ctrl-C; nothing of the runs in progress was written")
+        raise typer.Exit(130) from None
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results, curves and weights.")] = Path(
         "runs/demo"
     ),
     iterations: Annotated[int, typer.Option(min=20, help="Meta-iterations of each run.")] = 400,
-    sparsity: Annotated[
-        float, typer.Option(help="Fraction pruned in the sparse phases, in (0, 1).")
-    ] = 0.5,
+    sparsity: SparsityOption = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and tasks.")] = 0,
     eval_tasks: Annotated[int, typer.Option(min=2, help="Tasks behind each accuracy.")] = 200,
 ) -> None:
     """Train dense, DSD and IHT Reptile side by side on rendered characters."""
     from l2l_prune.experiments.demo import run_demo
 
-    if not 0 < sparsity < 1:
-        raise typer.BadParameter(f"{sparsity} is not in (0, 1)", param_hint="--sparsity")
-    if out.exists() and not out.is_dir():
-        raise typer.BadParameter(f"{out} is a file, not a folder", param_hint="--out")
-    console = Console()
-    try:
+    _check_sparsity(sparsity)
+    with _plain_errors(out):
         run_demo(
             out,
             iterations=iterations,
             sparsity=sparsity,
             seed=seed,
             eval_tasks=eval_tasks,
-            console=console,
+            console=Console(),
         )
-    except KeyboardInterrupt:
-        console.print("stopped by Ctrl-C; nothing of this run was written")
-        raise typer.Exit(130) from None
+
+
+@app.command()
+def run(
+    algorithm: AlgorithmOption = "reptile",
+    schedule: ScheduleOption = ["dsd"],  # noqa: B006 - typer copies it
+    data: DataOption = "glyphs",
+    data_root: RootOption = None,
+    sparsity: SparsityOption = 0.5,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of weights and tasks, or the first of --seeds.")
+    ] = 0,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of seeds; with more than one, a table over them.")
+    ] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, one thread each.")] = 2,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results.", show_default="runs/ALGORITHM-SCHEDULES"),
+    ] = None,
+    published: PublishedOption = False,
+    iterations: Annotated[int | None, _setting("Meta-iterations.", 20)] = None,
+    ways: Annotated[int | None, _setting("Classes of a task.", 2)] = None,
+    shots: Annotated[int | None, _setting("Support examples of a class at evaluation.")] = None,
+    train_shots: Annotated[int | None, _setting("Support examples of a class in training.")] = None,
+    train_classes: Annotated[int | None, _setting("Classes to train on.")] = None,
+    channels: Annotated[int | None, _setting("Channels of conv4.")] = None,
+    tasks: Annotated[int | None, _setting("Tasks in a meta-iteration.")] = None,
+    inner_steps: Annotated[int | None, _setting("Inner steps in training.")] = None,
+    inner_lr: Annotated[float | None, _setting("Learning rate of the inner steps.", None)] = None,
+    meta_lr: Annotated[float | None, _setting("Meta step, or outer learning rate.", None)] = None,
+    eval_tasks: Annotated[int | None, _setting("Tasks behind each accuracy.", 2)] = None,
+    backbone: Annotated[str | None, _setting("conv4 or resnet12 (metaoptnet).", None)] = None,
+) -> None:
+    """Train any meta-learner under any pruning schedules, over one seed or several.
+
+    With several seeds, finished runs in the folder are kept, so a stopped command can be repeated.
+    """
+    from l2l_prune.experiments.compare import compare
+    from l2l_prune.experiments.demo import run_and_report
+
+    _check_sparsity(sparsity)
+    out = out or Path("runs") / "-".join((algorithm, *schedule))
+    settings: dict[str, Any] = {
+        "iterations": iterations,
+        "sparsity": sparsity,
+        "published": published,
+        "data": data,
+        "data_root": str(data_root) if data_root else None,
+        "ways": ways,
+        "shots": shots,
+        "train_shots": train_shots,
+        "train_classes": train_classes,
+        "channels": channels,
+        "tasks": tasks,
+        "inner_steps": inner_steps,
+        "inner_lr": inner_lr,
+        "meta_lr": meta_lr,
+        "final_tasks": eval_tasks,
+        "backbone": backbone,
+    }
+    with _plain_errors(out):
+        configs = [
+            make_config(algorithm, kind, seed=number, **settings)
+            for number in range(seed, seed + seeds)
+            for kind in sorted(set(schedule), key=_baseline_first)
+        ]
+        check_files(data, data_root)
+        if seeds == 1:
+            run_and_report(configs, out, Console(), jobs)
+        else:
+            typer.echo(compare(configs, out, Console(), jobs))
+
+
+def _baseline_first(schedule: str) -> int:
+    return SCHEDULES.index(schedule) if schedule in SCHEDULES else -1  # refused by make_config
+
+
+def _check_sparsity(sparsity: float) -> None:
+    if not 0 < sparsity < 1:
+        raise typer.BadParameter(f"{sparsity} is not in (0, 1)", param_hint="--sparsity")
 
 
 def main() -> None:

@@ -75,6 +75,30 @@ def unpaired_difference(a: Mean, b: Mean) -> tuple[float, float]:
     return a.mean - b.mean, math.hypot(a.ci95, b.ci95)
 
 
+def accuracy(scores: Callable[[Episode], Tensor], episodes: Iterable[Episode]) -> Mean:
+    """Accuracy on the queries of each episode, for any way to score them.
+
+    Args:
+        scores: Learns from an episode's support set; class scores ``[queries, ways]``.
+        episodes: The tasks.
+
+    Returns:
+        Accuracy per task, in [0, 1].
+
+    Raises:
+        ValueError: If there are no episodes, or one has no queries.
+    """
+    accuracies = []
+    for episode in episodes:
+        if len(episode.query_y) == 0:
+            raise ValueError("an episode without queries cannot be scored")
+        predicted = scores(episode).argmax(1)
+        accuracies.append((predicted == episode.query_y).float().mean())
+    if not accuracies:
+        raise ValueError("there are no episodes to evaluate on")
+    return Mean(tuple(torch.stack(accuracies).double().tolist()))
+
+
 def few_shot_accuracy(
     algorithm: Algorithm,
     episodes: Iterable[Episode],
@@ -105,10 +129,8 @@ def few_shot_accuracy(
     Raises:
         ValueError: If there are no episodes, or one has no queries.
     """
-    accuracies = []
-    for episode in episodes:
-        if len(episode.query_y) == 0:
-            raise ValueError("an episode without queries cannot be scored")
+
+    def scores(episode: Episode) -> Tensor:
         learner = algorithm.clone()
         for x, y in minibatches(
             episode.support_x,
@@ -118,17 +140,15 @@ def few_shot_accuracy(
             generator=generator,
         ):
             learner.adapt(loss(learner(x), y))
-        predicted = _predict(learner, episode, transductive)
-        accuracies.append((predicted == episode.query_y).float().mean())
-    if not accuracies:
-        raise ValueError("there are no episodes to evaluate on")
-    return Mean(tuple(torch.stack(accuracies).double().tolist()))
+        return _scores(learner, episode, transductive)
+
+    return accuracy(scores, episodes)
 
 
 @torch.no_grad()
-def _predict(learner: nn.Module, episode: Episode, transductive: bool) -> Tensor:
+def _scores(learner: nn.Module, episode: Episode, transductive: bool) -> Tensor:
     if transductive:
         scores: Tensor = learner(episode.query_x)
-        return scores.argmax(1)
+        return scores
     alone = [learner(torch.cat([episode.support_x, query[None]]))[-1] for query in episode.query_x]
-    return torch.stack(alone).argmax(1)
+    return torch.stack(alone)

@@ -48,6 +48,9 @@ class Pruner:
             ``"match"``: as large as the largest kept one of the tensor, and at the first step at
             least as large as the gradient asks, so that regrown weights do not jump. ``"keep"``:
             as the optimizer left them.
+        dense_keys: Let the model's ``state_dict()`` give ``weight`` (pruned entries 0), as if it
+            had no masks, instead of torch's ``weight_orig`` and ``weight_mask``: for programs
+            that save checkpoints while they train and load them into plain models.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -78,6 +81,7 @@ class Pruner:
         only: Rule | Iterable[Rule] | None = None,
         skip: Rule | Iterable[Rule] | None = None,
         regrow_state: Literal["match", "keep"] = "match",
+        dense_keys: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -101,7 +105,7 @@ class Pruner:
         # Computed before anything is attached, so that a failure leaves the model untouched.
         first = self._new_masks(self._position, weights)  # type: ignore[arg-type]
         for tensor in self._tensors:
-            attach(tensor.module, tensor.name)
+            attach(tensor.module, tensor.name, dense_keys=dense_keys)
         self._regrown: dict[str, Tensor] = {}
         self._masks: list[Tensor] = []
         self._seen: list[tuple[Tensor, int]] = []  # mask buffers as last checked, with versions

@@ -44,7 +44,7 @@ class HeldMask(prune.BasePruningMethod):
         module._forward_pre_hooks = hooks
 
 
-def attach(module: nn.Module, name: str) -> None:
+def attach(module: nn.Module, name: str, *, dense_keys: bool = False) -> None:
     """Put ``module.<name>`` under an all-ones mask.
 
     The ``Parameter`` object stays the same and keeps its place in ``parameters()``; it is then
@@ -53,6 +53,8 @@ def attach(module: nn.Module, name: str) -> None:
     Args:
         module: The module that owns the parameter (see ``selection.check_prunable``).
         name: Name of the parameter in ``module``.
+        dense_keys: Let ``state_dict()`` give the masked weight as ``<name>``, instead of
+            ``<name>_orig`` and ``<name>_mask``.
     """
     weight = cast(nn.Parameter, module._parameters[name])
     names = held_names(module)
@@ -63,6 +65,8 @@ def attach(module: nn.Module, name: str) -> None:
     module.__dict__.pop("_flat_weights", None)  # recurrent layers: see _flat_weights_property
     module.__class__ = held_class(base, (*names, name))
     module.register_forward_pre_hook(HeldMask(name))
+    if dense_keys and not names:
+        module._register_state_dict_hook(_give_dense_keys)  # type: ignore[no-untyped-call]
 
 
 def detach(module: nn.Module, name: str) -> None:
@@ -95,6 +99,11 @@ def detach(module: nn.Module, name: str) -> None:
         for key, hook in hooks
         if not (isinstance(hook, HeldMask) and hook._tensor_name == name)
     )
+    if not remaining:
+        saving = module._state_dict_hooks.items()
+        module._state_dict_hooks = OrderedDict(
+            (key, hook) for key, hook in saving if hook is not _give_dense_keys
+        )
     if isinstance(module, nn.RNNBase) and not remaining:
         module._flat_weights = [getattr(module, key) for key in module._flat_weights_names]
 
@@ -259,16 +268,30 @@ def _new_held(base: type[nn.Module], names: tuple[str, ...], *args: Any) -> nn.M
     return cls.__new__(cls, *args)
 
 
+def _give_dense_keys(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    """State dict hook for ``attach(dense_keys=True)``; the order of the keys stays."""
+    mine = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    for name in held_names(module):
+        mask = mine.pop(f"{prefix}{name}_mask")
+        mine[f"{prefix}{name}_orig"] = mine[f"{prefix}{name}_orig"] * mask
+    dense = {f"{prefix}{name}_orig": f"{prefix}{name}" for name in held_names(module)}
+    state_dict.update((dense.get(key, key), value) for key, value in mine.items())
+
+
 def _translate_dense_keys(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]
 ) -> None:
-    """Take dense keys while the mask is all ones; refuse them, also under strict=False, if not."""
+    """Take dense weights that fit the mask; refuse others, also under strict=False."""
     for name in held_names(module):
         dense, original = f"{prefix}{name}", f"{prefix}{name}_orig"
         if dense not in state_dict or original in state_dict:
             continue
         _, mask = held_tensors(module, name)
-        if bool(mask.all()):
+        value = state_dict[dense]
+        fits = value.shape != mask.shape or not bool(value.to(mask.device)[mask == 0].any())
+        if fits:  # a wrong shape is torch's to tell
             state_dict[original] = state_dict.pop(dense)
             state_dict[f"{prefix}{name}_mask"] = mask.clone()
         else:

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from l2l_prune.evaluation import Mean
-from l2l_prune.experiments.demo import demo_configs, verdicts
+from l2l_prune.experiments.demo import demo_configs
 from l2l_prune.experiments.models import Conv4
+from l2l_prune.experiments.results import verdicts
 from l2l_prune.experiments.run import Progress, RunResult, run
 
 COMMAND = [sys.executable, "-m", "l2l_prune", "demo"]

@@ -2,7 +2,19 @@
 
 from l2l_prune.data.episodes import Episode, EpisodeSampler
 from l2l_prune.data.glyphs import Glyphs
+from l2l_prune.data.images import DATA_SETS, Images, load_images
 from l2l_prune.data.minibatches import minibatches
+from l2l_prune.data.sine import SineTasks
 from l2l_prune.data.tasksets import glyphs_tasksets
 
-__all__ = ["Episode", "EpisodeSampler", "Glyphs", "glyphs_tasksets", "minibatches"]
+__all__ = [
+    "DATA_SETS",
+    "Episode",
+    "EpisodeSampler",
+    "Glyphs",
+    "Images",
+    "SineTasks",
+    "glyphs_tasksets",
+    "load_images",
+    "minibatches",
+]

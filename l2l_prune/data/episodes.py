@@ -14,7 +14,7 @@ class Episode(NamedTuple):
 
     Attributes:
         support_x: float32 ``[ways * shots, C, H, W]``.
-        support_y: int64 ``[ways * shots]``, in 0 .. ways - 1.
+        support_y: int64 ``[ways * shots]``, in 0 .. ways - 1 (targets in regression).
         query_x: float32 ``[ways * queries, C, H, W]``.
         query_y: int64 ``[ways * queries]``.
     """

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from l2l_prune.evaluation import Mean
+from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.files import replace_file
-from l2l_prune.experiments.run import RunConfig, RunResult
+from l2l_prune.experiments.run import RunResult
 
 # Okabe-Ito: told apart by people with any colour vision; train is dashed besides.
 TRAIN, TEST = "#D55E00", "#0072B2"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import traceback
+from collections.abc import Callable
 from multiprocessing.queues import Queue
 from typing import Any
 
@@ -13,19 +14,28 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from l2l_prune.experiments.run import Progress, RunConfig, RunResult, run
+from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.run import Progress, RunResult, run
 
 
 class RunFailed(RuntimeError):
-    """A run in another process raised; the message holds its traceback."""
+    """A run in another process raised; the message holds what it said."""
 
 
-def run_side_by_side(configs: list[RunConfig], console: Console) -> list[RunResult]:
+def run_side_by_side(
+    configs: list[RunConfig],
+    console: Console,
+    *,
+    jobs: int | None = None,
+    on_result: Callable[[RunConfig, RunResult], None] = lambda config, result: None,
+) -> list[RunResult]:
     """Run all configs in parallel processes of one thread each.
 
     Args:
-        configs: The runs; names must differ.
+        configs: The runs.
         console: Where the progress bars go.
+        jobs: How many may run at once; all by default.
+        on_result: Called with each result as it comes.
 
     Returns:
         Results in the order of ``configs``.
@@ -41,12 +51,14 @@ def run_side_by_side(configs: list[RunConfig], console: Console) -> list[RunResu
         for number, config in enumerate(configs)
     ]
     results: dict[int, RunResult] = {}
+    waiting = list(workers)
     try:
-        _start(workers)
+        for _ in range(len(workers) if jobs is None else jobs):
+            _start_next(waiting)
         with _bars(console) as bars:
             tasks = [
                 bars.add_task(
-                    config.name, total=config.schedule.iterations, phase="starting", numbers=""
+                    config.title, total=config.schedule.iterations, phase="waiting", numbers=""
                 )
                 for config in configs
             ]
@@ -65,8 +77,10 @@ def run_side_by_side(configs: list[RunConfig], console: Console) -> list[RunResu
                 elif isinstance(message, RunResult):
                     results[number] = message
                     bars.update(tasks[number], phase="done", numbers=_numbers(message))
+                    on_result(configs[number], message)
+                    _start_next(waiting)
                 else:
-                    raise RunFailed(f"the run {configs[number].name!r} failed:\n{message}")
+                    raise RunFailed(f"the run {configs[number].title!r} failed: {message}")
     finally:
         started = [worker for worker in workers if worker.pid is not None]
         for worker in started:
@@ -76,12 +90,13 @@ def run_side_by_side(configs: list[RunConfig], console: Console) -> list[RunResu
     return [results[number] for number in range(len(configs))]
 
 
-def _start(workers: list[Any]) -> None:
-    """Start with SIGINT ignored, which the processes inherit: Ctrl-C is the parent's to handle."""
+def _start_next(waiting: list[Any]) -> None:
+    """Start with SIGINT ignored, which the process inherits: Ctrl-C is the parent's to handle."""
+    if not waiting:
+        return
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        for worker in workers:
-            worker.start()
+        waiting.pop(0).start()
     finally:
         signal.signal(signal.SIGINT, handler)
 
@@ -91,6 +106,8 @@ def _work(number: int, config: RunConfig, messages: Queue[tuple[int, Any]]) -> N
     try:
         for message in run(config):
             messages.put((number, _sendable(message)))
+    except (ValueError, FileNotFoundError, ImportError) as error:  # settings that cannot be
+        messages.put((number, str(error)))
     except Exception:
         messages.put((number, traceback.format_exc()))
     messages.close()
@@ -125,7 +142,7 @@ def _next_message(
 
 def _bars(console: Console) -> Bars:
     return Bars(
-        TextColumn("{task.description:<6}"),
+        TextColumn("{task.description:<12}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("{task.fields[phase]:<18}"),

@@ -1,0 +1,150 @@
+"""Dense, DSD and IHT over several seeds, and what can be said about their difference."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from scipy import stats
+from tabulate import tabulate
+
+from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.files import replace_file
+from l2l_prune.experiments.results import write_results
+from l2l_prune.experiments.run import RunResult
+from l2l_prune.experiments.side_by_side import run_side_by_side
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its 95% confidence interval (Student's t).
+
+    Args:
+        values: One value a seed, in fractions.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds."""
+        return math.fsum(self.values) / len(self.values)
+
+    @property
+    def ci95(self) -> float:
+        """Half width of the interval; NaN for one seed."""
+        if len(self.values) < 2:
+            return math.nan
+        quantile = stats.t.ppf(0.975, len(self.values) - 1)
+        return float(quantile * stats.sem(self.values))
+
+    @property
+    def verdict(self) -> str:
+        """What a difference says: ``"better"``, ``"worse"`` or ``"not significant"``."""
+        if not abs(self.mean) > self.ci95:
+            return "not significant"
+        return "better" if self.mean > 0 else "worse"
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.1f} ± {100 * self.ci95:.1f}"
+
+
+def compare(
+    configs: list[RunConfig], folder: Path, console: Console, jobs: int | None = None
+) -> str:
+    """Run what is not yet in ``folder``, and write the table there.
+
+    Args:
+        configs: The runs: each method with each seed; the first method is the baseline.
+        folder: Gets a folder for each run, filled as it ends, and ``table.md``.
+        console: Where progress is shown.
+        jobs: Runs at once; all by default.
+
+    Returns:
+        The table and the verdicts as Markdown.
+
+    Raises:
+        RunFailed: If a run failed; those that ended before stay in ``folder``.
+        ValueError: If ``folder`` holds results of other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [c for c in configs if _finished(folder, c) is None]
+
+    def keep(config: RunConfig, result: RunResult) -> None:
+        place = _place(folder, config)
+        place.mkdir(exist_ok=True)
+        write_results(place, [config], [result])
+
+    run_side_by_side(missing, console, jobs=jobs, on_result=keep)
+    text = _markdown([(c, _finished(folder, c)) for c in configs])
+    with replace_file(folder / "table.md") as path:
+        path.write_text(text)
+    return text
+
+
+def _place(folder: Path, config: RunConfig) -> Path:
+    return folder / f"{config.name.lower()}-seed{config.seed}"
+
+
+def _finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:
+    """The results of a run that ended before, if its settings were these."""
+    file = _place(folder, config) / "results.json"
+    if not file.is_file():
+        return None
+    run: dict[str, Any] = json.loads(file.read_text())["runs"][0]
+    if run["config"] != json.loads(json.dumps(config.to_json())):
+        raise ValueError(f"{file} was made with other settings: choose another folder")
+    return run
+
+
+def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:
+    methods = list(dict.fromkeys(config.name for config, _ in runs))
+    seeds = sorted({config.seed for config, _ in runs})
+    values: dict[tuple[str, str], Estimate] = {}
+    rows = []
+    for method in methods:
+        mine = [(config, run) for config, run in runs if config.name == method]
+        for part in ("train", "test"):
+            means = tuple(run[part]["mean"] for _, run in mine)
+            values[method, part] = Estimate(means)
+        values[method, "gap"] = _difference(values[method, "train"], values[method, "test"])
+        rates = {s.sparsity_label for s in mine[0][0].schedule.segments if s.sparse}
+        parts = [str(values[method, part]) for part in ("train", "test", "gap")]
+        seconds = math.fsum(run["seconds"] for _, run in mine) / len(mine)
+        rows.append((method, max(rates, default="-"), *parts, f"{seconds:.0f}"))
+    table = tabulate(
+        rows,
+        headers=("method", "rate", "train", "test", "gap", "seconds"),
+        tablefmt="github",
+        disable_numparse=True,
+    )
+    config = runs[0][0]
+    lines = [
+        f"Accuracy [%] of {config.algorithm} on {config.data}, {config.ways}-way "
+        f"{config.shots}-shot, {config.schedule.iterations} meta-iterations: mean ± 95% CI over "
+        f"{len(seeds)} seeds, {config.final_tasks} tasks each.\n",
+        table,
+        "",
+    ]
+    for method in methods[1:]:
+        for part in ("train", "test", "gap"):
+            difference = _difference(values[method, part], values[methods[0], part])
+            word = difference.verdict
+            if part == "gap" and word != "not significant":
+                word = "smaller" if word == "worse" else "larger"
+            elif part == "train" and word != "not significant":
+                word = "higher" if word == "better" else "lower"
+            lines.append(
+                f"- {method} - {methods[0]}, {part}: "
+                f"{100 * difference.mean:+.1f} ± {100 * difference.ci95:.1f} ({word})"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _difference(a: Estimate, b: Estimate) -> Estimate:
+    """Paired by seed: both saw the same weights at the start, and the same tasks."""
+    return Estimate(tuple(x - y for x, y in zip(a.values, b.values, strict=True)))

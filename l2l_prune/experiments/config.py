@@ -1,0 +1,230 @@
+"""The settings of a run, with defaults for each algorithm."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from l2l_prune.schedules import DSDSchedule, IHTSchedule, Schedule, Segment
+from l2l_prune.selection import Layers
+
+SCHEDULES = ("dense", "dsd", "iht")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings of one run.
+
+    Args:
+        name: Name of the method, for tables and files.
+        schedule: When to prune, and how much; its length is the run's.
+        seed: Seed of weights, tasks and minibatches. Runs with one seed see the same tasks.
+        algorithm: A key of :data:`DEFAULTS`.
+        data: Name of the data set, see :func:`l2l_prune.data.load_images`.
+        data_root: Folder of its files.
+        ways: Classes of a task.
+        shots: Support examples of a class at evaluation.
+        queries: Query examples of a class at evaluation.
+        train_shots: Support examples of a class in a training task.
+        train_queries: Query examples of a class in a training task (Reptile has none).
+        train_classes: Number of classes to train on, ``None`` for all.
+        backbone: ``"conv4"`` or ``"resnet12"`` (MetaOptNet only).
+        channels: Channels of each convolution of conv4.
+        drop_block: DropBlock in ResNet-12; ``None``: in the dense baseline alone, as the paper
+            lets pruning replace it.
+        layers: Which layers are pruned, as in :class:`~l2l_prune.Pruner`.
+        tasks: Tasks in a meta-iteration.
+        inner_steps: Inner steps in training.
+        inner_batch: Examples in an inner step in training (Reptile; the others take all).
+        inner_lr: Learning rate of the inner steps.
+        meta_lr: Reptile's first meta step size, falling linearly to 0, or the learning rate of
+            the outer optimizer.
+        eval_steps: Inner steps at evaluation.
+        eval_batch: Examples in an inner step at evaluation (Reptile).
+        eval_every: Meta-iterations between points of the accuracy curves.
+        curve_tasks: Tasks for each point of the curves, from each of training and test classes.
+        final_tasks: Tasks for the accuracies at the end, from each of training and test classes.
+    """
+
+    name: str
+    schedule: Schedule
+    seed: int = 0
+    algorithm: str = "reptile"
+    data: str = "glyphs"
+    data_root: str | None = None
+    ways: int = 5
+    shots: int = 1
+    queries: int = 5
+    train_shots: int = 10
+    train_queries: int = 0
+    train_classes: int | None = 30
+    backbone: str = "conv4"
+    channels: int = 64
+    drop_block: bool | None = None
+    layers: Layers = "authors"
+    tasks: int = 5
+    inner_steps: int = 5
+    inner_batch: int = 10
+    inner_lr: float = 1e-3
+    meta_lr: float = 1.0
+    eval_steps: int = 5
+    eval_batch: int = 5
+    eval_every: int = 25
+    curve_tasks: int = 12
+    final_tasks: int = 200
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in DEFAULTS:
+            raise ValueError(f"algorithm must be one of {', '.join(DEFAULTS)}: {self.algorithm!r}")
+        if self.backbone not in ("conv4", "resnet12"):
+            raise ValueError(f'backbone must be "conv4" or "resnet12", got {self.backbone!r}')
+        if self.backbone == "resnet12" and self.algorithm != "metaoptnet":
+            raise ValueError("backbone resnet12 goes with the algorithm metaoptnet only")
+
+    @property
+    def with_drop_block(self) -> bool:
+        """Whether ResNet-12 drops blocks in this run."""
+        if self.drop_block is not None:
+            return self.drop_block
+        return not any(segment.sparse for segment in self.schedule.segments)
+
+    @property
+    def title(self) -> str:
+        """Name and seed: ``"DSD seed 0"``."""
+        return f"{self.name} seed {self.seed}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the schedule as its own dict."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**values, "schedule": self.schedule.to_dict()}
+
+
+_LEARN2LEARN: dict[str, Any] = {
+    "train_shots": 1,
+    "train_queries": 5,
+    "layers": "all",
+    "tasks": 4,
+    "inner_steps": 1,
+    "inner_lr": 0.5,
+    "meta_lr": 3e-3,
+    "eval_steps": 1,
+}
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "reptile": {},
+    "maml": _LEARN2LEARN,
+    "fomaml": _LEARN2LEARN,
+    "anil": _LEARN2LEARN,
+    "metasgd": _LEARN2LEARN,
+    "protonet": {**_LEARN2LEARN, "meta_lr": 1e-3},
+    "cavia": {
+        **_LEARN2LEARN,
+        "channels": 128,
+        "inner_steps": 2,
+        "inner_lr": 1.0,
+        "eval_steps": 2,
+    },
+    "metaoptnet": {
+        **_LEARN2LEARN,
+        "backbone": "resnet12",
+        "train_shots": 2,
+        "train_queries": 4,
+        "tasks": 1,
+        "meta_lr": 0.1,
+        "curve_tasks": 4,
+        "final_tasks": 100,
+    },
+}
+"""What each algorithm sets differently from :class:`RunConfig`, for short runs on glyphs."""
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "reptile": {
+        "iterations": 100_000,
+        "train_shots": 15,
+        "tasks": 5,
+        "inner_steps": 8,
+        "inner_batch": 10,
+        "eval_steps": 50,
+        "queries": 1,
+        "final_tasks": 10_000,
+    },
+    "cavia": {
+        "iterations": 60_000,
+        "meta_lr": 1e-3,
+        "train_queries": 15,
+        "queries": 15,
+        "tasks": 16,
+        "final_tasks": 1_000,
+    },
+    "metaoptnet": {
+        "iterations": 60_000,
+        "train_shots": 15,
+        "train_queries": 6,
+        "queries": 15,
+        "tasks": 8,
+        "final_tasks": 1_000,
+    },
+}
+"""The published settings on mini-ImageNet, beside :data:`DEFAULTS`: the pruning paper's Section
+5.1, and the defaults of the authors' scripts of CAVIA and MetaOptNet."""
+
+
+def make_config(
+    algorithm: str,
+    schedule: str,
+    *,
+    iterations: int | None = None,
+    sparsity: float = 0.5,
+    published: bool = False,
+    **settings: Any,
+) -> RunConfig:
+    """The settings of a run from an algorithm's defaults and what is given.
+
+    Args:
+        algorithm: A key of :data:`DEFAULTS`.
+        schedule: ``"dense"``, ``"dsd"`` or ``"iht"``.
+        iterations: Meta-iterations, 400 (or the published number) by default.
+        sparsity: Fraction pruned in the sparse phases, in (0, 1).
+        published: Start from :data:`PUBLISHED`, with all training classes.
+        **settings: Fields of :class:`RunConfig`; those that are ``None`` keep their default.
+
+    Raises:
+        ValueError: If a name or number is not possible.
+    """
+    if algorithm not in DEFAULTS:
+        raise ValueError(f"algorithm must be one of {', '.join(DEFAULTS)}, got {algorithm!r}")
+    chosen = dict(DEFAULTS[algorithm])
+    if published:
+        if algorithm not in PUBLISHED:
+            raise ValueError(f"there are published settings for {', '.join(PUBLISHED)} only")
+        chosen |= {**PUBLISHED[algorithm], "train_classes": None}
+    default = chosen.pop("iterations", 400)
+    iterations = default if iterations is None else iterations
+    chosen |= {name: value for name, value in settings.items() if value is not None}
+    if algorithm not in ("reptile", "metaoptnet") and settings.get("train_shots") is None:
+        chosen["train_shots"] = chosen.get("shots", RunConfig.shots)
+    if chosen.get("data", "glyphs") != "glyphs":
+        chosen.setdefault("train_classes", None)
+    return RunConfig(
+        name={"dense": "dense", "dsd": "DSD", "iht": "IHT"}[schedule],
+        schedule=make_schedule(schedule, iterations, sparsity),
+        algorithm=algorithm,
+        **{"eval_every": max(1, iterations // 10), **chosen},
+    )
+
+
+def make_schedule(kind: str, iterations: int, sparsity: float) -> Schedule:
+    """A schedule with the paper's fractions of ``iterations``.
+
+    Raises:
+        ValueError: If ``kind`` is none of :data:`SCHEDULES`, or a number is not possible.
+    """
+    if kind not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {kind!r}")
+    if kind == "dense":
+        return Schedule((Segment(iterations),))
+    if not 0 < sparsity < 1:
+        raise ValueError(f"sparsity must be in (0, 1), got {sparsity}")
+    chosen = DSDSchedule if kind == "dsd" else IHTSchedule
+    return chosen.from_fractions(sparsity, iterations)

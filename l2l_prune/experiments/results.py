@@ -1,0 +1,108 @@
+"""What a person and a program read of finished runs: table, verdicts, files."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import l2l_prune
+from l2l_prune.evaluation import Mean, paired_difference, unpaired_difference
+from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.files import replace_file
+from l2l_prune.experiments.plots import accuracy_curves
+from l2l_prune.experiments.run import RunResult
+
+
+def results_table(configs: list[RunConfig], results: list[RunResult]) -> Table:
+    """Method, sparsity, train and test accuracy, gap (each with 95% CI over tasks), seconds."""
+    tasks = configs[0].final_tasks
+    table = Table(title=f"accuracy [%], mean ± 95% CI over {tasks} tasks")
+    for header in ("method", "sparsity", "train", "test", "gap", "seconds"):
+        table.add_column(header, justify="left" if header == "method" else "right")
+    for config, result in zip(configs, results, strict=True):
+        gap, width = unpaired_difference(result.train, result.test)
+        rates = [segment.sparsity_label for segment in config.schedule.segments if segment.sparse]
+        table.add_row(
+            result.name,
+            rates[-1] if rates else "-",
+            str(result.train),
+            str(result.test),
+            f"{100 * gap:.1f} ± {100 * width:.1f}",
+            f"{result.seconds:.0f}",
+        )
+    return table
+
+
+def verdicts(results: list[RunResult]) -> list[str]:
+    """What the table says about pruning: paired differences to dense, which comes first."""
+    dense, *others = results
+    lines: list[str] = []
+    if dense.name != "dense" or not others:
+        return lines
+    for other in others:
+        difference = paired_difference(other.test, dense.test)
+        word = _word(difference)
+        lines.append(f"{other.name} - dense on test tasks: {_signed(difference)} ({word})")
+    if not any(
+        paired_difference(o.test, dense.test).significant
+        and paired_difference(o.test, dense.test).mean > 0
+        for o in others
+    ):
+        lines.append("In this run (one seed), pruning did not raise test accuracy.")
+    else:
+        lines.append("One seed only: the intervals are over tasks, not over training runs.")
+    return lines
+
+
+def write_results(folder: Path, configs: list[RunConfig], results: list[RunResult]) -> None:
+    """Write ``results.json``, ``curves.png`` and each method's weights as a plain state dict."""
+    document = {
+        "l2l_prune": l2l_prune.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "runs": [_as_json(c, r) for c, r in zip(configs, results, strict=True)],
+    }
+    for result in results:
+        with replace_file(folder / f"{result.name.lower()}.pt") as path:
+            torch.save(result.weights, path)
+    accuracy_curves(configs, results, folder / "curves.png")
+    with replace_file(folder / "results.json") as path:
+        path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _as_json(config: RunConfig, result: RunResult) -> dict[str, Any]:
+    return {
+        "config": config.to_json(),
+        "train": _mean_json(result.train),
+        "test": _mean_json(result.test),
+        "seconds": result.seconds,
+        "curve": [
+            {
+                "iteration": point.iteration,
+                "phase": point.phase,
+                "sparsity": point.sparsity,
+                "train": point.train.mean,
+                "test": point.test.mean,
+            }
+            for point in result.curve
+        ],
+    }
+
+
+def _mean_json(mean: Mean) -> dict[str, Any]:
+    return {"mean": mean.mean, "ci95": mean.ci95, "per_task": list(mean.values)}
+
+
+def _signed(difference: Mean) -> str:
+    return f"{100 * difference.mean:+.1f} ± {100 * difference.ci95:.1f}"
+
+
+def _word(difference: Mean) -> str:
+    if not difference.significant:
+        return "not significant"
+    return "significant over tasks: " + ("better" if difference.mean > 0 else "worse")
