@@ -35,6 +35,8 @@ def test_all_are_here():
         "reptile",
         "higher_maml",
         "lightning_maml",
+        "cavia",
+        "metaoptnet",
     }
 
 

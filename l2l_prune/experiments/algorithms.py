@@ -162,9 +162,9 @@ class _GradientBased(_WithOuterOptimizer):
         return net, l2l.algorithms.MAML(net, lr=config.inner_lr, first_order=first_order)
 
     def _adapted(self, task: Episode, steps: int, **options: Any) -> Any:
-        learner: Any = self._meta.clone(**options)  # type: ignore[operator]
+        learner: Any = self._meta.clone()  # type: ignore[operator]
         for _ in range(steps):
-            learner.adapt(F.cross_entropy(learner(task.support_x), task.support_y))
+            learner.adapt(F.cross_entropy(learner(task.support_x), task.support_y), **options)
         return learner
 
     def losses(self, tasks: Sequence[Episode]) -> Iterator[Tensor]:

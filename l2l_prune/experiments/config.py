@@ -202,13 +202,14 @@ def make_config(
     default = chosen.pop("iterations", 400)
     iterations = default if iterations is None else iterations
     chosen |= {name: value for name, value in settings.items() if value is not None}
+    pruning = make_schedule(schedule, iterations, sparsity)
     if algorithm not in ("reptile", "metaoptnet") and settings.get("train_shots") is None:
         chosen["train_shots"] = chosen.get("shots", RunConfig.shots)
     if chosen.get("data", "glyphs") != "glyphs":
         chosen.setdefault("train_classes", None)
     return RunConfig(
         name={"dense": "dense", "dsd": "DSD", "iht": "IHT"}[schedule],
-        schedule=make_schedule(schedule, iterations, sparsity),
+        schedule=pruning,
         algorithm=algorithm,
         **{"eval_every": max(1, iterations // 10), **chosen},
     )

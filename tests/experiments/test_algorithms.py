@@ -1,0 +1,112 @@
+"""Every meta-learner of the command: it learns, it prunes, and evaluation leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from l2l_prune.data import EpisodeSampler
+from l2l_prune.experiments.algorithms import build
+from l2l_prune.experiments.config import DEFAULTS, make_config
+
+pytest.importorskip("learn2learn")
+
+
+def sampler(size=28, seed=0):
+    """Noise: what is learnt of it is learnt by heart."""
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.arange(8).repeat_interleave(12)
+    images = torch.rand(len(labels), 1, size, size, generator=generator)
+    return EpisodeSampler(images, labels, ways=3, shots=2, queries=4, seed=seed)
+
+
+def small(algorithm, schedule="dsd", **options):
+    settings = {"channels": 8, "ways": 3, "tasks": 2, "eval_steps": 3, **options}
+    if algorithm == "metaoptnet":
+        settings.setdefault("backbone", "conv4")
+    return make_config(algorithm, schedule, iterations=20, sparsity=0.4, **settings)
+
+
+def start(config, size=28):
+    torch.manual_seed(config.seed)
+    return build(config, (1, size, size))
+
+
+@pytest.mark.parametrize("algorithm", DEFAULTS)
+def test_trains_and_prunes(algorithm):
+    config = small(algorithm)
+    learner, tasks = start(config), sampler()
+    episodes = [tasks.sample() for _ in range(config.tasks)]
+    if algorithm == "reptile":  # it trains on no queries
+        episodes = [e._replace(query_x=e.support_x, query_y=e.support_y) for e in episodes]
+    before = learner.evaluate(episodes).mean
+    sparsities = []
+    for _ in range(config.schedule.iterations):
+        learner.train(episodes)
+        sparsities.append(round(learner.pruner.sparsity, 2))
+        for name, mask in learner.pruner.masks.items():
+            weight = learner.pruner.model.get_submodule(name.rpartition(".")[0]).weight
+            assert (weight[~mask] == 0).all()
+    assert sparsities == [0.0] * 5 + [0.4] * 12 + [0.0] * 3
+    after = learner.evaluate(episodes).mean
+    assert after > before + 0.1, (before, after)
+    net = learner.finalize()
+    assert not any("_orig" in key or "_mask" in key for key in net.state_dict())
+
+
+@pytest.mark.parametrize("algorithm", DEFAULTS)
+def test_evaluation_changes_nothing(algorithm):
+    """Two learners in step, one of them evaluated all the time, stay equal bit for bit."""
+    ends = []
+    for evaluates in (True, False):
+        config = small(algorithm)
+        learner, tasks = start(config), sampler()
+        for _ in range(8):
+            if evaluates:
+                before = copy.deepcopy(learner.pruner.model.state_dict())
+                learner.evaluate([sampler(seed=9).sample() for _ in range(2)])
+                after = learner.pruner.model.state_dict()
+                assert all(torch.equal(before[key], after[key]) for key in before)
+            learner.train([tasks.sample() for _ in range(config.tasks)])
+        ends.append(learner.finalize().state_dict())
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+@pytest.mark.parametrize("algorithm", ["reptile", "maml", "cavia", "protonet"])
+def test_large_colour_images(algorithm):
+    config = small(algorithm, channels=4)
+    torch.manual_seed(0)
+    learner = build(config, (3, 84, 84))
+    source = sampler(84)
+    episodes = [source.sample() for _ in range(2)]
+    colour = [
+        e._replace(support_x=e.support_x.repeat(1, 3, 1, 1), query_x=e.query_x.repeat(1, 3, 1, 1))
+        for e in episodes
+    ]
+    learner.train(colour)
+    assert len(learner.evaluate(colour).values) == 2
+
+
+def test_resnet12_pads_small_images_and_draws_its_blocks_by_the_seed():
+    """DropBlock draws from torch's global generator; the run must not depend on it, nor move it."""
+    ends = []
+    for noise in (1, 2):
+        config = small("metaoptnet", "dense", backbone="resnet12", tasks=1)
+        assert config.with_drop_block
+        learner = start(config)
+        torch.manual_seed(noise)
+        state = torch.get_rng_state()
+        source = sampler()
+        learner.train([source.sample()])
+        assert torch.equal(torch.get_rng_state(), state)
+        ends.append(learner.finalize().state_dict())
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_anil_prunes_its_features_alone():
+    learner = start(small("anil"))
+    assert all("conv" in name for name in learner.pruner.masks)
+    assert isinstance(learner.finalize().classifier, nn.Linear)

@@ -1,0 +1,139 @@
+"""``l2l-prune run`` as a person runs it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from scipy import stats
+
+from l2l_prune.evaluation import Mean
+from l2l_prune.experiments.compare import Estimate
+from l2l_prune.experiments.config import make_config
+from l2l_prune.experiments.models import Conv4
+from l2l_prune.experiments.results import verdicts
+from l2l_prune.experiments.run import RunResult
+
+from ..data.test_images import write_mini_imagenet
+
+pytest.importorskip("learn2learn")
+
+
+def command(*arguments, folder):
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "l2l_prune", "run", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+
+
+def test_one_seed_gives_the_demos_files(tmp_path):
+    done = command(
+        *("--algorithm", "fomaml", "--schedule", "iht", "--schedule", "dense"),
+        *("--iterations", "20", "--eval-tasks", "5", "--channels", "8", "--tasks", "1"),
+        folder=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fomaml on glyphs: 5-way 1-shot" in done.stdout
+    assert "IHT - dense on test tasks" in done.stdout
+    out = tmp_path / "runs" / "fomaml-iht-dense"
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["curves.png", "dense.pt", "iht.pt", "results.json"]
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    assert [run["config"]["name"] for run in runs] == ["dense", "IHT"]
+    assert runs[0]["config"]["algorithm"] == "fomaml"
+    Conv4(5, channels=8).load_state_dict(torch.load(out / "iht.pt", weights_only=True))
+
+
+def test_several_seeds_give_a_table_and_are_taken_up_again(tmp_path):
+    arguments = (
+        *("--algorithm", "protonet", "--schedule", "dsd", "--schedule", "dense"),
+        *("--iterations", "20", "--eval-tasks", "4", "--channels", "4", "--tasks", "1"),
+        *("--out", "out", "--seeds", "2"),
+    )
+    first = command(*arguments, folder=tmp_path)
+    assert first.returncode == 0, first.stderr
+    out = tmp_path / "out"
+    table = (out / "table.md").read_text()
+    assert table.strip() in first.stdout
+    runs = {}
+    for name in ("dense", "dsd"):
+        for seed in (0, 1):
+            file = out / f"{name}-seed{seed}" / "results.json"
+            runs[name, seed] = json.loads(file.read_text())["runs"][0]["test"]["mean"]
+    # By hand: the paired difference over two seeds and its t interval.
+    differences = [runs["dsd", seed] - runs["dense", seed] for seed in (0, 1)]
+    mean = sum(differences) / 2
+    width = stats.t.ppf(0.975, 1) * abs(differences[0] - differences[1]) / 2
+    assert f"DSD - dense, test: {100 * mean:+.1f} ± {100 * width:.1f}" in table
+
+    (out / "dsd-seed1" / "results.json").unlink()
+    stamps = {p: p.stat().st_mtime_ns for p in out.glob("dense*/results.json")}
+    second = command(*arguments, folder=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+    assert (out / "dsd-seed1" / "results.json").exists()
+
+    other = command(*arguments, "--inner-lr", "0.1", folder=tmp_path)
+    assert other.returncode == 2
+    assert "was made with other settings" in other.stderr
+
+
+def test_mini_imagenet_files(tmp_path):
+    write_mini_imagenet(tmp_path, classes=5, each=8)
+    done = command(
+        *("--algorithm", "cavia", "--schedule", "dsd", "--data", "mini-imagenet"),
+        *("--data-root", str(tmp_path), "--iterations", "20", "--channels", "2"),
+        *("--tasks", "1", "--eval-tasks", "2", "--out", "out"),
+        folder=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["config"]
+    assert config["data"] == "mini-imagenet"
+    assert config["train_classes"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--algorithm", "mamal"), "algorithm must be one of"),
+        (("--schedule", "sdd"), "schedule must be one of"),
+        (("--data", "imagenet"), "data must be one of"),
+        (("--data", "mini-imagenet"), "--data-root"),
+        (("--data", "mini-imagenet", "--data-root", "nowhere"), "is missing"),
+        (("--algorithm", "maml", "--published"), "published settings"),
+        (("--algorithm", "maml", "--backbone", "resnet12"), "metaoptnet only"),
+        (("--shots", "30", "--iterations", "20"), "has only 20 examples"),
+        (("--ways", "50", "--iterations", "20"), "there are only"),
+        (("--inner-lr", "-1", "--iterations", "20"), "inner_lr"),
+    ],
+)
+def test_bad_input_is_told_in_a_line(tmp_path, arguments, words):
+    done = command(*arguments, "--out", "out", folder=tmp_path)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_estimates():
+    estimate = Estimate((0.1, 0.2, 0.3))
+    assert estimate.mean == pytest.approx(0.2)
+    assert estimate.ci95 == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
+    assert estimate.verdict == "not significant"
+    assert Estimate((0.1, 0.11, 0.12)).verdict == "better"
+    assert Estimate((-0.1, -0.11, -0.12)).verdict == "worse"
+    assert Estimate((0.5,)).verdict == "not significant"  # one seed says nothing
+
+
+def test_no_verdict_without_a_baseline():
+    result = RunResult("DSD", Mean((0.5, 0.6)), Mean((0.5, 0.6)), 1.0)
+    assert verdicts([result]) == []
+    assert make_config("reptile", "dsd").title == "DSD seed 0"
