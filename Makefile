@@ -11,14 +11,17 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-# The hosts' own tests with the plugin attached; HIGHER=DIR adds those of a checkout of higher.
+# The hosts' own tests with the plugin attached; HIGHER=DIR adds those of a checkout of higher, and
+# CAVIA=DIR or METAOPTNET=DIR runs the public scripts with the diffs of docs/guides/.
 test-peers: install
 	$(BIN)/python tests/peers/run.py $(if $(HIGHER),--higher $(HIGHER))
+	$(BIN)/python tests/peers/published.py $(if $(CAVIA),--cavia $(CAVIA)) \
+		$(if $(METAOPTNET),--metaoptnet $(METAOPTNET))
 
 # docs/support.md from the tests' results
 support: install
 	$(BIN)/python -m pytest -q -p tests.support_table --support-table docs/support.md \
-		tests/hosts tests/test_reparam.py tests/test_selection.py tests/test_distributed.py \
+		tests/hosts tests/test_cavia.py tests/test_reparam.py tests/test_selection.py tests/test_distributed.py \
 		tests/test_examples.py
 
 lint: install

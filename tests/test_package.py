@@ -21,7 +21,7 @@ FLOORS = [
     {"masks"},
     {"reparam", "selection", "optimizer_state"},
     {"pruner"},
-    {"reptile"},
+    {"reptile", "cavia"},
     {"integrations"},
     {"data"},
     {"evaluation"},
