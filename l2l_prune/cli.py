@@ -125,6 +125,14 @@ def run(
     schedule: ScheduleOption = ["dsd"],  # noqa: B006 - typer copies it
     data: DataOption = "glyphs",
     data_root: RootOption = None,
+    download: Annotated[
+        bool,
+        typer.Option(
+            "--download",
+            help="Let learn2learn download missing files to --data-root.",
+            rich_help_panel="What",
+        ),
+    ] = False,
     sparsity: SparsityOption = 0.5,
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of weights and tasks, or the first of --seeds.")
@@ -184,7 +192,7 @@ def run(
             for number in range(seed, seed + seeds)
             for kind in sorted(set(schedule), key=_baseline_first)
         ]
-        check_files(data, data_root)
+        check_files(data, data_root, download=download)
         if seeds == 1:
             run_and_report(configs, out, Console(), jobs)
         else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from l2l_prune._files import replace_file
+from l2l_prune.data.cache import cache_folder, locked
 from l2l_prune.data.rendering import INSTANCES, SIZE, Rendered, render_glyphs
 
 _FORMAT = 1
@@ -132,11 +133,11 @@ def _split(glyphs: Rendered, split: str, split_by: str, seed: int) -> list[int]:
 def _load(root: str | os.PathLike[str] | None) -> Rendered:
     """Read the cached file, or render and cache it; never two processes at once."""
     try:
-        import filelock
+        import filelock  # noqa: F401 - of cache.py
         import fontTools
         import matplotlib
         import PIL
-        import platformdirs
+        import platformdirs  # noqa: F401 - of cache.py
         from PIL import features
     except ImportError as error:
         raise ImportError(f'{error}; glyphs need: pip install "l2l-prune[experiments]"') from None
@@ -148,14 +149,10 @@ def _load(root: str | os.PathLike[str] | None) -> Rendered:
         "freetype": str(features.version("freetype2")),
         "fonttools": fontTools.version,
     }
-    folder = Path(
-        root or os.environ.get("L2L_PRUNE_CACHE") or platformdirs.user_cache_dir("l2l_prune")
-    )
     name = "-".join(str(value) for value in versions.values())
-    path = folder / f"glyphs-{name}.npz"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{path}.lock"):
+        path = cache_folder(root) / f"glyphs-{name}.npz"
+        with locked(path):
             cached = _read(path, versions)
             if cached is None:
                 cached = render_glyphs(_SEED)
@@ -163,7 +160,7 @@ def _load(root: str | os.PathLike[str] | None) -> Rendered:
             return cached
     except OSError as error:
         warnings.warn(
-            f"glyphs cannot be cached in {folder} ({error}); rendering them for this process only",
+            f"glyphs cannot be cached ({error}); rendering them for this process only",
             stacklevel=3,
         )
         return render_glyphs(_SEED)
@@ -197,18 +194,11 @@ def _read(path: Path, versions: dict[str, Any]) -> Rendered | None:
 
 def _write(path: Path, glyphs: Rendered, versions: dict[str, Any]) -> None:
     """Write whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(
-                file,
-                images=glyphs.images,
-                characters=np.array(glyphs.characters),
-                scripts=np.array(glyphs.scripts),
-                versions=np.array(json.dumps(versions)),
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replace_file(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(
+            file,
+            images=glyphs.images,
+            characters=np.array(glyphs.characters),
+            scripts=np.array(glyphs.scripts),
+            versions=np.array(json.dumps(versions)),
+        )

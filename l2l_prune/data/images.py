@@ -1,30 +1,22 @@
-"""The images of a few-shot data set by its name, in memory."""
+"""The images of a few-shot data set by its name."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from l2l_prune.data.benchmarks import (
+    BENCHMARKS,
+    SPLITS,
+    Images,
+    check_benchmark,
+    load_benchmark,
+)
 from l2l_prune.data.glyphs import Glyphs
 
-DATA_SETS = ("glyphs", "mini-imagenet")
-SPLITS = ("train", "validation", "test")
-
-
-class Images(NamedTuple):
-    """Labelled images.
-
-    Attributes:
-        images: uint8 ``[n, C, H, W]``.
-        labels: int64 ``[n]``.
-    """
-
-    images: Tensor
-    labels: Tensor
+DATA_SETS = ("glyphs", *BENCHMARKS)
 
 
 def load_images(
@@ -34,69 +26,67 @@ def load_images(
     root: str | os.PathLike[str] | None = None,
     max_classes: int | None = None,
     seed: int = 0,
+    download: bool = False,
 ) -> Images:
     """Load one split.
 
+    The first call for a benchmark decodes its images through learn2learn's loader into a file in
+    the user's cache folder (``L2L_PRUNE_CACHE`` to choose another); later ones map that file.
+
     Args:
-        name: ``"glyphs"`` (rendered here), or ``"mini-imagenet"`` from learn2learn's files.
+        name: ``"glyphs"`` (rendered here), or ``"mini-imagenet"``, ``"tiered-imagenet"``,
+            ``"cifar-fs"``, ``"fc100"`` or ``"omniglot"`` from learn2learn's files.
         split: ``"train"``, ``"validation"`` or ``"test"``.
-        root: Folder of the files; for glyphs, of the cache.
+        root: Folder of the files, as learn2learn's loaders take it; for glyphs, of the cache.
         max_classes: Use only so many classes of the split, drawn by ``seed``.
         seed: Seed of that draw.
+        download: Let learn2learn download missing files.
 
     Raises:
         ValueError: If a name is unknown, ``max_classes`` is not possible, or a file is broken.
         FileNotFoundError: If a file is missing; the message says which and where it comes from.
     """
-    if name not in DATA_SETS:
-        raise ValueError(f"data must be one of {', '.join(DATA_SETS)}, got {name!r}")
+    _check_name(name)
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if name == "glyphs":
         glyphs = Glyphs(split, max_classes=max_classes, root=root, seed=seed)
         return Images(glyphs.images, glyphs.labels)
-    return _some_classes(_mini_imagenet(split, root), max_classes, seed)
+    data = load_benchmark(name, split, _folder(name, root), download=download)
+    return _some_classes(data, max_classes, seed)
 
 
-def check_files(name: str, root: str | os.PathLike[str] | None) -> None:
+def check_files(name: str, root: str | os.PathLike[str] | None, *, download: bool = False) -> None:
     """Make sure that the files of a data set are there (glyphs are rendered if need be).
+
+    Args:
+        name: As in :func:`load_images`.
+        root: Likewise.
+        download: Let learn2learn download what is missing.
 
     Raises:
         ValueError: If the name is unknown, or there is no ``root``.
         FileNotFoundError: If a file is missing.
     """
-    if name == "mini-imagenet":
-        for split in SPLITS:
-            _mini_imagenet_file(split, root)
-    else:
-        load_images(name, "train", root=root)
+    _check_name(name)
+    if name == "glyphs":
+        Glyphs("train", root=root)
+        return
+    for split in SPLITS:
+        if download:
+            load_images(name, split, root=root, download=True)
+        check_benchmark(name, split, _folder(name, root))
 
 
-def _mini_imagenet_file(split: str, root: str | os.PathLike[str] | None) -> Path:
+def _check_name(name: str) -> None:
+    if name not in DATA_SETS:
+        raise ValueError(f"data must be one of {', '.join(DATA_SETS)}, got {name!r}")
+
+
+def _folder(name: str, root: str | os.PathLike[str] | None) -> Path:
     if root is None:
-        raise ValueError("mini-imagenet needs the folder of its files: give root (--data-root)")
-    file = Path(root).expanduser() / f"mini-imagenet-cache-{split}.pkl"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} is missing; learn2learn's MiniImagenet downloads it (download=True), and its "
-            "documentation names the sources of the three files"
-        )
-    return file
-
-
-def _mini_imagenet(split: str, root: str | os.PathLike[str] | None) -> Images:
-    file = _mini_imagenet_file(split, root)
-    try:
-        from learn2learn.vision.datasets import MiniImagenet
-    except ImportError as error:
-        raise ImportError(
-            f'{error}; mini-imagenet needs: pip install "l2l-prune[learn2learn]"'
-        ) from None
-    try:
-        data = MiniImagenet(str(file.parent), mode=split)
-    except Exception as error:
-        raise ValueError(f"{file} is broken, fetch it again: {error!r}") from error
-    return Images(data.x.to(torch.uint8), torch.as_tensor(data.y).long())
+        raise ValueError(f"{name} needs the folder of its files: give root (--data-root)")
+    return Path(root).expanduser()
 
 
 def _some_classes(data: Images, max_classes: int | None, seed: int) -> Images:

@@ -12,8 +12,8 @@ from rich.console import Console
 from scipy import stats
 from tabulate import tabulate
 
+from l2l_prune._files import replace_file
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.experiments.files import replace_file
 from l2l_prune.experiments.results import write_results
 from l2l_prune.experiments.run import RunResult
 from l2l_prune.experiments.side_by_side import run_side_by_side

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from l2l_prune._files import replace_file
 from l2l_prune.evaluation import Mean
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.experiments.files import replace_file
 from l2l_prune.experiments.run import RunResult
 
 # Okabe-Ito: told apart by people with any colour vision; train is dashed besides.

@@ -11,9 +11,9 @@ import torch
 from rich.table import Table
 
 import l2l_prune
+from l2l_prune._files import replace_file
 from l2l_prune.evaluation import Mean, paired_difference, unpaired_difference
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.experiments.files import replace_file
 from l2l_prune.experiments.plots import accuracy_curves
 from l2l_prune.experiments.run import RunResult
 

@@ -1,60 +1,121 @@
-"""Data sets by name; mini-ImageNet from tiny files in learn2learn's own format."""
+"""Data sets by name: glyphs, and each benchmark from tiny files through learn2learn's loaders."""
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
+import shutil
+import socket
 
-import numpy as np
 import pytest
 import torch
 
-from l2l_prune.data import Glyphs, load_images
+from l2l_prune.data import EpisodeSampler, Glyphs, load_images
+from l2l_prune.data.benchmarks import BENCHMARKS
 from l2l_prune.data.images import check_files
 
-SPLITS = ("train", "validation", "test")
+from . import benchmark_files as files
+from .benchmark_files import SPLITS
+
+COLOUR = {
+    "mini-imagenet": files.write_mini_imagenet,
+    "tiered-imagenet": files.write_tiered_imagenet,
+    "fc100": files.write_fc100,
+    "cifar-fs": files.write_cifar_fs,
+}
 
 
-def write_mini_imagenet(folder, classes=6, each=4):
-    """The three files as learn2learn downloads them; pixels tell class and example."""
-    for number, split in enumerate(SPLITS):
-        labels = np.random.default_rng(number).permutation(np.repeat(np.arange(classes), each))
-        images = np.zeros((len(labels), 84, 84, 3), dtype=np.uint8)
-        images[..., 0] = (10 * labels)[:, None, None]
-        images[..., 1] = np.arange(len(labels))[:, None, None]
-        images[:, 0, 1, 2] = 255  # row 0, column 1, blue
-        names = {f"n{c:08d}": np.flatnonzero(labels == c).tolist() for c in range(classes)}
-        with (folder / f"mini-imagenet-cache-{split}.pkl").open("wb") as file:
-            pickle.dump({"image_data": images, "class_dict": names}, file)
+@pytest.fixture(autouse=True)
+def _apart(tmp_path, monkeypatch):
+    """A cache of this test's own, and no network."""
+    pytest.importorskip("learn2learn")
+    monkeypatch.setenv("L2L_PRUNE_CACHE", str(tmp_path / "cache"))
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.fixture
 def root(tmp_path):
-    pytest.importorskip("learn2learn")
-    write_mini_imagenet(tmp_path)
-    return tmp_path
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return folder
 
 
-def test_mini_imagenet(root):
-    for split in SPLITS:
-        images, labels = load_images("mini-imagenet", split, root=root)
-        assert images.dtype == torch.uint8
-        assert images.shape == (24, 3, 84, 84)
-        assert labels.dtype == torch.int64
-        assert torch.equal(images[:, 0, 5, 5].long(), 10 * labels)
-        assert torch.equal(images[:, 1, 5, 5].long(), torch.arange(24))
-        assert (images[:, 2, 0, 1] == 255).all()
-        assert (images[:, 2, 1, 0] == 0).all()
-    check_files("mini-imagenet", root)
+@pytest.mark.parametrize("name", COLOUR)
+def test_colour_benchmarks(name, root):
+    """Every pixel, label and axis arrives; twice, decoded and then mapped."""
+    COLOUR[name](root)
+    size = BENCHMARKS[name].size
+    for _ in range(2):
+        for split in SPLITS:
+            images, labels = load_images(name, split, root=root)
+            assert images.dtype == torch.uint8
+            assert images.shape == (24, 3, size, size)
+            assert labels.dtype == torch.int64
+            assert labels.bincount().tolist() == [4] * 6
+            assert torch.equal(images[:, 0, 5, 7].long(), 10 * labels)
+            assert images[:, 1, 5, 7].sort().values.tolist() == list(range(24))
+            assert (images[:, 2, 0, 1] == 255).all()
+            assert (images[:, 2, 1, 0] == 0).all()
+    check_files(name, root)
+
+
+def test_the_second_load_reads_no_source(root, monkeypatch):
+    files.write_fc100(root)
+    first = load_images("fc100", "train", root=root)
+    monkeypatch.setattr(pickle, "_Unpickler", None)
+    assert torch.equal(load_images("fc100", "train", root=root).images, first.images)
+    first.images[0] = 77  # memory of this process alone
+    assert not torch.equal(load_images("fc100", "train", root=root).images[0], first.images[0])
+
+
+def test_changed_files_are_decoded_again(root):
+    files.write_fc100(root)
+    before = load_images("fc100", "train", root=root)
+    files.write_fc100(root, classes=4, each=6)
+    os.utime(root / "FC100_train.pickle", ns=(1, 1))
+    after = load_images("fc100", "train", root=root)
+    assert after.labels.max() == 3
+    assert before.labels.max() == 5
+
+
+def test_omniglot(root, monkeypatch):
+    files.write_omniglot(root, monkeypatch)
+    loaded = {split: load_images("omniglot", split, root=root) for split in SPLITS}
+    characters = [set(loaded[split].labels.tolist()) for split in SPLITS]
+    assert [len(part) for part in characters] == [20, 2, 8]  # 1100, 100 and 423 of 1623, scaled
+    assert set.union(*characters) == set(range(30))
+    for images, labels in loaded.values():
+        assert images.shape == (len(labels), 1, 28, 28)
+        # Ink is 255 on 0, upright: a bar of 15 (c + 1) of 105 rows on the left.
+        rows = (images[:, 0, :, 2] > 127).sum(1).float()
+        expected = 28 * 15 * (labels % 5 + 1) / 105
+        assert (rows - expected).abs().max() <= 1
+        corner = images[:, 0, 3, 25] > 127
+        assert torch.equal(corner, labels // 5 % 3 % 2 == 0)
+
+
+def test_episodes_from_a_mapped_file(root):
+    files.write_cifar_fs(root)
+    images, labels = load_images("cifar-fs", "test", root=root)
+    sampler = EpisodeSampler(images, labels, ways=3, shots=2, queries=2)
+    episode = sampler.sample()
+    red = (255 * episode.support_x[:, 0, 5, 7]).round() / 10
+    assert red.view(3, 2).unique(dim=1).shape == (3, 1)  # one class a way
 
 
 def test_some_classes(root):
-    _, labels = load_images("mini-imagenet", "train", root=root, max_classes=2)
+    files.write_fc100(root)
+    _, labels = load_images("fc100", "train", root=root, max_classes=2)
     assert len(labels.unique()) == 2
     assert len(labels) == 8
     for wrong in (0, 7):
         with pytest.raises(ValueError, match=r"max_classes must be in \[1, 6\]"):
-            load_images("mini-imagenet", "train", root=root, max_classes=wrong)
+            load_images("fc100", "train", root=root, max_classes=wrong)
 
 
 def test_glyphs_by_name():
@@ -64,20 +125,46 @@ def test_glyphs_by_name():
     assert torch.equal(labels, glyphs.labels)
 
 
-def test_a_missing_file_is_named(root):
-    (root / "mini-imagenet-cache-validation.pkl").unlink()
-    missing = re.escape(str(root / "mini-imagenet-cache-validation.pkl"))
-    with pytest.raises(FileNotFoundError, match=f"{missing} is missing"):
-        check_files("mini-imagenet", root)
-    with pytest.raises(FileNotFoundError, match=f"{missing} is missing"):
-        load_images("mini-imagenet", "validation", root=root)
+@pytest.mark.parametrize("name", [*COLOUR, "omniglot"])
+def test_a_missing_file_is_named_with_its_place_and_source(name, root, monkeypatch):
+    if name == "omniglot":
+        files.write_omniglot(root, monkeypatch)
+    else:
+        COLOUR[name](root)
+    for file in BENCHMARKS[name].files("test"):
+        kept = root / "kept"
+        (root / file).rename(kept)
+        words = re.escape(f"{name} needs {file}, which is not in {root}; it comes from ")
+        for ask in (lambda: check_files(name, root), lambda: load_images(name, "test", root=root)):
+            with pytest.raises(FileNotFoundError, match=words):
+                ask()
+        kept.rename(root / file)
+    load_images(name, "test", root=root)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps({"image_data": 3})])
-def test_a_broken_file_is_named(root, content):
+def test_a_broken_file_is_named_and_leaves_nothing_behind(root, tmp_path, content):
+    files.write_mini_imagenet(root)
     (root / "mini-imagenet-cache-test.pkl").write_bytes(content)
-    with pytest.raises(ValueError, match=r"mini-imagenet-cache-test\.pkl is broken"):
+    with pytest.raises(ValueError, match=r"cannot be read from .*mini-imagenet-cache-test\.pkl"):
         load_images("mini-imagenet", "test", root=root)
+    assert not list((tmp_path / "cache").glob("*.npy"))
+
+
+def test_labels_that_do_not_fit_are_refused(root):
+    files.write_tiered_imagenet(root)
+    with (root / "tiered-imagenet" / "val_labels.pkl").open("wb") as file:
+        pickle.dump({"label_specific": [0, 1]}, file)
+    with pytest.raises(ValueError, match=r"cannot be read from .*val_labels\.pkl.*"):
+        load_images("tiered-imagenet", "validation", root=root)
+
+
+def test_half_a_copy_of_cifar_fs_is_refused(root):
+    files.write_cifar_fs(root)
+    load_images("cifar-fs", "train", root=root)
+    shutil.rmtree(root / "cifarfs" / "processed" / "test" / "test_3")
+    with pytest.raises(ValueError, match="half a copy"):
+        load_images("cifar-fs", "test", root=root)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from l2l_prune.experiments.models import Conv4
 from l2l_prune.experiments.results import verdicts
 from l2l_prune.experiments.run import RunResult
 
-from ..data.test_images import write_mini_imagenet
+from ..data.benchmark_files import write_mini_imagenet
 
 pytest.importorskip("learn2learn")
 

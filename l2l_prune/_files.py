@@ -1,4 +1,4 @@
-"""Result files that are either whole or not there."""
+"""Files that are either whole or not there."""
 
 from __future__ import annotations
 

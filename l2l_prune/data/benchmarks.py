@@ -1,0 +1,283 @@
+"""The field's benchmarks through learn2learn's own loaders, decoded once into mapped files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from l2l_prune._files import replace_file
+from l2l_prune.data.cache import cache_folder, locked
+
+SPLITS = ("train", "validation", "test")
+_FORMAT = 1
+
+
+class Images(NamedTuple):
+    """Labelled images.
+
+    Attributes:
+        images: uint8 ``[n, C, H, W]``; of benchmarks, mapped from a file: only what is read
+            takes memory.
+        labels: int64 ``[n]``.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark: which files it needs, and how learn2learn reads them.
+
+    Args:
+        size: Height and width of the images, in pixels.
+        channels: 1 or 3.
+        files: Files or folders of a split, relative to the root, of which all must be there.
+        read: ``(learn2learn.vision.datasets, root, split, download)`` to a data set of
+            ``(image, label)``.
+        source: Where the files come from, for error messages.
+        select: Chooses the examples of a split by their labels, where the files hold all splits.
+    """
+
+    size: int
+    channels: int
+    files: Callable[[str], tuple[str, ...]]
+    read: Callable[[Any, str, str, bool], Any]
+    source: str
+    select: Callable[[npt.NDArray[np.int64], str], npt.NDArray[np.bool_]] | None = None
+
+
+def _short(split: str) -> str:
+    return "val" if split == "validation" else split
+
+
+def _random_characters(labels: npt.NDArray[np.int64], split: str) -> npt.NDArray[np.bool_]:
+    """learn2learn's 1100, 100 and 423 of the 1623 characters, drawn once and for all."""
+    classes = np.random.default_rng(0).permutation(np.unique(labels))
+    first, second = round(len(classes) * 1100 / 1623), round(len(classes) * 1200 / 1623)
+    parts = dict(zip(SPLITS, np.split(classes, [first, second]), strict=True))
+    return np.isin(labels, parts[split])
+
+
+class _SortedOmniglot:
+    """FullOmniglot in the order of its names: torchvision's is the file system's."""
+
+    def __init__(self, full: Any) -> None:
+        names = [
+            f"{part.target_folder}/{part._characters[character]}/{file}"
+            for part in full.dataset.datasets
+            for file, character in part._flat_character_images
+        ]
+        self._full = full
+        self._order = np.argsort(names)
+        characters = [str(Path(name).parent) for name in names]
+        _, inverse = np.unique(characters, return_inverse=True)
+        self.labels = inverse[self._order]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._full[int(self._order[index])]
+
+
+def _read_omniglot(datasets: Any, root: str, split: str, download: bool) -> Any:
+    from torchvision import transforms
+
+    steps = [transforms.Resize(28, interpolation=transforms.InterpolationMode.LANCZOS)]
+    ink = transforms.Compose([*steps, transforms.PILToTensor(), lambda image: 255 - image])
+    return _SortedOmniglot(datasets.FullOmniglot(root, transform=ink, download=download))
+
+
+_ZENODO = "Zenodo record 7978538, which learn2learn downloads"
+
+BENCHMARKS = {
+    "mini-imagenet": Benchmark(
+        size=84,
+        channels=3,
+        files=lambda split: (f"mini-imagenet-cache-{split}.pkl",),
+        read=lambda datasets, root, split, download: datasets.MiniImagenet(
+            root, mode=split, download=download
+        ),
+        source=_ZENODO,
+    ),
+    "tiered-imagenet": Benchmark(
+        size=84,
+        channels=3,
+        files=lambda split: (
+            f"tiered-imagenet/{_short(split)}_images_png.pkl",
+            f"tiered-imagenet/{_short(split)}_labels.pkl",
+        ),
+        read=lambda datasets, root, split, download: datasets.TieredImagenet(
+            root, mode=split, download=download
+        ),
+        source=_ZENODO,
+    ),
+    "cifar-fs": Benchmark(
+        size=32,
+        channels=3,
+        files=lambda split: (
+            "cifarfs/cifar100/data",
+            f"cifarfs/cifar100/splits/bertinetto/{_short(split)}.txt",
+        ),
+        read=lambda datasets, root, split, download: datasets.CIFARFS(
+            root, mode=split, download=download
+        ),
+        source=_ZENODO,
+    ),
+    "fc100": Benchmark(
+        size=32,
+        channels=3,
+        files=lambda split: (f"FC100_{_short(split)}.pickle",),
+        read=lambda datasets, root, split, download: datasets.FC100(
+            root, mode=split, download=download
+        ),
+        source=_ZENODO,
+    ),
+    "omniglot": Benchmark(
+        size=28,
+        channels=1,
+        files=lambda split: (
+            "omniglot-py/images_background.zip",
+            "omniglot-py/images_background",
+            "omniglot-py/images_evaluation.zip",
+            "omniglot-py/images_evaluation",
+        ),
+        read=_read_omniglot,
+        source="github.com/brendenlake/omniglot, which torchvision downloads",
+        select=_random_characters,
+    ),
+}
+
+
+def check_benchmark(name: str, split: str, root: Path) -> None:
+    """Make sure that the files of a split are there.
+
+    Raises:
+        FileNotFoundError: If one is missing; says which, where it was sought and its source.
+        ValueError: If learn2learn left half a copy behind that it would trust.
+    """
+    benchmark = BENCHMARKS[name]
+    for file in benchmark.files(split):
+        if not (root / file).exists():
+            raise FileNotFoundError(
+                f"{name} needs {file}, which is not in {root}; it comes from {benchmark.source} "
+                "(--download, or download=True, fetches it)"
+            )
+    if name == "cifar-fs":
+        _check_cifar_copy(root, split)
+
+
+def load_benchmark(name: str, split: str, root: Path, *, download: bool = False) -> Images:
+    """Load a split through learn2learn, or from the mapped file that an earlier call made.
+
+    Args:
+        name: A key of :data:`BENCHMARKS`.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        root: Folder of the files, as learn2learn's loaders take it.
+        download: Let learn2learn download what is missing.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is broken.
+        ImportError: If learn2learn is missing.
+    """
+    if not download:
+        check_benchmark(name, split, root)
+    key = _fingerprint(name, split, root)
+    place = cache_folder() / f"{name}-{split}-{key}"
+    with locked(place):
+        if not (place.with_suffix(".labels.npy").exists() and place.with_suffix(".npy").exists()):
+            _decode(name, split, root, place, download)
+    # Copy-on-write: torch wants writable memory, the file must not change.
+    images = np.load(place.with_suffix(".npy"), mmap_mode="c")
+    labels = np.load(place.with_suffix(".labels.npy"))
+    return Images(torch.from_numpy(images), torch.from_numpy(labels))
+
+
+def _decode(name: str, split: str, root: Path, place: Path, download: bool) -> None:
+    benchmark = BENCHMARKS[name]
+    files = ", ".join(str(root / file) for file in benchmark.files(split))
+    try:
+        from learn2learn.vision import datasets
+    except ImportError as error:
+        raise ImportError(f'{error}; {name} needs: pip install "l2l-prune[learn2learn]"') from None
+    try:
+        data = benchmark.read(datasets, str(root), split, download)
+        labels = np.asarray([int(label) for label in _labels(data)], dtype=np.int64)
+        if benchmark.select is not None:
+            chosen = np.flatnonzero(benchmark.select(labels, split))
+        else:
+            chosen = np.arange(len(labels))
+        shape = (len(chosen), benchmark.channels, benchmark.size, benchmark.size)
+        with replace_file(place.with_suffix(".npy")) as temporary:
+            images: Any = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+                temporary, "w+", np.uint8, shape
+            )
+            for position, index in enumerate(chosen.tolist()):
+                images[position] = _as_uint8(data[index][0])
+            images.flush()
+            del images
+    except (OSError, MemoryError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{name} cannot be read from {files}: {type(error).__name__}: {error}; fetch it again "
+            f"from {benchmark.source}"
+        ) from error
+    with replace_file(place.with_suffix(".labels.npy")) as temporary:
+        with temporary.open("wb") as file:
+            np.save(file, labels[chosen])
+
+
+def _labels(data: Any) -> Any:
+    """Labels without decoding the images: every loader holds them."""
+    name = next(name for name in ("y", "labels", "targets") if hasattr(data, name))
+    labels, images = getattr(data, name), getattr(data, "images", data)
+    if not len(labels) == len(images) == len(data) > 0:
+        raise ValueError(f"{len(labels)} labels for {len(images)} images")
+    return labels
+
+
+def _as_uint8(image: Any) -> npt.NDArray[np.uint8]:
+    """``[C, H, W]`` of a PIL image or of a tensor in 0 .. 255."""
+    if isinstance(image, Tensor):
+        return np.asarray(image.to(torch.uint8))
+    return np.asarray(image.convert("RGB"), dtype=np.uint8).transpose(2, 0, 1)
+
+
+def _fingerprint(name: str, split: str, root: Path) -> str:
+    """Changes when a source file does."""
+    digest = hashlib.sha256(f"{_FORMAT} {root.resolve()}".encode())
+    for file in BENCHMARKS[name].files(split):
+        path = root / file
+        below = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        for part in below:
+            if part.exists():
+                state = part.stat()
+                digest.update(f"{part} {state.st_size} {state.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _check_cifar_copy(root: Path, split: str) -> None:
+    """learn2learn copies the classes of each split once and trusts what it finds later."""
+    copy = root / "cifarfs" / "processed"
+    if not copy.exists():
+        return
+    listed = root / f"cifarfs/cifar100/splits/bertinetto/{_short(split)}.txt"
+    for name in listed.read_text().split():
+        source = root / "cifarfs" / "cifar100" / "data" / name
+        target = copy / _short(split) / name
+        if not target.is_dir() or len(list(target.iterdir())) != len(list(source.iterdir())):
+            raise ValueError(
+                f"{copy} is half a copy (its {_short(split)}/{name} is not complete): delete "
+                f"{copy}, learn2learn will make it again"
+            )
