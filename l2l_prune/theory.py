@@ -197,11 +197,12 @@ def estimate_smoothness(
         raise ValueError("parameters is empty: there is nothing to vary")
     if not radius > 0 or samples < 1:
         raise ValueError(f"need radius > 0 and samples >= 1, got {radius} and {samples}")
+    sizes = [tensor.numel() for tensor in tensors]
     start = torch.cat([tensor.detach().flatten() for tensor in tensors])
 
     @torch.no_grad()
     def move(point: Tensor) -> None:
-        for tensor, part in zip(tensors, point.split([t.numel() for t in tensors]), strict=True):
+        for tensor, part in zip(tensors, torch.split(point, sizes), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
     def gradient(point: Tensor) -> Tensor:
@@ -214,7 +215,8 @@ def estimate_smoothness(
 
     def step(length: float) -> Tensor:
         direction = torch.randn(start.shape, generator=generator, dtype=start.dtype)
-        return (length * direction / direction.norm()).to(start.device)
+        moved: Tensor = length * direction / direction.norm()
+        return moved.to(start.device)
 
     lipschitz = smoothness = 0.0
     try:
