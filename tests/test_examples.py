@@ -36,6 +36,7 @@ def test_all_are_here():
         "higher_maml",
         "lightning_maml",
         "cavia",
+        "cavia_sine",
         "metaoptnet",
     }
 

@@ -41,8 +41,7 @@ class Benchmark:
         size: Height and width of the images, in pixels.
         channels: 1 or 3.
         files: Files or folders of a split, relative to the root, of which all must be there.
-        read: ``(learn2learn.vision.datasets, root, split, download)`` to a data set of
-            ``(image, label)``.
+        loader: Name of its class in ``learn2learn.vision.datasets``.
         source: Where the files come from, for error messages.
         select: Chooses the examples of a split by their labels, where the files hold all splits.
     """
@@ -50,7 +49,7 @@ class Benchmark:
     size: int
     channels: int
     files: Callable[[str], tuple[str, ...]]
-    read: Callable[[Any, str, str, bool], Any]
+    loader: str
     source: str
     select: Callable[[npt.NDArray[np.int64], str], npt.NDArray[np.bool_]] | None = None
 
@@ -89,12 +88,17 @@ class _SortedOmniglot:
         return self._full[int(self._order[index])]
 
 
-def _read_omniglot(datasets: Any, root: str, split: str, download: bool) -> Any:
+def _open(name: str, split: str, root: Path, download: bool) -> Any:
+    """learn2learn's data set of ``(image, label)``."""
+    from learn2learn.vision import datasets
     from torchvision import transforms
 
+    loader = getattr(datasets, BENCHMARKS[name].loader)
+    if name != "omniglot":
+        return loader(str(root), mode=split, download=download)
     steps = [transforms.Resize(28, interpolation=transforms.InterpolationMode.LANCZOS)]
     ink = transforms.Compose([*steps, transforms.PILToTensor(), lambda image: 255 - image])
-    return _SortedOmniglot(datasets.FullOmniglot(root, transform=ink, download=download))
+    return _SortedOmniglot(loader(str(root), transform=ink, download=download))
 
 
 _ZENODO = "Zenodo record 7978538, which learn2learn downloads"
@@ -104,9 +108,7 @@ BENCHMARKS = {
         size=84,
         channels=3,
         files=lambda split: (f"mini-imagenet-cache-{split}.pkl",),
-        read=lambda datasets, root, split, download: datasets.MiniImagenet(
-            root, mode=split, download=download
-        ),
+        loader="MiniImagenet",
         source=_ZENODO,
     ),
     "tiered-imagenet": Benchmark(
@@ -116,9 +118,7 @@ BENCHMARKS = {
             f"tiered-imagenet/{_short(split)}_images_png.pkl",
             f"tiered-imagenet/{_short(split)}_labels.pkl",
         ),
-        read=lambda datasets, root, split, download: datasets.TieredImagenet(
-            root, mode=split, download=download
-        ),
+        loader="TieredImagenet",
         source=_ZENODO,
     ),
     "cifar-fs": Benchmark(
@@ -128,18 +128,14 @@ BENCHMARKS = {
             "cifarfs/cifar100/data",
             f"cifarfs/cifar100/splits/bertinetto/{_short(split)}.txt",
         ),
-        read=lambda datasets, root, split, download: datasets.CIFARFS(
-            root, mode=split, download=download
-        ),
+        loader="CIFARFS",
         source=_ZENODO,
     ),
     "fc100": Benchmark(
         size=32,
         channels=3,
         files=lambda split: (f"FC100_{_short(split)}.pickle",),
-        read=lambda datasets, root, split, download: datasets.FC100(
-            root, mode=split, download=download
-        ),
+        loader="FC100",
         source=_ZENODO,
     ),
     "omniglot": Benchmark(
@@ -151,7 +147,7 @@ BENCHMARKS = {
             "omniglot-py/images_evaluation.zip",
             "omniglot-py/images_evaluation",
         ),
-        read=_read_omniglot,
+        loader="FullOmniglot",
         source="github.com/brendenlake/omniglot, which torchvision downloads",
         select=_random_characters,
     ),
@@ -207,11 +203,7 @@ def _decode(name: str, split: str, root: Path, place: Path, download: bool) -> N
     benchmark = BENCHMARKS[name]
     files = ", ".join(str(root / file) for file in benchmark.files(split))
     try:
-        from learn2learn.vision import datasets
-    except ImportError as error:
-        raise ImportError(f'{error}; {name} needs: pip install "l2l-prune[learn2learn]"') from None
-    try:
-        data = benchmark.read(datasets, str(root), split, download)
+        data = _open(name, split, root, download)
         labels = np.asarray([int(label) for label in _labels(data)], dtype=np.int64)
         if benchmark.select is not None:
             chosen = np.flatnonzero(benchmark.select(labels, split))
@@ -226,7 +218,9 @@ def _decode(name: str, split: str, root: Path, place: Path, download: bool) -> N
                 images[position] = _as_uint8(data[index][0])
             images.flush()
             del images
-    except (OSError, MemoryError, ImportError):
+    except ImportError as error:
+        raise ImportError(f'{error}; {name} needs: pip install "l2l-prune[learn2learn]"') from None
+    except (OSError, MemoryError):
         raise
     except Exception as error:
         raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,17 @@ from scipy import stats
 from tabulate import tabulate
 
 from l2l_prune._files import replace_file
+from l2l_prune.evaluation import Mean
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.results import write_results
 from l2l_prune.experiments.run import RunResult
 from l2l_prune.experiments.side_by_side import run_side_by_side
 
+_WORDS = {"train": ("higher", "lower"), "test": ("better", "worse"), "gap": ("larger", "smaller")}
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds with its 95% confidence interval (Student's t).
 
-    Args:
-        values: One value a seed, in fractions.
-    """
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Mean over seeds."""
-        return math.fsum(self.values) / len(self.values)
+class OverSeeds(Mean):
+    """A mean over seeds; so few need Student's t for their 95% confidence interval."""
 
     @property
     def ci95(self) -> float:
@@ -42,15 +32,11 @@ class Estimate:
         quantile = stats.t.ppf(0.975, len(self.values) - 1)
         return float(quantile * stats.sem(self.values))
 
-    @property
-    def verdict(self) -> str:
-        """What a difference says: ``"better"``, ``"worse"`` or ``"not significant"``."""
-        if not abs(self.mean) > self.ci95:
+    def verdict(self, more: str, less: str) -> str:
+        """Of a difference: one of the words, or ``"not significant"``."""
+        if not self.significant:
             return "not significant"
-        return "better" if self.mean > 0 else "worse"
-
-    def __str__(self) -> str:
-        return f"{100 * self.mean:.1f} ± {100 * self.ci95:.1f}"
+        return more if self.mean > 0 else less
 
 
 def compare(
@@ -104,13 +90,13 @@ def _finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:
 def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:
     methods = list(dict.fromkeys(config.name for config, _ in runs))
     seeds = sorted({config.seed for config, _ in runs})
-    values: dict[tuple[str, str], Estimate] = {}
+    values: dict[tuple[str, str], OverSeeds] = {}
     rows = []
     for method in methods:
         mine = [(config, run) for config, run in runs if config.name == method]
         for part in ("train", "test"):
             means = tuple(run[part]["mean"] for _, run in mine)
-            values[method, part] = Estimate(means)
+            values[method, part] = OverSeeds(means)
         values[method, "gap"] = _difference(values[method, "train"], values[method, "test"])
         rates = {s.sparsity_label for s in mine[0][0].schedule.segments if s.sparse}
         parts = [str(values[method, part]) for part in ("train", "test", "gap")]
@@ -133,11 +119,7 @@ def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:
     for method in methods[1:]:
         for part in ("train", "test", "gap"):
             difference = _difference(values[method, part], values[methods[0], part])
-            word = difference.verdict
-            if part == "gap" and word != "not significant":
-                word = "smaller" if word == "worse" else "larger"
-            elif part == "train" and word != "not significant":
-                word = "higher" if word == "better" else "lower"
+            word = difference.verdict(*_WORDS[part])
             lines.append(
                 f"- {method} - {methods[0]}, {part}: "
                 f"{100 * difference.mean:+.1f} ± {100 * difference.ci95:.1f} ({word})"
@@ -145,6 +127,6 @@ def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _difference(a: Estimate, b: Estimate) -> Estimate:
+def _difference(a: OverSeeds, b: OverSeeds) -> OverSeeds:
     """Paired by seed: both saw the same weights at the start, and the same tasks."""
-    return Estimate(tuple(x - y for x, y in zip(a.values, b.values, strict=True)))
+    return OverSeeds(tuple(x - y for x, y in zip(a.values, b.values, strict=True)))

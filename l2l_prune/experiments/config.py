@@ -169,6 +169,18 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 """The published settings on mini-ImageNet, beside :data:`DEFAULTS`: the pruning paper's Section
 5.1, and the defaults of the authors' scripts of CAVIA and MetaOptNet."""
 
+PUBLISHED_SINE: dict[str, Any] = {
+    "iterations": 50_000,
+    "tasks": 25,
+    "shots": 10,
+    "queries": 10,
+    "inner_steps": 1,
+    "inner_lr": 1.0,
+    "meta_lr": 1e-3,
+}
+"""CAVIA's settings for :class:`~l2l_prune.data.SineTasks` with ``CaviaMLP()``: the defaults of the
+authors' regression script."""
+
 
 def make_config(
     algorithm: str,

@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 from l2l_prune.evaluation import Mean
-from l2l_prune.experiments.compare import Estimate
+from l2l_prune.experiments.compare import OverSeeds
 from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.models import Conv4
 from l2l_prune.experiments.results import verdicts
@@ -124,13 +124,14 @@ def test_bad_input_is_told_in_a_line(tmp_path, arguments, words):
 
 
 def test_estimates():
-    estimate = Estimate((0.1, 0.2, 0.3))
+    estimate = OverSeeds((0.1, 0.2, 0.3))
     assert estimate.mean == pytest.approx(0.2)
     assert estimate.ci95 == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
-    assert estimate.verdict == "not significant"
-    assert Estimate((0.1, 0.11, 0.12)).verdict == "better"
-    assert Estimate((-0.1, -0.11, -0.12)).verdict == "worse"
-    assert Estimate((0.5,)).verdict == "not significant"  # one seed says nothing
+    words = ("better", "worse")
+    assert estimate.verdict(*words) == "not significant"
+    assert OverSeeds((0.1, 0.11, 0.12)).verdict(*words) == "better"
+    assert OverSeeds((-0.1, -0.11, -0.12)).verdict(*words) == "worse"
+    assert OverSeeds((0.5,)).verdict(*words) == "not significant"  # one seed says nothing
 
 
 def test_no_verdict_without_a_baseline():

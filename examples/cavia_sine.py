@@ -1,0 +1,47 @@
+"""CAVIA on sine regression with iterative hard thresholding; the published settings, fewer steps.
+
+The lines marked l2l_prune are all that pruning adds to the loop.
+"""
+
+import sys
+
+import torch
+from torch.nn import functional as F
+
+from l2l_prune import IHTSchedule, Pruner  # l2l_prune
+from l2l_prune.cavia import CAVIA
+from l2l_prune.data import SineTasks
+from l2l_prune.experiments.config import PUBLISHED_SINE as SETTINGS
+from l2l_prune.experiments.models import CaviaMLP
+
+ITERATIONS = int(sys.argv[1]) if len(sys.argv) > 1 else 500
+
+
+def main():
+    torch.manual_seed(0)
+    sine = SineTasks(shots=SETTINGS["shots"], queries=SETTINGS["queries"])
+    cavia = CAVIA(CaviaMLP(), lr=SETTINGS["inner_lr"])
+    opt = torch.optim.Adam(cavia.parameters(), SETTINGS["meta_lr"])
+    schedule = IHTSchedule.from_fractions(0.1, ITERATIONS)  # l2l_prune
+    pruner = Pruner(cavia, schedule, optimizer=opt)  # l2l_prune
+    for iteration in range(ITERATIONS):
+        opt.zero_grad()
+        error = 0.0
+        for _ in range(SETTINGS["tasks"]):
+            task = sine.sample()
+            learner = cavia.clone()
+            for _ in range(SETTINGS["inner_steps"]):
+                learner.adapt(F.mse_loss(learner(task.support_x), task.support_y))
+            loss = F.mse_loss(learner(task.query_x), task.query_y) / SETTINGS["tasks"]
+            loss.backward()
+            error += loss.item()
+        torch.nn.utils.clip_grad_value_(cavia.parameters(), 10)
+        opt.step()
+        pruner.step()  # l2l_prune
+        if iteration % 50 == 0:
+            print(f"{iteration:4d}  mean squared error {error:.2f}")
+    pruner.finalize()  # l2l_prune
+
+
+if __name__ == "__main__":
+    main()
