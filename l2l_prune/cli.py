@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 try:
     import typer
@@ -77,6 +83,48 @@ def _setting(help_text: str, least: int | None = 1) -> Any:
     )
 
 
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Options from a TOML file, as defaults: what is given on the command line wins."""
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise typer.BadParameter(f"{path}: {error}") from None
+    known = {parameter.name for parameter in context.command.params} - {"config", "help"}
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    if unknown := sorted(values.keys() - known):
+        raise typer.BadParameter(
+            f"{path} sets {', '.join(unknown)}; there are {', '.join(sorted(map(str, known)))}"
+        )
+    context.default_map = values
+    return path
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML file of options (underscores or dashes); the command line wins.",
+        callback=_read_config,
+        is_eager=True,
+        rich_help_panel="Settings",
+    ),
+]
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Refuse a second writer to the same folder."""
+    import filelock
+
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(out / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise ValueError(f"another l2l-prune is writing to {out}: choose another --out") from None
+
+
 @contextmanager
 def _plain_errors(out: Path) -> Iterator[None]:
     """What a user can mend is told in a line; Ctrl-C leaves quietly."""
@@ -90,7 +138,9 @@ def _plain_errors(out: Path) -> Iterator[None]:
         typer.echo(f"l2l-prune: {error}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.echo("stopped by Ctrl-C; nothing of the runs in progress was written")
+        typer.echo(
+            "stopped by Ctrl-C; nothing of this run was written, but its checkpoints, if any"
+        )
         raise typer.Exit(130) from None
 
 
@@ -145,7 +195,25 @@ def run(
         Path | None,
         typer.Option(help="Folder for the results.", show_default="runs/ALGORITHM-SCHEDULES"),
     ] = None,
+    config: ConfigOption = None,
     published: PublishedOption = False,
+    scale: Annotated[
+        float, typer.Option(help="Factor on the meta-iterations.", rich_help_panel="Settings")
+    ] = 1.0,
+    transductive: Annotated[
+        bool,
+        typer.Option(
+            help="Let batch statistics see all queries of a task together.",
+            rich_help_panel="Settings",
+        ),
+    ] = True,
+    select: Annotated[
+        str,
+        typer.Option(
+            help="Weights to score at the end: last, or best on validation tasks.",
+            rich_help_panel="Settings",
+        ),
+    ] = "last",
     iterations: Annotated[int | None, _setting("Meta-iterations.", 20)] = None,
     ways: Annotated[int | None, _setting("Classes of a task.", 2)] = None,
     shots: Annotated[int | None, _setting("Support examples of a class at evaluation.")] = None,
@@ -161,7 +229,7 @@ def run(
 ) -> None:
     """Train any meta-learner under any pruning schedules, over one seed or several.
 
-    With several seeds, finished runs in the folder are kept, so a stopped command can be repeated.
+    A stopped command can be repeated: runs go on from their checkpoints, finished ones are kept.
     """
     from l2l_prune.experiments.compare import compare
     from l2l_prune.experiments.demo import run_and_report
@@ -172,6 +240,9 @@ def run(
         "iterations": iterations,
         "sparsity": sparsity,
         "published": published,
+        "scale": scale,
+        "transductive": transductive,
+        "select": select,
         "data": data,
         "data_root": str(data_root) if data_root else None,
         "ways": ways,
@@ -193,10 +264,11 @@ def run(
             for kind in sorted(set(schedule), key=_baseline_first)
         ]
         check_files(data, data_root, download=download)
-        if seeds == 1:
-            run_and_report(configs, out, Console(), jobs)
-        else:
-            typer.echo(compare(configs, out, Console(), jobs))
+        with _locked(out):
+            if seeds == 1:
+                run_and_report(configs, out, Console(), jobs, out / "checkpoints")
+            else:
+                typer.echo(compare(configs, out, Console(), jobs))
 
 
 def _baseline_first(schedule: str) -> int:

@@ -99,6 +99,23 @@ def accuracy(scores: Callable[[Episode], Tensor], episodes: Iterable[Episode]) -
     return Mean(tuple(torch.stack(accuracies).double().tolist()))
 
 
+@torch.no_grad()
+def query_scores(learner: nn.Module, episode: Episode, transductive: bool = True) -> Tensor:
+    """Class scores ``[queries, ways]`` of an adapted learner.
+
+    Args:
+        learner: The learner, images to scores.
+        episode: The task.
+        transductive: Score all queries in one batch, so that batch statistics see them together
+            (the paper's setting). Otherwise each query is scored alone among the support set.
+    """
+    if transductive:
+        scores: Tensor = learner(episode.query_x)
+        return scores
+    alone = [learner(torch.cat([episode.support_x, query[None]]))[-1] for query in episode.query_x]
+    return torch.stack(alone)
+
+
 def few_shot_accuracy(
     algorithm: Algorithm,
     episodes: Iterable[Episode],
@@ -119,8 +136,7 @@ def few_shot_accuracy(
         steps: Inner steps of adaptation (50 in the paper), >= 0.
         batch_size: Support examples in each inner step (5 in the paper).
         loss: ``loss(scores, labels)``, a scalar.
-        transductive: Score all queries in one batch, so that batch statistics see them together
-            (the paper's setting). Otherwise each query is scored alone among the support set.
+        transductive: See :func:`query_scores`.
         generator: Source of the inner minibatches.
 
     Returns:
@@ -140,15 +156,6 @@ def few_shot_accuracy(
             generator=generator,
         ):
             learner.adapt(loss(learner(x), y))
-        return _scores(learner, episode, transductive)
+        return query_scores(learner, episode, transductive)
 
     return accuracy(scores, episodes)
-
-
-@torch.no_grad()
-def _scores(learner: nn.Module, episode: Episode, transductive: bool) -> Tensor:
-    if transductive:
-        scores: Tensor = learner(episode.query_x)
-        return scores
-    alone = [learner(torch.cat([episode.support_x, query[None]]))[-1] for query in episode.query_x]
-    return torch.stack(alone)

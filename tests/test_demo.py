@@ -78,6 +78,7 @@ def test_demo_prints_one_table_with_three_methods(demo):
 def test_demo_writes_results_curves_and_plain_weights(demo):
     folder, _ = demo
     assert sorted(p.name for p in folder.iterdir()) == [
+        "curves.csv",
         "curves.png",
         "dense.pt",
         "dsd.pt",

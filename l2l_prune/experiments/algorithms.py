@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from l2l_prune.cavia import CAVIA
 from l2l_prune.data import Episode
 from l2l_prune.data.minibatches import minibatches
-from l2l_prune.evaluation import Mean, accuracy, few_shot_accuracy
+from l2l_prune.evaluation import Mean, accuracy, few_shot_accuracy, query_scores
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.models import CaviaConv4, Conv4
 from l2l_prune.pruner import Pruner
@@ -34,6 +34,14 @@ class Algorithm(ABC):
     @abstractmethod
     def evaluate(self, episodes: Sequence[Episode]) -> Mean:
         """Accuracy on each episode's queries; leaves everything as it was."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to resume from bit for bit: tensors and plain values."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict` of a learner of the same settings."""
 
     @abstractmethod
     def finalize(self) -> nn.Module:
@@ -92,8 +100,16 @@ class _Reptile(Algorithm):
             episodes,
             steps=self._config.eval_steps,
             batch_size=self._config.eval_batch,
+            transductive=self._config.transductive,
             generator=torch.Generator().manual_seed(self._config.seed),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reptile": self._reptile.state_dict(), "batches": self._batches.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._reptile.load_state_dict(state["reptile"])
+        self._batches.set_state(state["batches"])
 
     def finalize(self) -> nn.Module:
         return self._reptile.finalize()
@@ -103,6 +119,7 @@ class _WithOuterOptimizer(Algorithm):
     """Gradients of the mean query loss over the tasks, an optimizer, and the pruner."""
 
     network: nn.Module
+    trained: nn.Module  # holds every trained parameter: the network, or a wrapper around it
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     clamp: float | None = None
@@ -131,6 +148,22 @@ class _WithOuterOptimizer(Algorithm):
         with _kept_buffers(self.network):
             return accuracy(self.scores, episodes)
 
+    def state_dict(self) -> dict[str, Any]:
+        scheduler = self.scheduler.state_dict() if self.scheduler is not None else None
+        return {
+            "model": self.trained.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "pruner": self.pruner.state_dict(),
+            "scheduler": scheduler,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.trained.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.pruner.load_state_dict(state["pruner"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+
     def finalize(self) -> nn.Module:
         self.pruner.finalize()
         return self.network
@@ -142,6 +175,7 @@ class _GradientBased(_WithOuterOptimizer):
     def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
         self._config = config
         self.network, self._meta = self._make(config, image_shape)
+        self.trained = self._meta
         self.optimizer = torch.optim.Adam(self._meta.parameters(), config.meta_lr)
         if config.algorithm == "cavia":  # as the authors' script
             self.clamp = 10.0
@@ -175,9 +209,7 @@ class _GradientBased(_WithOuterOptimizer):
     def scores(self, episode: Episode) -> Tensor:
         # Without a meta-gradient, second derivatives would be work for nothing.
         learner = self._adapted(episode, self._config.eval_steps, first_order=True)
-        with torch.no_grad():
-            scores: Tensor = learner(episode.query_x)
-        return scores
+        return query_scores(learner, episode, self._config.transductive)
 
 
 class _ANIL(_WithOuterOptimizer):
@@ -186,27 +218,28 @@ class _ANIL(_WithOuterOptimizer):
     def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
         self._config = config
         net = _conv4(config, image_shape)
-        self.network, self._features = net, net.features
+        self.network = self.trained = net
+        self._features = net.features
         head: Any = _learn2learn().algorithms.MAML(net.classifier, lr=config.inner_lr)
         self._head = head
         self.optimizer = torch.optim.Adam(net.parameters(), config.meta_lr)
         self.pruner = Pruner(net.features, config.schedule, self.optimizer, layers=config.layers)
 
-    def _scores(self, task: Episode, steps: int) -> Tensor:
+    def _adapted(self, task: Episode, steps: int) -> nn.Module:
         support = self._features(task.support_x).flatten(1)
         learner = self._head.clone()
         for _ in range(steps):
             learner.adapt(F.cross_entropy(learner(support), task.support_y))
-        scores: Tensor = learner(self._features(task.query_x).flatten(1))
-        return scores
+        return nn.Sequential(self._features, nn.Flatten(), learner)
 
     def losses(self, tasks: Sequence[Episode]) -> Iterator[Tensor]:
         for task in tasks:
-            scores = self._scores(task, self._config.inner_steps)
-            yield F.cross_entropy(scores, task.query_y)
+            learner = self._adapted(task, self._config.inner_steps)
+            yield F.cross_entropy(learner(task.query_x), task.query_y)
 
     def scores(self, episode: Episode) -> Tensor:
-        return self._scores(episode, self._config.eval_steps).detach()
+        learner = self._adapted(episode, self._config.eval_steps)
+        return query_scores(learner, episode, self._config.transductive)
 
 
 class _ProtoNet(_WithOuterOptimizer):
@@ -215,7 +248,7 @@ class _ProtoNet(_WithOuterOptimizer):
     def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
         self._classifier = _learn2learn().nn.PrototypicalClassifier
         net = _conv4(config, image_shape)
-        self.network = net.features
+        self.network = self.trained = net.features
         self.optimizer = torch.optim.Adam(self.network.parameters(), config.meta_lr)
         self.pruner = Pruner(self.network, config.schedule, self.optimizer, layers=config.layers)
 
@@ -254,7 +287,7 @@ class _MetaOptNet(_WithOuterOptimizer):
             features = nn.Sequential(_conv4(config, image_shape).features, nn.Flatten())
         self._model = metaoptnet.MetaOptNet(features)
         self._loss = metaoptnet.smoothed_cross_entropy
-        self.network = self._model
+        self.network = self.trained = self._model
         self.optimizer = torch.optim.SGD(
             self._model.parameters(), config.meta_lr, 0.9, weight_decay=5e-4, nesterov=True
         )
@@ -270,6 +303,31 @@ class _MetaOptNet(_WithOuterOptimizer):
             torch.set_rng_state(self._random)
             super().train(tasks)
             self._random = torch.get_rng_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        counts = [block.num_batches_tracked for block in self._drop_blocks()]
+        return {**super().state_dict(), "random": self._random, "blocks": counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._random = state["random"]
+        for block, count in zip(self._drop_blocks(), state["blocks"], strict=True):
+            block.num_batches_tracked = count
+
+    def evaluate(self, episodes: Sequence[Episode]) -> Mean:
+        counts = [block.num_batches_tracked for block in self._drop_blocks()]
+        try:
+            return super().evaluate(episodes)
+        finally:
+            for block, count in zip(self._drop_blocks(), counts, strict=True):
+                block.num_batches_tracked = count
+
+    def _drop_blocks(self) -> list[Any]:
+        """learn2learn's residual blocks, which count batches for DropBlock's rate in an int.
+
+        It is in no state dict, and evaluation counts too.
+        """
+        return [m for m in self._model.modules() if hasattr(m, "drop_block")]
 
     def losses(self, tasks: Sequence[Episode]) -> Iterator[Tensor]:
         support_x, support_y, query_x, query_y = map(torch.stack, zip(*tasks, strict=True))

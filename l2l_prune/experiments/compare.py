@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,11 @@ def compare(
         place = _place(folder, config)
         place.mkdir(exist_ok=True)
         write_results(place, [config], [result])
+        (checkpoints / f"{config.slug}.pt").unlink(missing_ok=True)
 
-    run_side_by_side(missing, console, jobs=jobs, on_result=keep)
+    checkpoints = folder / "checkpoints"
+    run_side_by_side(missing, console, jobs=jobs, on_result=keep, checkpoints=checkpoints)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     text = _markdown([(c, _finished(folder, c)) for c in configs])
     with replace_file(folder / "table.md") as path:
         path.write_text(text)
@@ -73,7 +77,7 @@ def compare(
 
 
 def _place(folder: Path, config: RunConfig) -> Path:
-    return folder / f"{config.name.lower()}-seed{config.seed}"
+    return folder / config.slug
 
 
 def _finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:

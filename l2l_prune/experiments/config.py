@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,11 @@ class RunConfig:
             the outer optimizer.
         eval_steps: Inner steps at evaluation.
         eval_batch: Examples in an inner step at evaluation (Reptile).
+        transductive: Score all queries of a task at once, so that batch statistics see them
+            together; else one by one beside the support set. ProtoNet and MetaOptNet use running
+            statistics, where it makes no difference.
+        select: Weights to score at the end: ``"last"``, or the ``"best"`` on validation tasks at a
+            point of the curves.
         eval_every: Meta-iterations between points of the accuracy curves.
         curve_tasks: Tasks for each point of the curves, from each of training and test classes.
         final_tasks: Tasks for the accuracies at the end, from each of training and test classes.
@@ -70,6 +76,8 @@ class RunConfig:
     meta_lr: float = 1.0
     eval_steps: int = 5
     eval_batch: int = 5
+    transductive: bool = True
+    select: str = "last"
     eval_every: int = 25
     curve_tasks: int = 12
     final_tasks: int = 200
@@ -77,6 +85,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.algorithm not in DEFAULTS:
             raise ValueError(f"algorithm must be one of {', '.join(DEFAULTS)}: {self.algorithm!r}")
+        if self.select not in ("last", "best"):
+            raise ValueError(f'select must be "last" or "best", got {self.select!r}')
         if self.backbone not in ("conv4", "resnet12"):
             raise ValueError(f'backbone must be "conv4" or "resnet12", got {self.backbone!r}')
         if self.backbone == "resnet12" and self.algorithm != "metaoptnet":
@@ -93,6 +103,11 @@ class RunConfig:
     def title(self) -> str:
         """Name and seed: ``"DSD seed 0"``."""
         return f"{self.name} seed {self.seed}"
+
+    @property
+    def slug(self) -> str:
+        """The same for file names: ``"dsd-seed0"``."""
+        return f"{self.name.lower()}-seed{self.seed}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, the schedule as its own dict."""
@@ -189,6 +204,7 @@ def make_config(
     iterations: int | None = None,
     sparsity: float = 0.5,
     published: bool = False,
+    scale: float = 1.0,
     **settings: Any,
 ) -> RunConfig:
     """The settings of a run from an algorithm's defaults and what is given.
@@ -199,6 +215,7 @@ def make_config(
         iterations: Meta-iterations, 400 (or the published number) by default.
         sparsity: Fraction pruned in the sparse phases, in (0, 1).
         published: Start from :data:`PUBLISHED`, with all training classes.
+        scale: Factor on the meta-iterations, > 0; phases shrink alike.
         **settings: Fields of :class:`RunConfig`; those that are ``None`` keep their default.
 
     Raises:
@@ -212,7 +229,9 @@ def make_config(
             raise ValueError(f"there are published settings for {', '.join(PUBLISHED)} only")
         chosen |= {**PUBLISHED[algorithm], "train_classes": None}
     default = chosen.pop("iterations", 400)
-    iterations = default if iterations is None else iterations
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a number > 0, got {scale}")
+    iterations = round(scale * (default if iterations is None else iterations))
     chosen |= {name: value for name, value in settings.items() if value is not None}
     pruning = make_schedule(schedule, iterations, sparsity)
     if algorithm not in ("reptile", "metaoptnet") and settings.get("train_shots") is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -61,7 +62,11 @@ def run_demo(
 
 
 def run_and_report(
-    configs: list[RunConfig], folder: Path, console: Console, jobs: int | None = None
+    configs: list[RunConfig],
+    folder: Path,
+    console: Console,
+    jobs: int | None = None,
+    checkpoints: Path | None = None,
 ) -> list[RunResult]:
     """Run methods of one seed side by side; print the table, write the files.
 
@@ -70,6 +75,8 @@ def run_and_report(
         folder: Where ``results.json``, ``curves.png`` and the weights go; made if missing.
         console: Where progress and table are printed.
         jobs: Runs at once; all by default.
+        checkpoints: If given, runs keep their state in this folder and go on from it; it is
+            deleted at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -81,10 +88,12 @@ def run_and_report(
         f"{classes} training classes, {config.schedule.iterations} meta-iterations, "
         f"seed {config.seed}"
     )
-    results = run_side_by_side(configs, console, jobs=jobs)
+    results = run_side_by_side(configs, console, jobs=jobs, checkpoints=checkpoints)
     console.print(results_table(configs, results))
     for line in verdicts(results):
         console.print(line)
     write_results(folder, configs, results)
+    if checkpoints is not None:
+        shutil.rmtree(checkpoints, ignore_errors=True)
     console.print(f"wrote {folder}/ in {time.perf_counter() - started:.0f} s in all")
     return results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import platform
 from pathlib import Path
@@ -60,7 +61,10 @@ def verdicts(results: list[RunResult]) -> list[str]:
 
 
 def write_results(folder: Path, configs: list[RunConfig], results: list[RunResult]) -> None:
-    """Write ``results.json``, ``curves.png`` and each method's weights as a plain state dict."""
+    """Write ``results.json``, ``curves.csv``, ``curves.png`` and the weights as state dicts.
+
+    ``results.json`` comes last: where it stands, the others do.
+    """
     document = {
         "l2l_prune": l2l_prune.__version__,
         "torch": torch.__version__,
@@ -70,9 +74,30 @@ def write_results(folder: Path, configs: list[RunConfig], results: list[RunResul
     for result in results:
         with replace_file(folder / f"{result.name.lower()}.pt") as path:
             torch.save(result.weights, path)
+    _write_csv(results, folder / "curves.csv")
     accuracy_curves(configs, results, folder / "curves.png")
     with replace_file(folder / "results.json") as path:
         path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _write_csv(results: list[RunResult], path: Path) -> None:
+    columns = (
+        "method",
+        "iteration",
+        "phase",
+        "sparsity",
+        "train",
+        "train_ci95",
+        "test",
+        "test_ci95",
+    )
+    with replace_file(path) as temporary, temporary.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(columns)
+        for result in results:
+            for p in result.curve:
+                accuracies = (p.train.mean, p.train.ci95, p.test.mean, p.test.ci95)
+                rows.writerow((result.name, p.iteration, p.phase, p.sparsity, *accuracies))
 
 
 def _as_json(config: RunConfig, result: RunResult) -> dict[str, Any]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from l2l_prune.data import Episode, EpisodeSampler, Images, load_images
 from l2l_prune.evaluation import Mean
-from l2l_prune.experiments.algorithms import build
+from l2l_prune.experiments.algorithms import Algorithm, build
+from l2l_prune.experiments.checkpoint import load_checkpoint, save_checkpoint
 from l2l_prune.experiments.config import RunConfig
 
 
@@ -49,35 +53,52 @@ class RunResult:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-def run(config: RunConfig) -> Iterator[Progress | RunResult]:
+def run(
+    config: RunConfig, checkpoint: Path | None = None, checkpoint_every: int = 100
+) -> Iterator[Progress | RunResult]:
     """Train and evaluate; the same config gives the same result on the same machine.
+
+    Args:
+        config: The settings.
+        checkpoint: If given, the run's state is kept in this file every ``checkpoint_every``
+            meta-iterations and taken up from it, bit for bit. The caller deletes it once the
+            result is safe.
+        checkpoint_every: Meta-iterations between checkpoints, >= 1.
 
     Yields:
         A :class:`Progress` after every meta-iteration, and last the :class:`RunResult`, whose
         ``seconds`` count training alone.
+
+    Raises:
+        ValueError: If settings cannot be, or the checkpoint is damaged or of other settings.
+        FileNotFoundError: If a file of the data set is missing.
     """
-    train_data = load_images(
-        config.data, "train", root=config.data_root, max_classes=config.train_classes
-    )
-    test_data = load_images(config.data, "test", root=config.data_root)
-    tasks = _sampler(train_data, config, config.train_shots, config.train_queries, config.seed)
+    splits = ("train", "test", "validation") if config.select == "best" else ("train", "test")
+    data = {split: _load(config, split) for split in splits}
+    tasks = _sampler(data["train"], config, config.train_shots, config.train_queries, config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        algorithm = build(config, train_data.images.shape[1:])
-    curve_episodes = [
-        _episodes(data, config, config.curve_tasks, seed=1) for data in (train_data, test_data)
-    ]
-    curve: list[Point] = []
-    seconds = 0.0
-    for done in range(1, config.schedule.iterations + 1):
+        algorithm = build(config, data["train"].images.shape[1:])
+    curve_episodes = {s: _episodes(data[s], config, config.curve_tasks, seed=1) for s in splits}
+    state = _State()
+    saved = load_checkpoint(checkpoint, config) if checkpoint else None
+    if saved:
+        state.restore(saved, algorithm, tasks)
+    for done in range(state.done + 1, config.schedule.iterations + 1):
         started = time.perf_counter()
         algorithm.train([tasks.sample() for _ in range(config.tasks)])
-        seconds += time.perf_counter() - started
+        state.seconds += time.perf_counter() - started
+        state.done = done
         phase, sparsity = algorithm.pruner.segment.label, algorithm.pruner.sparsity
         if done % config.eval_every == 0 or done == config.schedule.iterations:
-            train, test = (algorithm.evaluate(episodes) for episodes in curve_episodes)
-            curve.append(Point(done, phase, sparsity, train, test))
-        newest = curve[-1] if curve else None
+            found = {s: algorithm.evaluate(curve_episodes[s]) for s in splits}
+            state.curve.append(Point(done, phase, sparsity, found["train"], found["test"]))
+            if config.select == "best" and found["validation"].mean > state.best_accuracy:
+                state.best_accuracy = found["validation"].mean
+                state.best = copy.deepcopy(algorithm.state_dict())
+        if checkpoint and done % checkpoint_every == 0:
+            save_checkpoint(checkpoint, config, state.to_save(algorithm, tasks))
+        newest = state.curve[-1] if state.curve else None
         yield Progress(
             done,
             phase,
@@ -85,12 +106,54 @@ def run(config: RunConfig) -> Iterator[Progress | RunResult]:
             newest.train.mean if newest else float("nan"),
             newest.test.mean if newest else float("nan"),
         )
+    if state.best is not None:
+        algorithm.load_state_dict(state.best)
     train, test = (
-        algorithm.evaluate(_episodes(data, config, config.final_tasks, seed=2))
-        for data in (train_data, test_data)
+        algorithm.evaluate(_episodes(data[split], config, config.final_tasks, seed=2))
+        for split in ("train", "test")
     )
     weights = algorithm.finalize().state_dict()
-    yield RunResult(config.name, train, test, seconds, curve, dict(weights))
+    yield RunResult(config.name, train, test, state.seconds, state.curve, dict(weights))
+
+
+@dataclass
+class _State:
+    """What a run has besides its algorithm and its stream of tasks."""
+
+    done: int = 0
+    seconds: float = 0.0
+    curve: list[Point] = field(default_factory=list)
+    best_accuracy: float = -1.0
+    best: dict[str, Any] | None = None
+
+    def to_save(self, algorithm: Algorithm, tasks: EpisodeSampler) -> dict[str, Any]:
+        points = [
+            (p.iteration, p.phase, p.sparsity, p.train.values, p.test.values) for p in self.curve
+        ]
+        return {
+            "done": self.done,
+            "seconds": self.seconds,
+            "curve": points,
+            "best_accuracy": self.best_accuracy,
+            "best": self.best,
+            "algorithm": algorithm.state_dict(),
+            "tasks": tasks.state_dict(),
+        }
+
+    def restore(self, saved: dict[str, Any], algorithm: Algorithm, tasks: EpisodeSampler) -> None:
+        self.done, self.seconds = saved["done"], saved["seconds"]
+        self.curve = [
+            Point(iteration, phase, sparsity, Mean(tuple(train)), Mean(tuple(test)))
+            for iteration, phase, sparsity, train, test in saved["curve"]
+        ]
+        self.best_accuracy, self.best = saved["best_accuracy"], saved["best"]
+        algorithm.load_state_dict(saved["algorithm"])
+        tasks.load_state_dict(saved["tasks"])
+
+
+def _load(config: RunConfig, split: str) -> Images:
+    limit = config.train_classes if split == "train" else None
+    return load_images(config.data, split, root=config.data_root, max_classes=limit)
 
 
 def _episodes(data: Images, config: RunConfig, count: int, seed: int) -> list[Episode]:

@@ -7,6 +7,7 @@ import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.queues import Queue
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def run_side_by_side(
     *,
     jobs: int | None = None,
     on_result: Callable[[RunConfig, RunResult], None] = lambda config, result: None,
+    checkpoints: Path | None = None,
 ) -> list[RunResult]:
     """Run all configs in parallel processes of one thread each.
 
@@ -36,6 +38,7 @@ def run_side_by_side(
         console: Where the progress bars go.
         jobs: How many may run at once; all by default.
         on_result: Called with each result as it comes.
+        checkpoints: Folder in which runs keep their state, and from which they go on.
 
     Returns:
         Results in the order of ``configs``.
@@ -47,7 +50,7 @@ def run_side_by_side(
     context = multiprocessing.get_context("spawn")
     messages: Queue[tuple[int, Any]] = context.Queue()
     workers = [
-        context.Process(target=_work, args=(number, config, messages), daemon=True)
+        context.Process(target=_work, args=(number, config, checkpoints, messages), daemon=True)
         for number, config in enumerate(configs)
     ]
     results: dict[int, RunResult] = {}
@@ -101,10 +104,16 @@ def _start_next(waiting: list[Any]) -> None:
         signal.signal(signal.SIGINT, handler)
 
 
-def _work(number: int, config: RunConfig, messages: Queue[tuple[int, Any]]) -> None:
+def _work(
+    number: int, config: RunConfig, checkpoints: Path | None, messages: Queue[tuple[int, Any]]
+) -> None:
     torch.set_num_threads(1)
     try:
-        for message in run(config):
+        checkpoint = None
+        if checkpoints is not None:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            checkpoint = checkpoints / f"{config.slug}.pt"
+        for message in run(config, checkpoint):
             messages.put((number, _sendable(message)))
     except (ValueError, FileNotFoundError, ImportError) as error:  # settings that cannot be
         messages.put((number, str(error)))

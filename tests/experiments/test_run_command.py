@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -44,8 +47,14 @@ def test_one_seed_gives_the_demos_files(tmp_path):
     assert "fomaml on glyphs: 5-way 1-shot" in done.stdout
     assert "IHT - dense on test tasks" in done.stdout
     out = tmp_path / "runs" / "fomaml-iht-dense"
-    names = sorted(path.name for path in out.iterdir())
-    assert names == ["curves.png", "dense.pt", "iht.pt", "results.json"]
+    names = sorted(path.name for path in out.iterdir() if path.name != ".lock")
+    assert names == ["curves.csv", "curves.png", "dense.pt", "iht.pt", "results.json"]
+    with (out / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["iteration"]) for row in rows[9:11]] == [
+        ("dense", "20"),
+        ("IHT", "2"),
+    ]
     runs = json.loads((out / "results.json").read_text())["runs"]
     assert [run["config"]["name"] for run in runs] == ["dense", "IHT"]
     assert runs[0]["config"]["algorithm"] == "fomaml"
@@ -86,6 +95,61 @@ def test_several_seeds_give_a_table_and_are_taken_up_again(tmp_path):
     assert "was made with other settings" in other.stderr
 
 
+def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
+    arguments = ("--schedule", "dsd", "--channels", "8", "--tasks", "1", "--eval-tasks", "2")
+    arguments += ("--iterations", "300", "--out", "out")
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "l2l_prune", "run", *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    checkpoint = tmp_path / "out" / "checkpoints" / "dsd-seed0.pt"
+    deadline = time.monotonic() + 240
+    while not checkpoint.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    refused = command(*arguments, folder=tmp_path)
+    assert refused.returncode == 2
+    assert "another l2l-prune is writing to out" in refused.stderr
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "results.json").exists()
+
+    resumed = command(*arguments, folder=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    whole = command(*arguments[:-1], "whole", folder=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    assert not checkpoint.exists()
+    runs = [
+        json.loads((tmp_path / out / "results.json").read_text())["runs"][0]
+        for out in ("out", "whole")
+    ]
+    for run in runs:
+        run.pop("seconds")
+    assert runs[0] == runs[1]
+    a, b = (torch.load(tmp_path / out / "dsd.pt", weights_only=True) for out in ("out", "whole"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_settings_from_a_file(tmp_path):
+    (tmp_path / "run.toml").write_text(
+        'algorithm = "protonet"\nschedule = ["dense"]\niterations = 40\nscale = 0.5\n'
+        'channels = 4\ntasks = 1\neval-tasks = 2\nout = "from-file"\n'
+    )
+    done = command("--config", "run.toml", "--channels", "3", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = json.loads((tmp_path / "from-file" / "results.json").read_text())["runs"][0]
+    assert run["config"]["algorithm"] == "protonet"
+    assert run["config"]["channels"] == 3  # the command line wins
+    assert run["curve"][-1]["iteration"] == 20
+    (tmp_path / "run.toml").write_text("chanels = 4\n")
+    done = command("--config", "run.toml", folder=tmp_path)
+    assert done.returncode == 2
+    assert "chanels" in done.stderr
+
+
 def test_mini_imagenet_files(tmp_path):
     write_mini_imagenet(tmp_path, classes=5, each=8)
     done = command(
@@ -107,12 +171,15 @@ def test_mini_imagenet_files(tmp_path):
         (("--schedule", "sdd"), "schedule must be one of"),
         (("--data", "imagenet"), "data must be one of"),
         (("--data", "mini-imagenet"), "--data-root"),
-        (("--data", "mini-imagenet", "--data-root", "nowhere"), "is missing"),
+        (("--data", "mini-imagenet", "--data-root", "nowhere"), "not in nowhere"),
         (("--algorithm", "maml", "--published"), "published settings"),
         (("--algorithm", "maml", "--backbone", "resnet12"), "metaoptnet only"),
         (("--shots", "30", "--iterations", "20"), "has only 20 examples"),
         (("--ways", "50", "--iterations", "20"), "there are only"),
         (("--inner-lr", "-1", "--iterations", "20"), "inner_lr"),
+        (("--select", "first"), "select must be"),
+        (("--scale", "0"), "scale must be"),
+        (("--config", "nowhere.toml"), "nowhere.toml"),
     ],
 )
 def test_bad_input_is_told_in_a_line(tmp_path, arguments, words):
@@ -120,7 +187,8 @@ def test_bad_input_is_told_in_a_line(tmp_path, arguments, words):
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list(tmp_path.glob("out/*"))
+    assert {path.name for path in tmp_path.glob("out/*")} <= {".lock", "checkpoints"}
+    assert not list(tmp_path.glob("out/checkpoints/*"))
 
 
 def test_estimates():
