@@ -113,19 +113,6 @@ ConfigOption = Annotated[
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Refuse a second writer to the same folder."""
-    import filelock
-
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(out / ".lock", timeout=0):
-            yield
-    except filelock.Timeout:
-        raise ValueError(f"another l2l-prune is writing to {out}: choose another --out") from None
-
-
-@contextmanager
 def _plain_errors(out: Path) -> Iterator[None]:
     """What a user can mend is told in a line; Ctrl-C leaves quietly."""
     from l2l_prune.experiments.side_by_side import RunFailed
@@ -233,6 +220,7 @@ def run(
     """
     from l2l_prune.experiments.compare import compare
     from l2l_prune.experiments.demo import run_and_report
+    from l2l_prune.experiments.storage import locked_folder
 
     _check_sparsity(sparsity)
     out = out or Path("runs") / "-".join((algorithm, *schedule))
@@ -264,11 +252,45 @@ def run(
             for kind in sorted(set(schedule), key=_baseline_first)
         ]
         check_files(data, data_root, download=download)
-        with _locked(out):
+        with locked_folder(out):
             if seeds == 1:
                 run_and_report(configs, out, Console(), jobs, out / "checkpoints")
             else:
                 typer.echo(compare(configs, out, Console(), jobs))
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="TOML file with the tables [base] and [grid].")],
+    out: Annotated[Path, typer.Option(help="Folder; each run gets one in it.")] = Path(
+        "runs/sweep"
+    ),
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, one thread each.")] = 2,
+    cluster: Annotated[
+        str | None, typer.Option(help="Hand the runs to submitit: local or slurm.")
+    ] = None,
+) -> None:
+    """Run a grid of settings: [base] as of `run`, [grid] with lists of values, and seeds = N.
+
+    A stopped sweep can be repeated; a failed run does not stop the others.
+    """
+    from l2l_prune.experiments.sweep import expand
+    from l2l_prune.experiments.sweep import sweep as run_all
+
+    with _plain_errors(out):
+        try:
+            document = tomllib.loads(file.read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ValueError(f"{file}: {error}") from None
+        if not document.keys() <= {"base", "grid"}:
+            raise ValueError(f"{file} must hold the tables [base] and [grid], and nothing else")
+        configs = expand(document.get("base", {}), document.get("grid", {}))
+        check_files(configs[0].data, configs[0].data_root)
+        outcomes = run_all(configs, out, Console(), jobs=jobs, cluster=cluster)
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if failed:
+        typer.echo(f"{len(failed)} of {len(outcomes)} runs failed: see error.txt in their folders")
+        raise typer.Exit(1)
 
 
 def _baseline_first(schedule: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -18,6 +17,7 @@ from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.results import write_results
 from l2l_prune.experiments.run import RunResult
 from l2l_prune.experiments.side_by_side import run_side_by_side
+from l2l_prune.experiments.storage import finished_run
 
 _WORDS = {"train": ("higher", "lower"), "test": ("better", "worse"), "gap": ("larger", "smaller")}
 
@@ -59,10 +59,10 @@ def compare(
         ValueError: If ``folder`` holds results of other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [c for c in configs if _finished(folder, c) is None]
+    missing = [c for c in configs if finished_run(folder / c.slug, c) is None]
 
     def keep(config: RunConfig, result: RunResult) -> None:
-        place = _place(folder, config)
+        place = folder / config.slug
         place.mkdir(exist_ok=True)
         write_results(place, [config], [result])
         (checkpoints / f"{config.slug}.pt").unlink(missing_ok=True)
@@ -70,25 +70,10 @@ def compare(
     checkpoints = folder / "checkpoints"
     run_side_by_side(missing, console, jobs=jobs, on_result=keep, checkpoints=checkpoints)
     shutil.rmtree(checkpoints, ignore_errors=True)
-    text = _markdown([(c, _finished(folder, c)) for c in configs])
+    text = _markdown([(c, finished_run(folder / c.slug, c)) for c in configs])
     with replace_file(folder / "table.md") as path:
         path.write_text(text)
     return text
-
-
-def _place(folder: Path, config: RunConfig) -> Path:
-    return folder / config.slug
-
-
-def _finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:
-    """The results of a run that ended before, if its settings were these."""
-    file = _place(folder, config) / "results.json"
-    if not file.is_file():
-        return None
-    run: dict[str, Any] = json.loads(file.read_text())["runs"][0]
-    if run["config"] != json.loads(json.dumps(config.to_json())):
-        raise ValueError(f"{file} was made with other settings: choose another folder")
-    return run
 
 
 def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:

@@ -1,0 +1,60 @@
+"""A folder for each run: its checkpoint while it trains, its results once it has ended."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from l2l_prune.experiments.config import RunConfig
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Make ``folder`` and refuse a second writer to it.
+
+    Raises:
+        ValueError: If another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise ValueError(f"another l2l-prune is writing to {folder}: choose another") from None
+
+
+def finished_run(folder: Path, config: RunConfig) -> dict[str, Any] | None:
+    """The run's entry of ``results.json`` in its folder, or ``None`` if it has not ended.
+
+    Raises:
+        ValueError: If the results are of other settings.
+    """
+    file = folder / "results.json"
+    if not file.is_file():
+        return None
+    run: dict[str, Any] = json.loads(file.read_text())["runs"][0]
+    if run["config"] != json.loads(json.dumps(config.to_json())):
+        raise ValueError(f"{file} was made with other settings: choose another folder")
+    return run
+
+
+def run_name(config: RunConfig) -> str:
+    """A folder name that tells the run's settings apart from all others and says the main ones.
+
+    Example:
+        >>> from l2l_prune.experiments.config import make_config
+        >>> run_name(make_config("reptile", "dsd"))[:-9]
+        'reptile-dsd-50-64ch-1shot-seed0'
+    """
+    rates = [s.sparsity_label.rstrip("%") for s in config.schedule.segments if s.sparse]
+    parts = [config.algorithm, config.name.lower(), *rates[-1:]]
+    size = f"{config.channels}ch" if config.backbone == "conv4" else config.backbone
+    text = json.dumps(config.to_json(), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return "-".join([*parts, size, f"{config.shots}shot", f"seed{config.seed}", digest])

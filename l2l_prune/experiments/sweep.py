@@ -1,0 +1,152 @@
+"""Many runs over a grid of settings, on this machine (joblib) or a cluster (submitit)."""
+
+from __future__ import annotations
+
+import itertools
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import joblib
+import torch
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+from rich.console import Console
+
+from l2l_prune.experiments.config import RunConfig, make_config
+from l2l_prune.experiments.results import write_results
+from l2l_prune.experiments.run import RunResult, run
+from l2l_prune.experiments.storage import finished_run, locked_folder, run_name
+
+
+def expand(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]:
+    """Every combination of the grid's values over the base settings.
+
+    Args:
+        base: Arguments of :func:`make_config`.
+        grid: Lists of values for the same; ``seeds = 3`` is short for ``seed = [0, 1, 2]``.
+
+    Returns:
+        The runs; those that differ in nothing (a dense run at several sparsities) only once.
+
+    Raises:
+        ValueError: If a setting is unknown or not possible.
+
+    Example:
+        >>> grid = {"schedule": ["dense", "dsd"], "sparsity": [0.3, 0.5], "seeds": 2}
+        >>> len(expand({"algorithm": "reptile"}, grid))
+        6
+    """
+    axes = {name: value if isinstance(value, list) else [value] for name, value in grid.items()}
+    if "seeds" in axes:
+        axes["seed"] = list(range(*axes.pop("seeds")))
+    configs = []
+    for values in itertools.product(*axes.values()):
+        settings = {**base, **dict(zip(axes, values, strict=True))}
+        try:
+            configs.append(make_config(**settings))
+        except TypeError as error:  # an unknown or a missing setting
+            raise ValueError(f"sweep: {error}") from None
+    return list({run_name(config): config for config in configs}.values())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run of a sweep ended: ``error`` is ``None``, or what went wrong in a line."""
+
+    name: str
+    error: str | None
+
+
+def sweep(
+    configs: list[RunConfig],
+    folder: Path,
+    console: Console,
+    *,
+    jobs: int = 2,
+    cluster: str | None = None,
+) -> list[Outcome]:
+    """Run what has not ended yet; each run writes its own folder as the demo does.
+
+    A run that fails leaves ``error.txt`` in its folder and does not stop the others. A sweep that
+    was stopped goes on from the runs' checkpoints when it is started again.
+
+    Args:
+        configs: The runs.
+        folder: Gets a folder for each.
+        console: Gets a line for each run that ends.
+        jobs: Runs at once, one thread each.
+        cluster: Hand the runs to submitit instead of joblib: ``"local"`` or ``"slurm"``.
+
+    Returns:
+        The outcomes, in the order of ``configs``.
+
+    Raises:
+        ImportError: If ``cluster`` is given and submitit is missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting = [c for c in configs if finished_run(folder / run_name(c), c) is None]
+    ended = {run_name(c): Outcome(run_name(c), None) for c in configs if c not in waiting}
+    if ended:
+        console.print(f"{len(ended)} of {len(configs)} runs had ended before")
+    engine = (
+        _submitted(waiting, folder, jobs, cluster) if cluster else _local(waiting, folder, jobs)
+    )
+    for outcome in engine:
+        ended[outcome.name] = outcome
+        console.print(f"[{len(ended)}/{len(configs)}] {outcome.name}: {outcome.error or 'done'}")
+    return [ended[run_name(config)] for config in configs]
+
+
+def run_into(config: RunConfig, folder: Path) -> Outcome:
+    """One run with its files in ``folder / run_name(config)``; never raises for a failed run."""
+    torch.set_num_threads(1)
+    name = run_name(config)
+    place = folder / name
+    try:
+        with locked_folder(place):
+            (place / "error.txt").unlink(missing_ok=True)
+            for message in run(config, place / "checkpoint.pt"):
+                if isinstance(message, RunResult):
+                    write_results(place, [config], [message])
+            (place / "checkpoint.pt").unlink(missing_ok=True)
+    except Exception as error:
+        (place / "error.txt").write_text(traceback.format_exc())
+        return Outcome(name, f"{type(error).__name__}: {error}")
+    return Outcome(name, None)
+
+
+def _local(configs: list[RunConfig], folder: Path, jobs: int) -> Iterator[Outcome]:
+    left = {run_name(config): config for config in configs}
+    while left:
+        before = len(left)
+        engine = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
+        try:
+            for outcome in engine(joblib.delayed(run_into)(c, folder) for c in list(left.values())):
+                del left[outcome.name]
+                yield outcome
+        except TerminatedWorkerError:  # killed from outside, say for its memory
+            if len(left) == before:  # nothing ended since the last time: do not go round for ever
+                for name in left:
+                    yield Outcome(name, "its process was killed (out of memory?)")
+                return
+
+
+def _submitted(
+    configs: list[RunConfig], folder: Path, jobs: int, cluster: str
+) -> Iterable[Outcome]:
+    try:
+        import submitit
+    except ImportError as error:
+        raise ImportError(f'{error}; --cluster needs: pip install "l2l-prune[cluster]"') from None
+    executor = submitit.AutoExecutor(folder=folder / "jobs", cluster=cluster)
+    executor.update_parameters(
+        timeout_min=3 * 24 * 60, cpus_per_task=1, slurm_array_parallelism=jobs
+    )
+    handed = executor.map_array(run_into, configs, [folder] * len(configs))
+    for config, job in zip(configs, handed, strict=True):
+        try:
+            yield job.result()
+        except Exception as error:  # the job itself died
+            yield Outcome(run_name(config), f"{type(error).__name__}: {error}".splitlines()[0])

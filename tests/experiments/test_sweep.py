@@ -1,0 +1,98 @@
+"""Sweeps on two local workers: restartable, and one failed run does not lose the others."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+
+import pytest
+from rich.console import Console
+
+from l2l_prune.experiments import sweep as module
+from l2l_prune.experiments.storage import run_name
+from l2l_prune.experiments.sweep import expand, sweep
+
+BASE = {
+    "algorithm": "reptile",
+    "iterations": 20,
+    "channels": 4,
+    "tasks": 1,
+    "final_tasks": 2,
+    "curve_tasks": 2,
+}
+
+
+def test_a_grid_is_every_combination_and_the_dense_run_once():
+    grid = {"schedule": ["dense", "dsd"], "sparsity": [0.3, 0.5], "shots": [1, 5], "seeds": 2}
+    configs = expand(BASE, grid)
+    assert len(configs) == (1 + 2) * 2 * 2
+    assert len({run_name(c) for c in configs}) == 12
+    assert {c.seed for c in configs} == {0, 1}
+    assert expand({**BASE, "schedule": "iht"}, {"seed": [7]})[0].seed == 7
+
+
+@pytest.mark.parametrize(
+    ("base", "grid", "words"),
+    [
+        ({**BASE, "chanels": 3, "schedule": "dsd"}, {}, "chanels"),
+        (BASE, {}, "schedule"),
+        (BASE, {"schedule": ["dsd"], "sparsity": [2.0]}, "sparsity"),
+        ({}, {"schedule": ["dsd"]}, "algorithm"),
+    ],
+)
+def test_bad_grids(base, grid, words):
+    with pytest.raises(ValueError, match=words):
+        expand(base, grid)
+
+
+@pytest.mark.parametrize("cluster", [None, "local"])
+def test_a_failed_run_does_not_lose_the_others_and_a_second_sweep_mends_it(tmp_path, cluster):
+    if cluster:
+        pytest.importorskip("submitit")
+    configs = expand({**BASE, "schedule": "dense"}, {"seeds": 3})
+    # A folder where the run wants to write a file: one of the three cannot end.
+    obstacle = tmp_path / run_name(configs[1]) / "curves.csv"
+    obstacle.mkdir(parents=True)
+    text = io.StringIO()
+    outcomes = sweep(configs, tmp_path, Console(file=text, width=200), jobs=2, cluster=cluster)
+    assert [outcome.error is None for outcome in outcomes] == [True, False, True]
+    assert "IsADirectoryError" in outcomes[1].error
+    assert "Traceback" in (obstacle.parent / "error.txt").read_text()
+    obstacle.rmdir()
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/results.json")}
+    assert len(stamps) == 2
+
+    outcomes = sweep(configs, tmp_path, Console(file=text, width=200), jobs=2, cluster=cluster)
+    assert all(outcome.error is None for outcome in outcomes)
+    assert "2 of 3 runs had ended before" in text.getvalue()
+    assert not (obstacle.parent / "error.txt").exists()
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+    for config in configs:
+        run = json.loads((tmp_path / run_name(config) / "results.json").read_text())["runs"][0]
+        assert run["config"]["seed"] == config.seed
+    assert not list(tmp_path.glob("*/checkpoint.pt"))
+
+
+def kill_itself_once(config, folder):
+    """Stands for a worker that the kernel kills for its memory."""
+    mark = folder / "killed"
+    if config.seed == 1 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return module.Outcome(run_name(config), None)
+
+
+def kill_itself_always(config, folder):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_does_not_lose_the_others(tmp_path, monkeypatch):
+    configs = expand({**BASE, "schedule": "dense"}, {"seeds": 3})
+    monkeypatch.setattr(module, "run_into", kill_itself_once)
+    outcomes = sweep(configs, tmp_path, Console(file=io.StringIO()), jobs=2)
+    assert [outcome.error for outcome in outcomes] == [None] * 3
+    monkeypatch.setattr(module, "run_into", kill_itself_always)
+    outcomes = sweep(configs, tmp_path, Console(file=io.StringIO()), jobs=2)
+    assert all("was killed" in outcome.error for outcome in outcomes)
