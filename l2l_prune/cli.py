@@ -293,6 +293,18 @@ def sweep(
         raise typer.Exit(1)
 
 
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep, or of run --seeds.")],
+) -> None:
+    """Write report.md and report.html: tables, curves and differences over seeds."""
+    from l2l_prune.experiments.report import write_report
+
+    with _plain_errors(folder):
+        for path in write_report(folder):
+            typer.echo(f"wrote {path}")
+
+
 def _baseline_first(schedule: str) -> int:
     return SCHEDULES.index(schedule) if schedule in SCHEDULES else -1  # refused by make_config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from l2l_prune.experiments.run import RunResult
 
 # Okabe-Ito: told apart by people with any colour vision; train is dashed besides.
 TRAIN, TEST = "#D55E00", "#0072B2"
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def accuracy_curves(configs: list[RunConfig], results: list[RunResult], path: Path) -> None:
@@ -33,6 +35,58 @@ def accuracy_curves(configs: list[RunConfig], results: list[RunResult], path: Pa
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     with replace_file(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
+
+
+def curves_by_rate(
+    groups: dict[tuple[str, ...], list[dict[str, Any]]], path: Path, title: str
+) -> None:
+    """Mean accuracy curves over seeds by pruning rate, a panel for DSD and one for IHT.
+
+    Args:
+        groups: Runs as in ``results.json``, by method and rate; dense runs stand in each panel.
+        path: The PNG file to write.
+        title: Above the figure.
+    """
+    from matplotlib.figure import Figure
+
+    families = list(dict.fromkeys(runs[0]["config"]["name"] for runs in groups.values()))
+    families = [name for name in families if name != "dense"] or families
+    figure = Figure(figsize=(1 + 5.5 * len(families), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
+    for ax, family in zip(axes, families, strict=True):
+        shown = {
+            label: runs
+            for (label,), runs in groups.items()
+            if runs[0]["config"]["name"] in ("dense", family)
+        }
+        for color, (label, runs) in zip(itertools.cycle(COLORS), shown.items(), strict=False):
+            _seed_means(ax, runs, label, color)
+        for start, stop in _sparse_spans(next(reversed(shown.values()))[0]):
+            ax.axvspan(start, stop, color="0.5", alpha=0.18, lw=0)
+        ax.set(xlabel="meta-iteration (sparse phases shaded)")
+        ax.grid(alpha=0.25)
+        ax.legend(frameon=False, loc="lower right")
+    axes[0].set_ylabel("accuracy [%], test solid, training dashed")
+    figure.suptitle(title)
+    with replace_file(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+
+
+def _seed_means(ax: Any, runs: list[dict[str, Any]], label: str, color: str) -> None:
+    points = list(zip(*(run["curve"] for run in runs), strict=True))
+    iterations = [seeds[0]["iteration"] for seeds in points]
+    for part, line in (("test", "-"), ("train", "--")):
+        means = [100 * sum(p[part] for p in seeds) / len(seeds) for seeds in points]
+        ax.plot(iterations, means, line, color=color, label=label if part == "test" else None)
+
+
+def _sparse_spans(run: dict[str, Any]) -> list[tuple[int, int]]:
+    spans, done = [], 0
+    for segment in run["config"]["schedule"]["segments"]:
+        if segment["sparse"]:
+            spans.append((done, done + segment["iterations"]))
+        done += segment["iterations"]
+    return spans
 
 
 def _panel(ax: Any, config: RunConfig, result: RunResult) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import traceback
 from collections.abc import Iterable, Iterator
@@ -41,13 +42,17 @@ def expand(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]:
     axes = {name: value if isinstance(value, list) else [value] for name, value in grid.items()}
     if "seeds" in axes:
         axes["seed"] = list(range(*axes.pop("seeds")))
-    configs = []
-    for values in itertools.product(*axes.values()):
-        settings = {**base, **dict(zip(axes, values, strict=True))}
-        try:
-            configs.append(make_config(**settings))
-        except TypeError as error:  # an unknown or a missing setting
-            raise ValueError(f"sweep: {error}") from None
+    fields = {field.name for field in dataclasses.fields(RunConfig)} - {"name"}
+    known = fields | {"iterations", "sparsity", "published", "scale"}
+    given = base.keys() | axes.keys()
+    if unknown := sorted(given - known):
+        raise ValueError(f"there is no setting {', '.join(unknown)}; there are {sorted(known)}")
+    if missing := sorted({"algorithm", "schedule"} - given):
+        raise ValueError(f"{' and '.join(missing)} must be given in [base] or [grid]")
+    configs = [
+        make_config(**base | dict(zip(axes, values, strict=True)))
+        for values in itertools.product(*axes.values())
+    ]
     return list({run_name(config): config for config in configs}.values())
 
 

@@ -9,7 +9,9 @@ import signal
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from l2l_prune.cli import app
 from l2l_prune.experiments import sweep as module
 from l2l_prune.experiments.storage import run_name
 from l2l_prune.experiments.sweep import expand, sweep
@@ -96,3 +98,22 @@ def test_a_killed_worker_does_not_lose_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "run_into", kill_itself_always)
     outcomes = sweep(configs, tmp_path, Console(file=io.StringIO()), jobs=2)
     assert all("was killed" in outcome.error for outcome in outcomes)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "No such file"),
+        ("[base", "sweep.toml"),
+        ("[bass]\nx = 1\n", "must hold the tables"),
+        ("[base]\nchanels = 3\n", "chanels"),
+    ],
+)
+def test_bad_files_are_told_in_a_line(tmp_path, text, words):
+    file = tmp_path / "sweep.toml"
+    if text is not None:
+        file.write_text(text)
+    result = CliRunner().invoke(app, ["sweep", str(file), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert not (tmp_path / "out").exists()
