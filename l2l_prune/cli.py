@@ -213,6 +213,14 @@ def run(
     meta_lr: Annotated[float | None, _setting("Meta step, or outer learning rate.", None)] = None,
     eval_tasks: Annotated[int | None, _setting("Tasks behind each accuracy.", 2)] = None,
     backbone: Annotated[str | None, _setting("conv4 or resnet12 (metaoptnet).", None)] = None,
+    drop_block: Annotated[
+        bool | None,
+        typer.Option(
+            help="DropBlock in resnet12.",
+            show_default="in dense runs only",
+            rich_help_panel="Settings",
+        ),
+    ] = None,
 ) -> None:
     """Train any meta-learner under any pruning schedules, over one seed or several.
 
@@ -244,6 +252,7 @@ def run(
         "meta_lr": meta_lr,
         "final_tasks": eval_tasks,
         "backbone": backbone,
+        "drop_block": drop_block,
     }
     with _plain_errors(out):
         configs = [

@@ -14,7 +14,9 @@ import time
 import pytest
 import torch
 from scipy import stats
+from typer.testing import CliRunner
 
+from l2l_prune.cli import app
 from l2l_prune.evaluation import Mean
 from l2l_prune.experiments.compare import OverSeeds
 from l2l_prune.experiments.config import make_config
@@ -174,16 +176,30 @@ def test_mini_imagenet_files(tmp_path):
         (("--data", "mini-imagenet", "--data-root", "nowhere"), "not in nowhere"),
         (("--algorithm", "maml", "--published"), "published settings"),
         (("--algorithm", "maml", "--backbone", "resnet12"), "metaoptnet only"),
-        (("--shots", "30", "--iterations", "20"), "has only 20 examples"),
-        (("--ways", "50", "--iterations", "20"), "there are only"),
-        (("--inner-lr", "-1", "--iterations", "20"), "inner_lr"),
         (("--select", "first"), "select must be"),
         (("--scale", "0"), "scale must be"),
         (("--config", "nowhere.toml"), "nowhere.toml"),
+        (("--sparsity", "1"), "--sparsity"),
     ],
 )
-def test_bad_input_is_told_in_a_line(tmp_path, arguments, words):
-    done = command(*arguments, "--out", "out", folder=tmp_path)
+def test_bad_input_is_told_in_a_line(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["run", *arguments, "--out", "out"])
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--shots", "30"), "has only 20 examples"),
+        (("--ways", "500"), "there are only"),
+        (("--inner-lr", "-1"), "inner_lr"),
+    ],
+)
+def test_what_a_run_refuses_is_told_in_a_line(tmp_path, arguments, words):
+    done = command(*arguments, "--iterations", "20", "--out", "out", folder=tmp_path)
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
