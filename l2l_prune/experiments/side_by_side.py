@@ -94,14 +94,20 @@ def run_side_by_side(
 
 
 def _start_next(waiting: list[Any]) -> None:
-    """Start with SIGINT ignored, which the process inherits: Ctrl-C is the parent's to handle."""
+    """Start with SIGINT blocked, which the process inherits: Ctrl-C is the parent's to handle.
+
+    Blocked and not ignored, so that a Ctrl-C at this very moment is late and not lost.
+    """
     if not waiting:
         return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        waiting.pop(0).start()
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         waiting.pop(0).start()
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _work(
