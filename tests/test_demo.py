@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -108,21 +109,25 @@ def test_ctrl_c_stops_everything_and_writes_nothing(tmp_path):
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 600
-    while len(children(process.pid)) < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-    time.sleep(3)
-    workers = children(process.pid)
-    os.killpg(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=600)
-    assert process.returncode == 130
-    assert "stopped by Ctrl-C" in out
-    assert list((tmp_path / "out").iterdir()) == []
-    deadline = time.monotonic() + 120
-    while any(map(alive, workers)):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    try:
+        deadline = time.monotonic() + 600
+        while len(children(process.pid)) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        time.sleep(3)
+        workers = children(process.pid)
+        os.killpg(process.pid, signal.SIGINT)
+        out, _ = process.communicate(timeout=600)
+        assert process.returncode == 130
+        assert "stopped by Ctrl-C" in out
+        assert list((tmp_path / "out").iterdir()) == []
+        deadline = time.monotonic() + 120
+        while any(map(alive, workers)):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def alive(pid):
