@@ -83,14 +83,22 @@ def _setting(help_text: str, least: int | None = 1) -> Any:
     )
 
 
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text())
+        return values
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Options from a TOML file, as defaults: what is given on the command line wins."""
     if path is None:
         return None
     try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise typer.BadParameter(f"{path}: {error}") from None
+        values = _read_toml(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     known = {parameter.name for parameter in context.command.params} - {"config", "help"}
     values = {key.replace("-", "_"): value for key, value in values.items()}
     if unknown := sorted(values.keys() - known):
@@ -287,10 +295,7 @@ def sweep(
     from l2l_prune.experiments.sweep import sweep as run_all
 
     with _plain_errors(out):
-        try:
-            document = tomllib.loads(file.read_text())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ValueError(f"{file}: {error}") from None
+        document = _read_toml(file)
         if not document.keys() <= {"base", "grid"}:
             raise ValueError(f"{file} must hold the tables [base] and [grid], and nothing else")
         configs = expand(document.get("base", {}), document.get("grid", {}))

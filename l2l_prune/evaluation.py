@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -59,15 +59,18 @@ class Mean:
         return f"{100 * self.mean:.1f} ± {100 * self.ci95:.1f}"
 
 
-def paired_difference(a: Mean, b: Mean) -> Mean:
-    """``a - b`` task by task, for two methods evaluated on the same tasks.
+MeanT = TypeVar("MeanT", bound=Mean)
+
+
+def paired_difference(a: MeanT, b: MeanT) -> MeanT:
+    """``a - b`` pair by pair, for two methods evaluated on the same tasks (or seeds).
 
     Raises:
         ValueError: If they have different numbers of tasks.
     """
     if len(a.values) != len(b.values):
         raise ValueError(f"not the same tasks: {len(a.values)} and {len(b.values)}")
-    return Mean(tuple(x - y for x, y in zip(a.values, b.values, strict=True)))
+    return type(a)(tuple(x - y for x, y in zip(a.values, b.values, strict=True)))
 
 
 def unpaired_difference(a: Mean, b: Mean) -> tuple[float, float]:

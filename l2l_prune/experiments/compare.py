@@ -12,9 +12,9 @@ from scipy import stats
 from tabulate import tabulate
 
 from l2l_prune._files import replace_file
-from l2l_prune.evaluation import Mean
+from l2l_prune.evaluation import Mean, paired_difference
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.experiments.results import write_results
+from l2l_prune.experiments.results import signed, write_results
 from l2l_prune.experiments.run import RunResult
 from l2l_prune.experiments.side_by_side import run_side_by_side
 from l2l_prune.experiments.storage import finished_run
@@ -86,7 +86,7 @@ def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:
         for part in ("train", "test"):
             means = tuple(run[part]["mean"] for _, run in mine)
             values[method, part] = OverSeeds(means)
-        values[method, "gap"] = difference(values[method, "train"], values[method, "test"])
+        values[method, "gap"] = paired_difference(values[method, "train"], values[method, "test"])
         rates = {s.sparsity_label for s in mine[0][0].schedule.segments if s.sparse}
         parts = [str(values[method, part]) for part in ("train", "test", "gap")]
         seconds = math.fsum(run["seconds"] for _, run in mine) / len(mine)
@@ -107,15 +107,7 @@ def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:
     ]
     for method in methods[1:]:
         for part in ("train", "test", "gap"):
-            found = difference(values[method, part], values[methods[0], part])
+            found = paired_difference(values[method, part], values[methods[0], part])
             word = found.verdict(*WORDS[part])
-            lines.append(
-                f"- {method} - {methods[0]}, {part}: "
-                f"{100 * found.mean:+.1f} ± {100 * found.ci95:.1f} ({word})"
-            )
+            lines.append(f"- {method} - {methods[0]}, {part}: {signed(found)} ({word})")
     return "\n".join(lines) + "\n"
-
-
-def difference(a: OverSeeds, b: OverSeeds) -> OverSeeds:
-    """Paired by seed: both saw the same weights at the start, and the same tasks."""
-    return OverSeeds(tuple(x - y for x, y in zip(a.values, b.values, strict=True)))

@@ -13,8 +13,10 @@ from typing import Any
 from tabulate import tabulate
 
 from l2l_prune._files import replace_file
-from l2l_prune.experiments.compare import WORDS, OverSeeds, difference
+from l2l_prune.evaluation import paired_difference
+from l2l_prune.experiments.compare import WORDS, OverSeeds
 from l2l_prune.experiments.plots import curves_by_rate
+from l2l_prune.experiments.results import signed
 
 Key = tuple[str, ...]
 
@@ -78,7 +80,7 @@ def _section(runs: list[dict[str, Any]]) -> tuple[str, list[dict[str, str]], str
                 if _method(r) == "dense" and _size(r) == size and str(_config(r)["shots"]) == shots
             ]
             values = {part: _over_seeds(same, part) for part in ("train", "test")}
-            gap = difference(values["train"], values["test"])
+            gap = paired_difference(values["train"], values["test"])
             head = f"{shots}-shot"
             row |= {
                 f"{head} train": str(values["train"]),
@@ -100,14 +102,11 @@ def _note(what: str, runs: list[dict[str, Any]], baseline: list[dict[str, Any]])
     pairs = [(r, dense[_config(r)["seed"]]) for r in runs if _config(r)["seed"] in dense]
     if not pairs:
         return f"{what}: no dense run of the same seeds to compare with"
+    mine, theirs = zip(*pairs, strict=True)
     told = []
     for part in ("train", "test"):
-        values = [r[part]["mean"] - d[part]["mean"] for r, d in pairs]
-        found = OverSeeds(tuple(values))
-        told.append(
-            f"{part} {100 * found.mean:+.1f} ± {100 * found.ci95:.1f} "
-            f"({found.verdict(*WORDS[part])})"
-        )
+        found = paired_difference(_over_seeds(mine, part), _over_seeds(theirs, part))
+        told.append(f"{part} {signed(found)} ({found.verdict(*WORDS[part])})")
     return f"{what}, minus dense, paired over {len(pairs)} seeds: {', '.join(told)}"
 
 
@@ -137,7 +136,7 @@ def _table(rows: list[dict[str, str]], form: str) -> str:
     return tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True, missingval="-")
 
 
-def _over_seeds(runs: list[dict[str, Any]], part: str) -> OverSeeds:
+def _over_seeds(runs: Iterable[dict[str, Any]], part: str) -> OverSeeds:
     return OverSeeds(tuple(run[part]["mean"] for run in runs))
 
 

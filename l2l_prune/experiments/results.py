@@ -48,7 +48,7 @@ def verdicts(results: list[RunResult]) -> list[str]:
     for other in others:
         difference = paired_difference(other.test, dense.test)
         word = _word(difference)
-        lines.append(f"{other.name} - dense on test tasks: {_signed(difference)} ({word})")
+        lines.append(f"{other.name} - dense on test tasks: {signed(difference)} ({word})")
     if not any(
         paired_difference(o.test, dense.test).significant
         and paired_difference(o.test, dense.test).mean > 0
@@ -123,7 +123,8 @@ def _mean_json(mean: Mean) -> dict[str, Any]:
     return {"mean": mean.mean, "ci95": mean.ci95, "per_task": list(mean.values)}
 
 
-def _signed(difference: Mean) -> str:
+def signed(difference: Mean) -> str:
+    """A difference in percentage points with its sign: ``"+1.2 ± 0.5"``."""
     return f"{100 * difference.mean:+.1f} ± {100 * difference.ci95:.1f}"
 
 
