@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from l2l_prune import Pruner, Schedule, Segment
 from l2l_prune.experiments.models import Conv4
-from l2l_prune.masks import magnitude_mask
+from l2l_prune.masks import top_mask
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 40
 DENSE = Schedule((Segment(10**6),))
@@ -112,7 +112,7 @@ def mask_time() -> None:
             forward.append(time.perf_counter() - started)
             started = time.perf_counter()
             for weight in weights:
-                magnitude_mask(weight, weight.numel() // 2)
+                top_mask(weight.abs(), weight.numel() // 2)
             mask.append(time.perf_counter() - started)
     total = sum(w.numel() for w in weights)
     print(

@@ -23,46 +23,38 @@ def kept_count(numel: int, sparsity: float) -> int:
     return numel - round(sparsity * numel)
 
 
-def magnitude_mask(weight: Tensor, keep: int) -> Tensor:
-    """Mask of the ``keep`` largest weights by magnitude; of equals, the lower flat index stays.
+def top_mask(scores: Tensor, keep: int) -> Tensor:
+    """Mask of the ``keep`` largest scores; of equals, the lower flat index stays.
 
     Args:
-        weight: Real tensor of any shape and memory layout.
-        keep: Number of True entries wanted, in [0, ``weight.numel()``].
+        scores: Real tensor of any shape and memory layout.
+        keep: Number of True entries wanted, in [0, ``scores.numel()``].
 
     Returns:
         Boolean tensor of the same shape and device with exactly ``keep`` True entries.
 
     Raises:
-        TypeError: If ``weight`` is complex.
-        ValueError: If ``keep`` is out of range, or ``weight`` holds NaN or infinity.
+        TypeError: If ``scores`` is complex.
+        ValueError: If ``keep`` is out of range, or ``scores`` holds NaN or infinity.
 
     Example:
-        >>> magnitude_mask(torch.tensor([3.0, -1.0, 1.0, 2.0]), 3).tolist()
+        >>> top_mask(torch.tensor([3.0, -1.0, 1.0, 2.0]).abs(), 3).tolist()
         [True, True, False, True]
     """
-    if weight.is_complex():
-        raise TypeError("complex weights have no order by magnitude that pruning could use")
-    if not 0 <= keep <= weight.numel():
-        raise ValueError(f"keep must be in [0, {weight.numel()}], got {keep}")
-    if keep == weight.numel():
-        _check_finite(weight)
-        return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
-    if keep == 0:
-        _check_finite(weight)
-        return torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+    if scores.is_complex():
+        raise TypeError("complex scores have no order that pruning could use")
+    if not 0 <= keep <= scores.numel():
+        raise ValueError(f"keep must be in [0, {scores.numel()}], got {keep}")
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("it holds NaN or infinity, so the largest cannot be told")
+    if keep in (0, scores.numel()):
+        return torch.full(scores.shape, keep > 0, dtype=torch.bool, device=scores.device)
+    flat = scores.detach().reshape(-1)
     # float32 holds every half and bfloat16 value exactly, and has kthvalue on all devices.
-    size = weight.detach().abs().reshape(-1)
-    if size.dtype in (torch.float16, torch.bfloat16):
-        size = size.float()
-    _check_finite(size)
-    threshold = size.kthvalue(size.numel() - keep + 1).values
-    mask = size > threshold
-    ties = (size == threshold).nonzero().squeeze(1)  # in flat order
+    if flat.dtype in (torch.float16, torch.bfloat16):
+        flat = flat.float()
+    threshold = flat.kthvalue(flat.numel() - keep + 1).values
+    mask = flat > threshold
+    ties = (flat == threshold).nonzero().squeeze(1)  # in flat order
     mask[ties[: keep - int(mask.sum())]] = True
-    return mask.view(weight.shape)
-
-
-def _check_finite(weight: Tensor) -> None:
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError("weights hold NaN or infinity, so the largest cannot be told")
+    return mask.view(scores.shape)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from l2l_prune import optimizer_state
-from l2l_prune.masks import magnitude_mask
+from l2l_prune.criteria import Criterion, magnitude
+from l2l_prune.masks import top_mask
 from l2l_prune.reparam import attach, detach, held_names, held_tensors, set_mask
 from l2l_prune.schedules import Schedule, Segment
 from l2l_prune.selection import (
@@ -31,8 +32,8 @@ class Pruner:
     While attached, each selected weight is a masked view: ``module.weight`` equals
     ``weight_orig * weight_mask``, computed at each access, in the model and in every clone,
     copy and functional call. Parameters keep their identity and order. On entering a sparse
-    segment, the ``k_l`` largest weights of each tensor are kept and the others become exactly 0;
-    on leaving it they restart from 0 (Algorithm 1 of the paper).
+    segment, the ``k_l`` best weights of each tensor by ``criterion`` are kept and the others become
+    exactly 0; on leaving it they restart from 0 (Algorithm 1 of the paper).
 
     Args:
         model: The module to prune, or a learn2learn wrapper (MAML, MetaSGD, ...) around it.
@@ -44,6 +45,8 @@ class Pruner:
         only: Names, ``fnmatch`` patterns, module types or predicates ``(name, module) -> bool``
             that a tensor must match; see :func:`l2l_prune.selection.select`.
         skip: The same, for tensors to leave dense.
+        criterion: Scores of a weight's entries, of which the largest are kept: by default their
+            magnitude; see :mod:`l2l_prune.criteria`.
         regrow_state: Second moments (Adam, RMSprop, ...) of weights that are released.
             ``"match"``: as large as the largest kept one of the tensor, and at the first step at
             least as large as the gradient asks, so that regrown weights do not jump. ``"keep"``:
@@ -80,6 +83,7 @@ class Pruner:
         layers: Layers = "all",
         only: Rule | Iterable[Rule] | None = None,
         skip: Rule | Iterable[Rule] | None = None,
+        criterion: Criterion = magnitude,
         regrow_state: Literal["match", "keep"] = "match",
         dense_keys: bool = False,
     ) -> None:
@@ -91,6 +95,7 @@ class Pruner:
             raise ValueError(f'regrow_state must be "match" or "keep", got {regrow_state!r}')
         self.model = model
         self.schedule = schedule
+        self._criterion = criterion
         self._regrow_state = regrow_state
         self._tensors = select(model, layers=layers, only=only, skip=skip)
         self._rates = learning_rates(model, self._tensors)
@@ -296,13 +301,22 @@ class Pruner:
         masks = []
         counts = self._counts[position]
         for tensor, weight, keep in zip(self._tensors, weights, counts, strict=True):
-            try:
-                masks.append(magnitude_mask(weight, keep))
-            except ValueError as error:
+            place = f"cannot prune {tensor.full_name} at iteration {self._iteration}"
+            if not bool(torch.isfinite(weight).all()):
                 raise ValueError(
-                    f"cannot prune {tensor.full_name} at iteration {self._iteration}: {error}; "
-                    "the training has diverged before (lower the learning rate, clip gradients)"
-                ) from None
+                    f"{place}: the weights hold NaN or infinity, the training has diverged before "
+                    "(lower the learning rate, clip gradients)"
+                )
+            if keep == weight.numel():  # dense: nothing to choose
+                masks.append(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
+                continue
+            scores = self._criterion(weight)
+            if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+                raise ValueError(f"{place}: criterion must give a score for each of its weights")
+            try:
+                masks.append(top_mask(scores, keep))
+            except ValueError as error:
+                raise ValueError(f"{place} by the scores of criterion: {error}") from None
         return masks
 
     def _put_masks(self, masks: list[Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,14 +10,31 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from l2l_prune import optimizer_state
+from l2l_prune.criteria import Criterion, magnitude
 from l2l_prune.pruner import Pruner
 from l2l_prune.reparam import held_names, plain_copy
 from l2l_prune.schedules import Schedule
 from l2l_prune.selection import Layers, Rule
 
 OptimizerFactory = Callable[..., Optimizer]
-ADAM: OptimizerFactory = functools.partial(torch.optim.Adam, betas=(0.0, 0.999))
-"""The inner optimizer of Reptile's authors and of the paper: Adam without momentum."""
+
+
+def adam(parameters: Iterable[Tensor], lr: float, weight_decay: float = 0.0) -> Optimizer:
+    """The inner optimizer of Reptile's authors and of the paper: Adam without momentum.
+
+    Args:
+        parameters: What it steps on.
+        lr: Its learning rate.
+        weight_decay: Decoupled weight decay, as in AdamW; none in the paper.
+
+    Returns:
+        ``torch.optim.AdamW`` with betas (0, 0.999), fused into one kernel where torch has that.
+    """
+    held = list(parameters)
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in held)
+    return torch.optim.AdamW(
+        held, lr, betas=(0.0, 0.999), weight_decay=weight_decay, fused=fused or None
+    )
 
 
 class PrunedReptile(nn.Module):
@@ -40,11 +56,11 @@ class PrunedReptile(nn.Module):
         meta_lr: Step towards the mean of the adapted weights at the start, >= 0.
         meta_lr_final: The same at the end of the schedule; linear in between.
         inner_optimizer: Called as ``inner_optimizer(parameters, lr=inner_lr)``: an optimizer
-            class or a ``functools.partial`` of one. By default Adam with betas (0, 0.999).
+            class or a ``functools.partial`` of one. By default :func:`adam`, with betas (0, 0.999).
         carry_state: Carry the inner optimizer's state over from one collected task to the next,
             as the authors and learn2learn's example do; else each task starts afresh.
         foml: First-order MAML: move by the last inner step only, instead of by all.
-        layers: As in :class:`~l2l_prune.Pruner`, likewise ``only`` and ``skip``.
+        layers: As in :class:`~l2l_prune.Pruner`, likewise ``only``, ``skip`` and ``criterion``.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -72,12 +88,13 @@ class PrunedReptile(nn.Module):
         inner_lr: float = 1e-3,
         meta_lr: float = 1.0,
         meta_lr_final: float = 0.0,
-        inner_optimizer: OptimizerFactory = ADAM,
+        inner_optimizer: OptimizerFactory = adam,
         carry_state: bool = True,
         foml: bool = False,
         layers: Layers = "all",
         only: Rule | Iterable[Rule] | None = None,
         skip: Rule | Iterable[Rule] | None = None,
+        criterion: Criterion = magnitude,
     ) -> None:
         super().__init__()
         for name, rate in (("meta_lr", meta_lr), ("meta_lr_final", meta_lr_final)):
@@ -85,7 +102,9 @@ class PrunedReptile(nn.Module):
                 raise ValueError(f"{name} must be a number >= 0, got {rate!r}")
         if not 0 < inner_lr < float("inf"):
             raise ValueError(f"inner_lr must be a number > 0, got {inner_lr!r}")
-        self.pruner = Pruner(model, schedule, layers=layers, only=only, skip=skip)
+        self.pruner = Pruner(
+            model, schedule, layers=layers, only=only, skip=skip, criterion=criterion
+        )
         self.module = model
         self.inner_lr = inner_lr
         self.meta_lr_initial, self.meta_lr_final = meta_lr, meta_lr_final
@@ -351,6 +370,12 @@ def _restore_state(
         optimizer.state.clear()
         return
     _copy_states(saved, [optimizer.state[p] for p in parameters])
+    for group in optimizer.param_groups:
+        if group.get("fused") or group.get("capturable"):  # these count their steps on the device
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                if "step" in state:
+                    state["step"] = state["step"].to(parameter.device)
 
 
 def _copy_states(sources: list[dict[str, Any]], targets: list[dict[str, Any]]) -> None:

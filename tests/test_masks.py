@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from l2l_prune.masks import kept_count, magnitude_mask
+from l2l_prune.criteria import magnitude
+from l2l_prune.masks import kept_count, top_mask
 
 
 def brute_force(weight: np.ndarray, keep: int) -> np.ndarray:
@@ -36,7 +37,7 @@ def test_keeps_the_largest_and_of_ties_the_first(array, data, dtype):
     weight = torch.from_numpy(array).to(dtype)
     if not torch.isfinite(weight).all():
         return
-    mask = magnitude_mask(weight, keep)
+    mask = top_mask(magnitude(weight), keep)
     assert mask.dtype == torch.bool
     assert int(mask.sum()) == keep
     assert np.array_equal(mask.numpy(), brute_force(weight.double().numpy(), keep))
@@ -44,16 +45,18 @@ def test_keeps_the_largest_and_of_ties_the_first(array, data, dtype):
 
 def test_memory_layout_does_not_matter():
     weight = torch.randint(-3, 4, (6, 5, 3, 3)).float()
-    expected = magnitude_mask(weight, 100)
-    assert torch.equal(magnitude_mask(weight.to(memory_format=torch.channels_last), 100), expected)
+    expected = top_mask(magnitude(weight), 100)
+    assert torch.equal(
+        top_mask(magnitude(weight.to(memory_format=torch.channels_last)), 100), expected
+    )
     transposed = weight.permute(1, 0, 3, 2)
     assert np.array_equal(
-        magnitude_mask(transposed, 100).numpy(), brute_force(transposed.numpy(), 100)
+        top_mask(magnitude(transposed), 100).numpy(), brute_force(transposed.numpy(), 100)
     )
 
 
 def test_all_equal_weights_keep_the_first():
-    assert magnitude_mask(torch.ones(2, 3), 4).tolist() == [[True] * 3, [True, False, False]]
+    assert top_mask(torch.ones(2, 3), 4).tolist() == [[True] * 3, [True, False, False]]
 
 
 @given(st.integers(1, 10_000), st.floats(0, 0.999))
@@ -66,20 +69,20 @@ def test_kept_count_is_the_paper_count(numel, sparsity):
 @pytest.mark.parametrize("keep", [0, 1, 3])
 def test_nan_and_infinity_are_refused(bad, keep):
     with pytest.raises(ValueError, match="NaN or infinity"):
-        magnitude_mask(torch.tensor([1.0, bad, 2.0]), keep)
+        top_mask(torch.tensor([1.0, bad, 2.0]), keep)
 
 
 def test_refuses_complex_and_impossible_counts():
     with pytest.raises(TypeError, match="complex"):
-        magnitude_mask(torch.ones(3, dtype=torch.complex64), 1)
+        top_mask(torch.ones(3, dtype=torch.complex64), 1)
     for keep in (-1, 4):
         with pytest.raises(ValueError, match="keep"):
-            magnitude_mask(torch.ones(3), keep)
+            top_mask(torch.ones(3), keep)
 
 
 def test_weight_is_left_alone_and_needs_no_grad():
     weight = torch.nn.Parameter(torch.randn(4, 4))
     before = weight.detach().clone()
-    mask = magnitude_mask(weight, 5)
+    mask = top_mask(magnitude(weight), 5)
     assert torch.equal(weight.detach(), before)
     assert not mask.requires_grad

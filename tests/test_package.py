@@ -18,7 +18,7 @@ EXPERIMENTS = ("matplotlib", "rich", "typer", "PIL", "scipy", "tabulate")
 FLOORS = [
     {"_values", "_files"},
     {"schedules"},
-    {"masks"},
+    {"masks", "criteria"},
     {"reparam", "selection", "optimizer_state"},
     {"pruner"},
     {"reptile", "cavia", "theory"},

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from l2l_prune import DSDSchedule, IHTSchedule, PrunedReptile, Schedule, Segment
+from l2l_prune.reptile import adam
 from tests.conftest import SmallNet
 
 SCHEDULE = DSDSchedule(0.5, pretrain=2, prune=3, retrain=2)
@@ -371,3 +372,23 @@ def test_lbfgs_is_refused(net):
     reptile = PrunedReptile(net, SCHEDULE, inner_optimizer=torch.optim.LBFGS)
     with pytest.raises(ValueError, match="L-BFGS needs a closure"):
         reptile.clone()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_fused_default_optimizer_is_plain_adam(weight_decay):
+    """Against the formula: beta1 = 0, bias correction, epsilon outside it, decoupled decay."""
+    weight = torch.nn.Parameter(torch.randn(7, 3, dtype=torch.float64))
+    expected, second = weight.detach().clone(), torch.zeros(7, 3, dtype=torch.float64)
+    optimizer = adam([weight], lr=0.01, weight_decay=weight_decay)
+    assert optimizer.param_groups[0]["fused"]
+    for step in range(1, 6):
+        weight.grad = torch.randn(7, 3, dtype=torch.float64)
+        second = 0.999 * second + 0.001 * weight.grad**2
+        corrected = (second / (1 - 0.999**step)).sqrt() + 1e-8
+        expected = expected * (1 - 0.01 * weight_decay) - 0.01 * weight.grad / corrected
+        optimizer.step()
+        assert torch.allclose(weight.detach(), expected, rtol=0, atol=1e-12)
+
+
+def test_the_default_optimizer_is_not_fused_where_torch_cannot():
+    assert not adam([torch.nn.Parameter(torch.ones(2, device="meta"))], 0.1).defaults["fused"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,11 @@ class RunConfig:
         channels: Channels of each convolution of conv4.
         drop_block: DropBlock in ResNet-12; ``None``: in the dense baseline alone, as the paper
             lets pruning replace it.
+        dropout: Rate of dropout after each block of conv4 in training (Reptile only), in [0, 1).
+        weight_decay: Decoupled weight decay of the inner steps in training and evaluation (Reptile
+            only), >= 0.
         layers: Which layers are pruned, as in :class:`~l2l_prune.Pruner`.
+        criterion: What is pruned: the smallest weights by ``"magnitude"``, or ``"random"`` ones.
         tasks: Tasks in a meta-iteration.
         inner_steps: Inner steps in training.
         inner_batch: Examples in an inner step in training (Reptile; the others take all).
@@ -68,7 +73,10 @@ class RunConfig:
     backbone: str = "conv4"
     channels: int = 64
     drop_block: bool | None = None
+    dropout: float = 0.0
+    weight_decay: float = 0.0
     layers: Layers = "authors"
+    criterion: str = "magnitude"
     tasks: int = 5
     inner_steps: int = 5
     inner_batch: int = 10
@@ -89,6 +97,14 @@ class RunConfig:
             raise ValueError(f'select must be "last" or "best", got {self.select!r}')
         if self.backbone not in ("conv4", "resnet12"):
             raise ValueError(f'backbone must be "conv4" or "resnet12", got {self.backbone!r}')
+        if self.criterion not in ("magnitude", "random"):
+            raise ValueError(f'criterion must be "magnitude" or "random", got {self.criterion!r}')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be a number >= 0, got {self.weight_decay}")
+        if (self.dropout or self.weight_decay) and self.algorithm != "reptile":
+            raise ValueError("dropout and weight_decay go with the algorithm reptile only")
         if self.backbone == "resnet12" and self.algorithm != "metaoptnet":
             raise ValueError("backbone resnet12 goes with the algorithm metaoptnet only")
 
@@ -107,7 +123,7 @@ class RunConfig:
     @property
     def slug(self) -> str:
         """The same for file names: ``"dsd-seed0"``."""
-        return f"{self.name.lower()}-seed{self.seed}"
+        return f"{file_name(self.name)}-seed{self.seed}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, the schedule as its own dict."""
@@ -202,7 +218,10 @@ def make_config(
     schedule: str,
     *,
     iterations: int | None = None,
-    sparsity: float = 0.5,
+    sparsity: float | None = None,
+    pretrain: float | None = None,
+    retrain: float | None = None,
+    rounds: int | None = None,
     published: bool = False,
     scale: float = 1.0,
     **settings: Any,
@@ -213,8 +232,12 @@ def make_config(
         algorithm: A key of :data:`DEFAULTS`.
         schedule: ``"dense"``, ``"dsd"`` or ``"iht"``.
         iterations: Meta-iterations, 400 (or the published number) by default.
-        sparsity: Fraction pruned in the sparse phases, in (0, 1).
-        published: Start from :data:`PUBLISHED`, with all training classes.
+        sparsity: As in :func:`make_schedule`, likewise ``pretrain``, ``retrain`` and ``rounds``.
+        pretrain: See ``sparsity``.
+        retrain: See ``sparsity``.
+        rounds: See ``sparsity``.
+        published: Start from :data:`PUBLISHED`, with all training classes; for Reptile on a data
+            set of the paper also from its phases and rates.
         scale: Factor on the meta-iterations, > 0; phases shrink alike.
         **settings: Fields of :class:`RunConfig`; those that are ``None`` keep their default.
 
@@ -233,21 +256,43 @@ def make_config(
         raise ValueError(f"scale must be a number > 0, got {scale}")
     iterations = round(scale * (default if iterations is None else iterations))
     chosen |= {name: value for name, value in settings.items() if value is not None}
-    pruning = make_schedule(schedule, iterations, sparsity)
+    data, channels = chosen.get("data", "glyphs"), chosen.get("channels", RunConfig.channels)
+    paper = published_phases(schedule, data, channels) if published else {}
+    given = {"sparsity": sparsity, "pretrain": pretrain, "retrain": retrain, "rounds": rounds}
+    phases = {name: value for name, value in given.items() if value is not None}
+    pruning = make_schedule(schedule, iterations, **(paper | phases))
     if algorithm not in ("reptile", "metaoptnet") and settings.get("train_shots") is None:
         chosen["train_shots"] = chosen.get("shots", RunConfig.shots)
-    if chosen.get("data", "glyphs") != "glyphs":
+    if data != "glyphs":
         chosen.setdefault("train_classes", None)
+    phases.pop("sparsity", None)
     return RunConfig(
-        name={"dense": "dense", "dsd": "DSD", "iht": "IHT"}[schedule],
+        name=_name(schedule, {} if schedule == "dense" else phases, chosen),
         schedule=pruning,
         algorithm=algorithm,
         **{"eval_every": max(1, iterations // 10), **chosen},
     )
 
 
-def make_schedule(kind: str, iterations: int, sparsity: float) -> Schedule:
-    """A schedule with the paper's fractions of ``iterations``.
+def make_schedule(
+    kind: str,
+    iterations: int,
+    sparsity: float = 0.5,
+    *,
+    pretrain: float | None = None,
+    retrain: float | None = None,
+    rounds: int = 4,
+) -> Schedule:
+    """A schedule of ``iterations``, with the paper's fractions where nothing else is given.
+
+    Args:
+        kind: ``"dense"``, ``"dsd"`` or ``"iht"``.
+        iterations: Meta-iterations in all, >= 1.
+        sparsity: Fraction pruned in the sparse phases, in (0, 1).
+        pretrain: Pre-training as a fraction of the run: 0.3 (DSD) or 0.2 (IHT) by default.
+        retrain: Retraining as a fraction of the run (DSD, default 0.1) or of each round (IHT,
+            default 0.25); what is left over is sparse.
+        rounds: Rounds of IHT, >= 1.
 
     Raises:
         ValueError: If ``kind`` is none of :data:`SCHEDULES`, or a number is not possible.
@@ -258,5 +303,62 @@ def make_schedule(kind: str, iterations: int, sparsity: float) -> Schedule:
         return Schedule((Segment(iterations),))
     if not 0 < sparsity < 1:
         raise ValueError(f"sparsity must be in (0, 1), got {sparsity}")
-    chosen = DSDSchedule if kind == "dsd" else IHTSchedule
-    return chosen.from_fractions(sparsity, iterations)
+    if kind == "dsd":
+        pretrain = 0.3 if pretrain is None else pretrain
+        retrain = 0.1 if retrain is None else retrain
+        prune = round(1 - pretrain - retrain, 12)  # 0.6 and not 0.6000000000000001
+        return DSDSchedule.from_fractions(
+            sparsity, iterations, pretrain=pretrain, prune=prune, retrain=retrain
+        )
+    pretrain = 0.2 if pretrain is None else pretrain
+    retrain = 0.25 if retrain is None else retrain
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    round_share = (1 - pretrain) / rounds
+    return IHTSchedule.from_fractions(
+        sparsity,
+        iterations,
+        pretrain=pretrain,
+        prune=round_share * (1 - retrain),
+        retrain=round_share * retrain,
+        rounds=rounds,
+    )
+
+
+def published_phases(schedule: str, data: str, channels: int) -> dict[str, Any]:
+    """Arguments of :func:`make_schedule` as in Section 5.1; empty where the paper has none."""
+    if schedule == "dense":
+        return {}
+    try:
+        if schedule == "iht":
+            return {"sparsity": IHTSchedule.paper(data, channels=channels).sparsity}
+        paper = DSDSchedule.paper(data, channels=channels)
+    except ValueError:  # not one of the paper's data sets or widths
+        return {}
+    return {
+        "sparsity": paper.sparsity,
+        "pretrain": paper.pretrain / paper.iterations,
+        "retrain": paper.retrain / paper.iterations,
+    }
+
+
+def file_name(name: str) -> str:
+    """A method's name for files: ``"DSD, random"`` gives ``"dsd-random"``."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower())
+
+
+def _name(schedule: str, phases: dict[str, Any], settings: dict[str, Any]) -> str:
+    """The schedule, and all by which a method can differ from its default."""
+    parts = [{"dense": "dense", "dsd": "DSD", "iht": "IHT"}[schedule]]
+    for phase in ("pretrain", "retrain"):
+        if phase in phases:
+            parts.append(f"{phase} {100 * phases[phase]:g}%" if phases[phase] else f"no {phase}")
+    if "rounds" in phases:
+        parts.append(f"{phases['rounds']} rounds")
+    if settings.get("criterion") == "random" and schedule != "dense":
+        parts.append("random")
+    if settings.get("dropout"):
+        parts.append(f"dropout {settings['dropout']:g}")
+    if settings.get("weight_decay"):
+        parts.append(f"decay {settings['weight_decay']:g}")
+    return ", ".join(parts)

@@ -24,6 +24,7 @@ class Conv4(nn.Module):
         image_size: Height and width of the images in pixels.
         pooling: ``"stride"``: convolutions of stride 2, as the authors do for Omniglot.
             ``"max"``: 2x2 max-pooling after each block, as for mini-ImageNet.
+        dropout: Rate of dropout after each block, in [0, 1); none in the paper.
 
     Example:
         >>> Conv4(ways=5, channels=8)(torch.zeros(2, 1, 28, 28)).shape
@@ -37,6 +38,7 @@ class Conv4(nn.Module):
         in_channels: int = 1,
         image_size: int = 28,
         pooling: str = "stride",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if pooling not in ("stride", "max"):
@@ -51,6 +53,8 @@ class Conv4(nn.Module):
             if pooling == "max":
                 blocks[f"pool{number}"] = nn.MaxPool2d(2, ceil_mode=True)
             blocks[f"relu{number}"] = nn.ReLU()
+            if dropout:
+                blocks[f"dropout{number}"] = nn.Dropout(dropout)
             in_channels, size = channels, (size + 1) // 2
         self.features = nn.Sequential(blocks)
         self.classifier = nn.Linear(channels * size * size, ways)

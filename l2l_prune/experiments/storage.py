@@ -11,7 +11,7 @@ from typing import Any
 
 import filelock
 
-from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.config import RunConfig, file_name
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def run_name(config: RunConfig) -> str:
         'reptile-dsd-50-64ch-1shot-seed0'
     """
     rates = [s.sparsity_label.rstrip("%") for s in config.schedule.segments if s.sparse]
-    parts = [config.algorithm, config.name.lower(), *rates[-1:]]
+    parts = [config.algorithm, file_name(config.name), *rates[-1:]]
     size = f"{config.channels}ch" if config.backbone == "conv4" else config.backbone
     text = json.dumps(config.to_json(), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import traceback
 from collections.abc import Iterable, Iterator
@@ -21,15 +22,17 @@ from l2l_prune.experiments.run import RunResult, run
 from l2l_prune.experiments.storage import finished_run, locked_folder, run_name
 
 
-def expand(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]:
+def expand(base: dict[str, Any], grid: dict[str, Any] | list[dict[str, Any]]) -> list[RunConfig]:
     """Every combination of the grid's values over the base settings.
 
     Args:
         base: Arguments of :func:`make_config`.
-        grid: Lists of values for the same; ``seeds = 3`` is short for ``seed = [0, 1, 2]``.
+        grid: Lists of values for the same; ``seeds = 3`` is short for ``seed = [0, 1, 2]``. Of
+            several grids, all combinations of each.
 
     Returns:
-        The runs; those that differ in nothing (a dense run at several sparsities) only once.
+        The runs, the first seed of all methods first; those that differ in nothing (a dense run at
+        several sparsities) only once.
 
     Raises:
         ValueError: If a setting is unknown or not possible.
@@ -39,21 +42,27 @@ def expand(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]:
         >>> len(expand({"algorithm": "reptile"}, grid))
         6
     """
+    grids = grid if isinstance(grid, list) else [grid]
+    configs = [config for one in grids for config in _combinations(base, one)]
+    unique = {run_name(config): config for config in configs}.values()
+    return sorted(unique, key=lambda config: config.seed)
+
+
+def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]:
     axes = {name: value if isinstance(value, list) else [value] for name, value in grid.items()}
     if "seeds" in axes:
         axes["seed"] = list(range(*axes.pop("seeds")))
     fields = {field.name for field in dataclasses.fields(RunConfig)} - {"name"}
-    known = fields | {"iterations", "sparsity", "published", "scale"}
+    known = fields | set(inspect.signature(make_config).parameters) - {"settings"}
     given = base.keys() | axes.keys()
     if unknown := sorted(given - known):
         raise ValueError(f"there is no setting {', '.join(unknown)}; there are {sorted(known)}")
     if missing := sorted({"algorithm", "schedule"} - given):
         raise ValueError(f"{' and '.join(missing)} must be given in [base] or [grid]")
-    configs = [
+    return [
         make_config(**base | dict(zip(axes, values, strict=True)))
         for values in itertools.product(*axes.values())
     ]
-    return list({run_name(config): config for config in configs}.values())
 
 
 @dataclass(frozen=True)

@@ -157,3 +157,39 @@ def test_queries_scored_alone_do_not_see_each_other(algorithm):
         scores = [learner.scores(e)[0] for e in (episode, changed, fewer)]
         assert torch.allclose(scores[0], scores[1], atol=1e-5)
         assert torch.allclose(scores[0], scores[2], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"criterion": "random"}, {"dropout": 0.3}, {"weight_decay": 5.0}],
+    ids=["random", "dropout", "decay"],
+)
+def test_controls_and_rivals_act_and_resume_exactly(options):
+    config, plain = small("reptile", **options), small("reptile")
+    learner, other, twin = start(config), start(plain), start(config)
+    episodes = [sampler().sample() for _ in range(2)]
+    for iteration in range(12):
+        if iteration == 4:  # before the mask is made
+            twin.load_state_dict(copy.deepcopy(learner.state_dict()))
+        for one in (learner, other, *([twin] if iteration >= 4 else [])):
+            torch.manual_seed(99)  # nothing may depend on the global generator
+            one.train(episodes)
+            one.evaluate(episodes)
+    weights = [
+        torch.cat([p.flatten() for p in one.pruner.model.parameters()])
+        for one in (learner, other, twin)
+    ]
+    assert torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], weights[1])
+    if "weight_decay" in options:
+        assert weights[0].norm() < weights[1].norm()
+
+
+def test_dropout_is_off_at_evaluation():
+    learner = start(small("reptile", dropout=0.5))
+    episodes = [sampler().sample()]
+    torch.manual_seed(1)
+    first = learner.evaluate(episodes * 5)
+    torch.manual_seed(2)
+    assert learner.evaluate(episodes * 5).values == first.values
+    assert all(m.training for m in learner.pruner.model.modules())

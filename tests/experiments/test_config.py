@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from l2l_prune import DSDSchedule
+from l2l_prune import DSDSchedule, IHTSchedule
 from l2l_prune.experiments.config import DEFAULTS, PUBLISHED, RunConfig, make_config, make_schedule
 
 
@@ -44,6 +44,46 @@ def test_published_settings():
         make_config("maml", "dsd", published=True)
 
 
+def test_published_reptile_has_the_phases_and_rates_of_the_paper():
+    config = make_config("reptile", "dsd", published=True, data="tiered-imagenet", channels=256)
+    assert config.schedule == DSDSchedule(0.2, pretrain=30_000, prune=50_000, retrain=20_000)
+    config = make_config("reptile", "dsd", published=True, data="mini-imagenet", scale=0.01)
+    assert config.schedule == DSDSchedule(0.3, pretrain=300, prune=600, retrain=100)
+    config = make_config("reptile", "iht", published=True, data="mini-imagenet", channels=128)
+    assert config.schedule == IHTSchedule.paper("mini-imagenet", channels=128)
+    config = make_config("reptile", "dsd", published=True, data="mini-imagenet", sparsity=0.7)
+    assert config.schedule.sparsity == 0.7
+    config = make_config("reptile", "dsd", published=True)  # not a data set of the paper
+    assert config.schedule == DSDSchedule(0.5, pretrain=30_000, prune=60_000, retrain=10_000)
+
+
+def test_phases_of_the_ablations():
+    dsd = make_schedule("dsd", 1000, 0.4, retrain=0.0)
+    assert dsd == DSDSchedule(0.4, pretrain=300, prune=700, retrain=0)
+    dsd = make_schedule("dsd", 1000, 0.4, pretrain=0.0)
+    assert dsd == DSDSchedule(0.4, pretrain=0, prune=900, retrain=100)
+    iht = make_schedule("iht", 1000, 0.4, retrain=0.0)
+    assert iht == IHTSchedule(0.4, pretrain=200, prune=200, retrain=0, rounds=4)
+    iht = make_schedule("iht", 1000, 0.4, pretrain=0.0, retrain=0.5, rounds=2)
+    assert iht == IHTSchedule(0.4, pretrain=0, prune=250, retrain=250, rounds=2)
+    for kind in ("dsd", "iht"):
+        assert make_schedule(kind, 1000) == {"dsd": DSDSchedule, "iht": IHTSchedule}[
+            kind
+        ].from_fractions(0.5, 1000)
+
+
+def test_names_tell_methods_apart():
+    def name(schedule="dsd", **options):
+        return make_config("reptile", schedule, iterations=1000, **options).name
+
+    assert name() == "DSD"
+    assert name(retrain=0.0, criterion="random") == "DSD, no retrain, random"
+    assert name("iht", pretrain=0.1, rounds=8) == "IHT, pretrain 10%, 8 rounds"
+    assert name("dense", retrain=0.0, criterion="random") == "dense"  # nothing is pruned
+    assert name("dense", dropout=0.1, weight_decay=2.0) == "dense, dropout 0.1, decay 2"
+    assert make_config("reptile", "dsd", dropout=0.1).slug == "dsd-dropout-0.1-seed0"
+
+
 def test_pruning_replaces_drop_block():
     assert make_config("metaoptnet", "dense").with_drop_block
     assert not make_config("metaoptnet", "dsd").with_drop_block
@@ -67,6 +107,12 @@ def test_all_classes_are_trained_on_outside_glyphs():
         (lambda: make_config("maml", "dsd", backbone="resnet12"), "metaoptnet only"),
         (lambda: make_config("metaoptnet", "dsd", backbone="vgg"), "backbone must be"),
         (lambda: make_config("maml", "dsd", iterations=0), "make the run longer"),
+        (lambda: make_config("reptile", "dsd", criterion="worst"), "criterion must be"),
+        (lambda: make_config("reptile", "dsd", dropout=1.0), "dropout must be in"),
+        (lambda: make_config("reptile", "dsd", weight_decay=-1.0), "weight_decay must be"),
+        (lambda: make_config("maml", "dsd", dropout=0.1), "reptile only"),
+        (lambda: make_config("maml", "iht", rounds=0), "rounds must be at least 1"),
+        (lambda: make_config("maml", "dsd", pretrain=0.9, retrain=0.2), "prune"),
     ],
 )
 def test_bad_input(make, words):

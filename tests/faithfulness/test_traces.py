@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from l2l_prune.reptile import adam
+
 from .authors_program import write_iht_trace
 from .replay import TFAdam, replay
 
@@ -16,7 +18,7 @@ DATA = Path(__file__).parent / "data"
 TORCH_ADAM = functools.partial(torch.optim.Adam, betas=(0.0, 0.999))
 
 
-@pytest.mark.parametrize("optimizer", [TFAdam, TORCH_ADAM], ids=["tf-adam", "torch-adam"])
+@pytest.mark.parametrize("optimizer", [TFAdam, TORCH_ADAM, adam], ids=["tf-adam", "torch-adam", "default"])
 @pytest.mark.parametrize("trace", ["reptile", "dsd"])
 def test_replays_the_authors_program(trace, optimizer):
     result = replay(DATA / f"authors_trace_{trace}.npz", optimizer)

@@ -1,0 +1,32 @@
+"""Every meta-learner of the command behind one face: train on tasks, score episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from l2l_prune.experiments.algorithms.base import Algorithm
+from l2l_prune.experiments.algorithms.learn2learn import ANIL, GradientBased, ProtoNet
+from l2l_prune.experiments.algorithms.metaoptnet import MetaOptNetLearner
+from l2l_prune.experiments.algorithms.reptile import Reptile
+from l2l_prune.experiments.config import RunConfig
+
+__all__ = ["Algorithm", "build"]
+
+
+def build(config: RunConfig, image_shape: Sequence[int]) -> Algorithm:
+    """The meta-learner that ``config`` names, with fresh weights from torch's generator.
+
+    Args:
+        config: The settings.
+        image_shape: ``(C, H, W)`` of the images.
+
+    Raises:
+        ImportError: If its host library is missing.
+    """
+    kinds: dict[str, type[Algorithm]] = {
+        "reptile": Reptile,
+        "anil": ANIL,
+        "protonet": ProtoNet,
+        "metaoptnet": MetaOptNetLearner,
+    }
+    return kinds.get(config.algorithm, GradientBased)(config, image_shape)  # type: ignore[call-arg]

@@ -1,0 +1,87 @@
+"""What every meta-learner of the command has: one face, and the helpers behind it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from l2l_prune import criteria
+from l2l_prune.criteria import Criterion
+from l2l_prune.data import Episode
+from l2l_prune.evaluation import Mean
+from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.models import Conv4
+from l2l_prune.pruner import Pruner
+
+
+class Algorithm(ABC):
+    """A meta-learner with its network, outer optimizer and pruner."""
+
+    pruner: Pruner
+
+    @abstractmethod
+    def train(self, tasks: Sequence[Episode]) -> None:
+        """One meta-iteration: the outer step, and the pruner's."""
+
+    @abstractmethod
+    def evaluate(self, episodes: Sequence[Episode]) -> Mean:
+        """Accuracy on each episode's queries; leaves everything as it was."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to resume from bit for bit: tensors and plain values."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict` of a learner of the same settings."""
+
+    @abstractmethod
+    def finalize(self) -> nn.Module:
+        """The plain network."""
+
+
+def conv4(config: RunConfig, image_shape: Sequence[int]) -> Conv4:
+    """The network of the run's width for images of ``(C, H, W)``."""
+    channels, size = image_shape[0], image_shape[-1]
+    # Strides on small images and pooling on large ones, as the paper's program does (Section 5.1).
+    pooling = "max" if size > 28 else "stride"
+    net = Conv4(config.ways, config.channels, channels, size, pooling, config.dropout)
+    return net.to(memory_format=torch.channels_last)  # faster convolutions, the same numbers
+
+
+def make_criterion(config: RunConfig, generator: torch.Generator) -> Criterion:
+    """The run's criterion; ``generator`` is for random masks."""
+    return criteria.random(generator) if config.criterion == "random" else criteria.magnitude
+
+
+class OwnRandomness:
+    """torch's global generator, from which dropout draws, as one learner's own."""
+
+    def __init__(self, seed: int) -> None:
+        self.state = torch.Generator().manual_seed(seed).get_state()
+
+    @contextmanager
+    def drawn(self) -> Iterator[None]:
+        """Within it the global generator goes on from :attr:`state`; outside, nothing moves."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.state)
+            yield
+            self.state = torch.get_rng_state()
+
+
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """Modules are in evaluation mode within, and as they were after it."""
+    was_training = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, training in zip(modules, was_training, strict=True):
+            module.train(training)

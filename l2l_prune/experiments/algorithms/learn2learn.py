@@ -1,0 +1,129 @@
+"""MAML and its like, ANIL and ProtoNet of learn2learn, and CAVIA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from l2l_prune.cavia import CAVIA
+from l2l_prune.data import Episode
+from l2l_prune.evaluation import query_scores
+from l2l_prune.experiments.algorithms.base import (
+    conv4,
+    eval_mode,
+)
+from l2l_prune.experiments.algorithms.outer_optimizer import WithOuterOptimizer
+from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.models import CaviaConv4
+
+
+class GradientBased(WithOuterOptimizer):
+    """MAML, FOMAML, Meta-SGD and CAVIA: clone, adapt, score."""
+
+    def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
+        self._config = config
+        self.network, self._meta = self._make(config, image_shape)
+        self.trained = self._meta
+        self.optimizer = torch.optim.Adam(self._meta.parameters(), config.meta_lr)
+        if config.algorithm == "cavia":  # as the authors' script
+            self.clamp = 10.0
+            self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 5000, 0.9)
+        self._prune(self._meta, config)
+
+    def _make(self, config: RunConfig, image_shape: Sequence[int]) -> tuple[nn.Module, nn.Module]:
+        """The network, and the learn2learn-like wrapper around it."""
+        if config.algorithm == "cavia":
+            channels, size = image_shape[0], image_shape[-1]
+            net: nn.Module = CaviaConv4(config.ways, config.channels, channels, size)
+            return net, CAVIA(net, config.inner_lr)
+        l2l = _learn2learn()
+        net = conv4(config, image_shape)
+        if config.algorithm == "metasgd":
+            return net, l2l.algorithms.MetaSGD(net, lr=config.inner_lr)
+        first_order = config.algorithm == "fomaml"
+        return net, l2l.algorithms.MAML(net, lr=config.inner_lr, first_order=first_order)
+
+    def _adapted(self, task: Episode, steps: int, **options: Any) -> Any:
+        learner: Any = self._meta.clone()  # type: ignore[operator]
+        for _ in range(steps):
+            learner.adapt(F.cross_entropy(learner(task.support_x), task.support_y), **options)
+        return learner
+
+    def losses(self, tasks: Sequence[Episode]) -> Iterator[Tensor]:
+        for task in tasks:
+            learner = self._adapted(task, self._config.inner_steps)
+            yield F.cross_entropy(learner(task.query_x), task.query_y)
+
+    def scores(self, episode: Episode) -> Tensor:
+        # Without a meta-gradient, second derivatives would be work for nothing.
+        learner = self._adapted(episode, self._config.eval_steps, first_order=True)
+        return query_scores(learner, episode, self._config.transductive)
+
+
+class ANIL(WithOuterOptimizer):
+    """The head adapts by MAML, the features do not; the features are pruned."""
+
+    def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
+        self._config = config
+        net = conv4(config, image_shape)
+        self.network = self.trained = net
+        self._features = net.features
+        head: Any = _learn2learn().algorithms.MAML(net.classifier, lr=config.inner_lr)
+        self._head = head
+        self.optimizer = torch.optim.Adam(net.parameters(), config.meta_lr)
+        self._prune(net.features, config)
+
+    def _adapted(self, task: Episode, steps: int) -> nn.Module:
+        support = self._features(task.support_x).flatten(1)
+        learner = self._head.clone()
+        for _ in range(steps):
+            learner.adapt(F.cross_entropy(learner(support), task.support_y))
+        return nn.Sequential(self._features, nn.Flatten(), learner)
+
+    def losses(self, tasks: Sequence[Episode]) -> Iterator[Tensor]:
+        for task in tasks:
+            learner = self._adapted(task, self._config.inner_steps)
+            yield F.cross_entropy(learner(task.query_x), task.query_y)
+
+    def scores(self, episode: Episode) -> Tensor:
+        learner = self._adapted(episode, self._config.eval_steps)
+        return query_scores(learner, episode, self._config.transductive)
+
+
+class ProtoNet(WithOuterOptimizer):
+    """Distances to class means; evaluated with running batch statistics."""
+
+    def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
+        self._classifier = _learn2learn().nn.PrototypicalClassifier
+        net = conv4(config, image_shape)
+        self.network = self.trained = net.features
+        self.optimizer = torch.optim.Adam(self.network.parameters(), config.meta_lr)
+        self._prune(self.network, config)
+
+    def _scores(self, task: Episode) -> Tensor:
+        support = self.network(task.support_x).flatten(1)
+        classifier = self._classifier(support, task.support_y)
+        scores: Tensor = classifier(self.network(task.query_x).flatten(1))
+        return scores
+
+    def losses(self, tasks: Sequence[Episode]) -> Iterator[Tensor]:
+        for task in tasks:
+            yield F.cross_entropy(self._scores(task), task.query_y)
+
+    def scores(self, episode: Episode) -> Tensor:
+        with torch.no_grad(), eval_mode(self.network):
+            return self._scores(episode)
+
+
+def _learn2learn() -> Any:
+    try:
+        import learn2learn
+    except ImportError as error:
+        raise ImportError(
+            f'{error}; this algorithm needs: pip install "l2l-prune[learn2learn]"'
+        ) from None
+    return learn2learn

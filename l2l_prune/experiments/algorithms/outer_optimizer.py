@@ -1,0 +1,97 @@
+"""Meta-learners with an outer optimizer: gradients of query losses, a step, the pruner."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2l_prune.data import Episode
+from l2l_prune.evaluation import Mean, accuracy
+from l2l_prune.experiments.algorithms.base import (
+    Algorithm,
+    make_criterion,
+)
+from l2l_prune.experiments.config import RunConfig
+from l2l_prune.pruner import Pruner
+
+
+class WithOuterOptimizer(Algorithm):
+    """Gradients of the mean query loss over the tasks, an optimizer, and the pruner."""
+
+    network: nn.Module
+    trained: nn.Module  # holds every trained parameter: the network, or a wrapper around it
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    clamp: float | None = None
+
+    def train(self, tasks: Sequence[Episode]) -> None:
+        self.optimizer.zero_grad()
+        for loss in self.losses(tasks):
+            (loss / len(tasks)).backward()  # type: ignore[no-untyped-call]
+        if self.clamp is not None:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_value_(parameters, self.clamp)
+        self.optimizer.step()
+        self.pruner.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def _prune(self, model: nn.Module, config: RunConfig) -> None:
+        self._masks = torch.Generator().manual_seed(config.seed)
+        self.pruner = Pruner(
+            model,
+            config.schedule,
+            self.optimizer,
+            layers=config.layers,
+            criterion=make_criterion(config, self._masks),
+        )
+
+    @abstractmethod
+    def losses(self, tasks: Sequence[Episode]) -> Iterator[Tensor]:
+        """Query losses that sum to the sum over the tasks."""
+
+    @abstractmethod
+    def scores(self, episode: Episode) -> Tensor:
+        """Class scores of the queries after learning from the support set."""
+
+    def evaluate(self, episodes: Sequence[Episode]) -> Mean:
+        with _kept_buffers(self.network):
+            return accuracy(self.scores, episodes)
+
+    def state_dict(self) -> dict[str, Any]:
+        scheduler = self.scheduler.state_dict() if self.scheduler is not None else None
+        return {
+            "model": self.trained.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "pruner": self.pruner.state_dict(),
+            "masks": self._masks.get_state(),
+            "scheduler": scheduler,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.trained.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.pruner.load_state_dict(state["pruner"])
+        self._masks.set_state(state["masks"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+
+    def finalize(self) -> nn.Module:
+        self.pruner.finalize()
+        return self.network
+
+
+@contextmanager
+def _kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Running statistics that an evaluation in training mode moves are put back."""
+    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)

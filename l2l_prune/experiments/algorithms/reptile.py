@@ -1,0 +1,91 @@
+"""Reptile."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from l2l_prune.data import Episode
+from l2l_prune.data.minibatches import minibatches
+from l2l_prune.evaluation import Mean, few_shot_accuracy
+from l2l_prune.experiments.algorithms.base import (
+    Algorithm,
+    OwnRandomness,
+    conv4,
+    eval_mode,
+    make_criterion,
+)
+from l2l_prune.experiments.config import RunConfig
+from l2l_prune.reptile import PrunedReptile, adam
+
+
+class Reptile(Algorithm):
+    """The paper's: :class:`~l2l_prune.PrunedReptile` on minibatches of each task's support set."""
+
+    def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
+        self._config = config
+        self._batches = torch.Generator().manual_seed(config.seed)
+        self._dropout = OwnRandomness(config.seed)
+        self._masks = torch.Generator().manual_seed(config.seed)
+        self._reptile = PrunedReptile(
+            conv4(config, image_shape),
+            config.schedule,
+            inner_lr=config.inner_lr,
+            meta_lr=config.meta_lr,
+            inner_optimizer=functools.partial(adam, weight_decay=config.weight_decay),
+            layers=config.layers,
+            criterion=make_criterion(config, self._masks),
+        )
+        self.pruner = self._reptile.pruner
+
+    def train(self, tasks: Sequence[Episode]) -> None:
+        with self._dropout.drawn():
+            self._train(tasks)
+
+    def _train(self, tasks: Sequence[Episode]) -> None:
+        for task in tasks:
+            learner = self._reptile.clone()
+            for x, y in minibatches(
+                task.support_x,
+                task.support_y,
+                batch_size=self._config.inner_batch,
+                steps=self._config.inner_steps,
+                generator=self._batches,
+            ):
+                learner.adapt(F.cross_entropy(learner(x), y))
+            self._reptile.collect(learner)
+        self._reptile.step()
+
+    def evaluate(self, episodes: Sequence[Episode]) -> Mean:
+        dropouts = [m for m in self._reptile.module.modules() if isinstance(m, nn.Dropout)]
+        with eval_mode(*dropouts):
+            return few_shot_accuracy(
+                self._reptile,
+                episodes,
+                steps=self._config.eval_steps,
+                batch_size=self._config.eval_batch,
+                transductive=self._config.transductive,
+                generator=torch.Generator().manual_seed(self._config.seed),
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "reptile": self._reptile.state_dict(),
+            "batches": self._batches.get_state(),
+            "dropout": self._dropout.state,
+            "masks": self._masks.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._reptile.load_state_dict(state["reptile"])
+        self._batches.set_state(state["batches"])
+        self._dropout.state = state["dropout"]
+        self._masks.set_state(state["masks"])
+
+    def finalize(self) -> nn.Module:
+        return self._reptile.finalize()
