@@ -26,6 +26,7 @@ FLOORS = [
     {"data"},
     {"evaluation"},
     {"experiments"},
+    {"cli_options"},
     {"cli"},
     {"__main__"},
 ]

@@ -8,36 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from scipy import stats
 from tabulate import tabulate
 
 from l2l_prune._files import replace_file
-from l2l_prune.evaluation import Mean, paired_difference
+from l2l_prune.evaluation import paired_difference
 from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.over_seeds import WORDS, OverSeeds
 from l2l_prune.experiments.results import signed, write_results
 from l2l_prune.experiments.run import RunResult
 from l2l_prune.experiments.side_by_side import run_side_by_side
 from l2l_prune.experiments.storage import finished_run
-
-WORDS = {"train": ("higher", "lower"), "test": ("better", "worse"), "gap": ("larger", "smaller")}
-
-
-class OverSeeds(Mean):
-    """A mean over seeds; so few need Student's t for their 95% confidence interval."""
-
-    @property
-    def ci95(self) -> float:
-        """Half width of the interval; NaN for one seed."""
-        if len(self.values) < 2:
-            return math.nan
-        quantile = stats.t.ppf(0.975, len(self.values) - 1)
-        return float(quantile * stats.sem(self.values))
-
-    def verdict(self, more: str, less: str) -> str:
-        """Of a difference: one of the words, or ``"not significant"``."""
-        if not self.significant:
-            return "not significant"
-        return more if self.mean > 0 else less
 
 
 def compare(

@@ -265,6 +265,9 @@ def make_config(
         chosen["train_shots"] = chosen.get("shots", RunConfig.shots)
     if data != "glyphs":
         chosen.setdefault("train_classes", None)
+    if settings.get("final_tasks") and not settings.get("curve_tasks"):
+        usual = chosen.get("curve_tasks", RunConfig.curve_tasks)
+        chosen["curve_tasks"] = min(usual, settings["final_tasks"])  # no more on the way
     phases.pop("sparsity", None)
     return RunConfig(
         name=_name(schedule, {} if schedule == "dense" else phases, chosen),

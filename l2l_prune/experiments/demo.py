@@ -26,7 +26,6 @@ def demo_configs(
             iterations=iterations,
             sparsity=sparsity,
             seed=seed,
-            curve_tasks=min(12, eval_tasks),
             final_tasks=eval_tasks,
         )
         for schedule in SCHEDULES

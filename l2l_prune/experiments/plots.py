@@ -9,6 +9,7 @@ from typing import Any
 from l2l_prune._files import replace_file
 from l2l_prune.evaluation import Mean
 from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.finished import FinishedRun
 from l2l_prune.experiments.run import RunResult
 
 # Okabe-Ito: told apart by people with any colour vision; train is dashed besides.
@@ -37,52 +38,45 @@ def accuracy_curves(configs: list[RunConfig], results: list[RunResult], path: Pa
         figure.savefig(temporary, dpi=130, format="png")
 
 
-def curves_by_rate(
-    groups: dict[tuple[str, ...], list[dict[str, Any]]], path: Path, title: str
+def curves_by_method(
+    panels: dict[str, dict[str, list[FinishedRun]]], path: Path, title: str
 ) -> None:
-    """Mean accuracy curves over seeds by pruning rate, a panel for DSD and one for IHT.
+    """Mean accuracy curves over seeds, a line a method (Figures 1 and 2 of the paper).
 
     Args:
-        groups: Runs as in ``results.json``, by method and rate; dense runs stand in each panel.
+        panels: The runs of each method, by panel; the sparse phases of the last are shaded.
         path: The PNG file to write.
         title: Above the figure.
     """
     from matplotlib.figure import Figure
 
-    families = list(dict.fromkeys(runs[0]["config"]["name"] for runs in groups.values()))
-    families = [name for name in families if name != "dense"] or families
-    figure = Figure(figsize=(1 + 5.5 * len(families), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
-    for ax, family in zip(axes, families, strict=True):
-        shown = {
-            label: runs
-            for (label,), runs in groups.items()
-            if runs[0]["config"]["name"] in ("dense", family)
-        }
+    figure = Figure(figsize=(1 + 5.5 * len(panels), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, shown in zip(axes, panels.values(), strict=True):
         for color, (label, runs) in zip(itertools.cycle(COLORS), shown.items(), strict=False):
             _seed_means(ax, runs, label, color)
         for start, stop in _sparse_spans(next(reversed(shown.values()))[0]):
             ax.axvspan(start, stop, color="0.5", alpha=0.18, lw=0)
         ax.set(xlabel="meta-iteration (sparse phases shaded)")
         ax.grid(alpha=0.25)
-        ax.legend(frameon=False, loc="lower right")
+        ax.legend(frameon=False, fontsize=8)
     axes[0].set_ylabel("accuracy [%], test solid, training dashed")
     figure.suptitle(title)
     with replace_file(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
 
 
-def _seed_means(ax: Any, runs: list[dict[str, Any]], label: str, color: str) -> None:
-    points = list(zip(*(run["curve"] for run in runs), strict=True))
+def _seed_means(ax: Any, runs: list[FinishedRun], label: str, color: str) -> None:
+    points = list(zip(*(run.entry["curve"] for run in runs), strict=True))
     iterations = [seeds[0]["iteration"] for seeds in points]
     for part, line in (("test", "-"), ("train", "--")):
         means = [100 * sum(p[part] for p in seeds) / len(seeds) for seeds in points]
         ax.plot(iterations, means, line, color=color, label=label if part == "test" else None)
 
 
-def _sparse_spans(run: dict[str, Any]) -> list[tuple[int, int]]:
+def _sparse_spans(run: FinishedRun) -> list[tuple[int, int]]:
     spans, done = [], 0
-    for segment in run["config"]["schedule"]["segments"]:
+    for segment in run.segments:
         if segment["sparse"]:
             spans.append((done, done + segment["iterations"]))
         done += segment["iterations"]

@@ -125,7 +125,8 @@ def _mean_json(mean: Mean) -> dict[str, Any]:
 
 def signed(difference: Mean) -> str:
     """A difference in percentage points with its sign: ``"+1.2 ± 0.5"``."""
-    return f"{100 * difference.mean:+.1f} ± {100 * difference.ci95:.1f}"
+    width = f" ± {100 * difference.ci95:.1f}" if len(difference.values) > 1 else ""
+    return f"{100 * difference.mean:+.1f}{width}"
 
 
 def _word(difference: Mean) -> str:

@@ -18,7 +18,9 @@ DATA = Path(__file__).parent / "data"
 TORCH_ADAM = functools.partial(torch.optim.Adam, betas=(0.0, 0.999))
 
 
-@pytest.mark.parametrize("optimizer", [TFAdam, TORCH_ADAM, adam], ids=["tf-adam", "torch-adam", "default"])
+@pytest.mark.parametrize(
+    "optimizer", [TFAdam, TORCH_ADAM, adam], ids=["tf-adam", "torch-adam", "default"]
+)
 @pytest.mark.parametrize("trace", ["reptile", "dsd"])
 def test_replays_the_authors_program(trace, optimizer):
     result = replay(DATA / f"authors_trace_{trace}.npz", optimizer)

@@ -1,0 +1,149 @@
+"""Options that commands share, and how their errors reach a person."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from l2l_prune.data import DATA_SETS
+from l2l_prune.experiments.config import DEFAULTS, SCHEDULES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+AlgorithmOption = Annotated[
+    str, typer.Option(help=f"One of {', '.join(DEFAULTS)}.", rich_help_panel="What")
+]
+ScheduleOption = Annotated[
+    list[str],
+    typer.Option(
+        help=f"One of {', '.join(SCHEDULES)}; repeat the option to compare.",
+        rich_help_panel="What",
+    ),
+]
+DataOption = Annotated[
+    str, typer.Option(help=f"One of {', '.join(DATA_SETS)}.", rich_help_panel="What")
+]
+RootOption = Annotated[
+    Path | None, typer.Option(help="Folder of the data set's files.", rich_help_panel="What")
+]
+SparsityOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Fraction pruned in the sparse phases, in (0, 1).",
+        show_default="0.5, or the paper's with --published",
+        rich_help_panel="What",
+    ),
+]
+DownloadOption = Annotated[
+    bool,
+    typer.Option(
+        "--download",
+        help="Let learn2learn download missing files to --data-root.",
+        rich_help_panel="What",
+    ),
+]
+JobsOption = Annotated[int, typer.Option(min=1, help="Runs at once, one thread each.")]
+ClusterOption = Annotated[
+    str | None, typer.Option(help="Hand the runs to submitit: local or slurm.")
+]
+ScaleOption = Annotated[
+    float, typer.Option(help="Factor on the meta-iterations.", rich_help_panel="Settings")
+]
+PublishedOption = Annotated[
+    bool,
+    typer.Option(
+        "--published",
+        help="Start from the published settings (reptile, cavia, metaoptnet).",
+        rich_help_panel="Settings",
+    ),
+]
+
+
+def setting(help_text: str, least: int | None = 1) -> Any:
+    """An option whose default goes by the algorithm."""
+    return typer.Option(
+        min=least,
+        help=help_text,
+        show_default="by algorithm",
+        rich_help_panel="Settings",
+    )
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text())
+        return values
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Options from a TOML file, as defaults: what is given on the command line wins."""
+    if path is None:
+        return None
+    try:
+        values = read_toml(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    known = {parameter.name for parameter in context.command.params} - {"config", "help"}
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    if unknown := sorted(values.keys() - known):
+        raise typer.BadParameter(
+            f"{path} sets {', '.join(unknown)}; there are {', '.join(sorted(map(str, known)))}"
+        )
+    context.default_map = values
+    return path
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML file of options (underscores or dashes); the command line wins.",
+        callback=_read_config,
+        is_eager=True,
+        rich_help_panel="Settings",
+    ),
+]
+
+
+@contextmanager
+def plain_errors(out: Path) -> Iterator[None]:
+    """What a user can mend is told in a line; Ctrl-C leaves quietly."""
+    from l2l_prune.experiments.side_by_side import RunFailed
+
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"{out} is a file, not a folder", param_hint="--out")
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ImportError, RunFailed) as error:
+        typer.echo(f"l2l-prune: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo(
+            "stopped by Ctrl-C; nothing of this run was written, but its checkpoints, if any"
+        )
+        raise typer.Exit(130) from None
+
+
+def baseline_first(schedule: str) -> int:
+    """Sort key: dense before the pruned ones."""
+    return SCHEDULES.index(schedule) if schedule in SCHEDULES else -1  # refused by make_config
+
+
+def check_sparsity(sparsity: float | None) -> None:
+    """Refuse what is no fraction."""
+    if sparsity is not None and not 0 < sparsity < 1:
+        raise typer.BadParameter(f"{sparsity} is not in (0, 1)", param_hint="--sparsity")

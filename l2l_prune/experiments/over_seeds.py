@@ -1,0 +1,34 @@
+"""Means over training runs, and the words for their differences."""
+
+from __future__ import annotations
+
+import math
+
+from scipy import stats
+
+from l2l_prune.evaluation import Mean
+
+WORDS = {"train": ("higher", "lower"), "test": ("better", "worse"), "gap": ("larger", "smaller")}
+
+
+class OverSeeds(Mean):
+    """A mean over seeds; so few need Student's t for their 95% confidence interval."""
+
+    @property
+    def ci95(self) -> float:
+        """Half width of the interval; NaN for one seed."""
+        if len(self.values) < 2:
+            return math.nan
+        quantile = stats.t.ppf(0.975, len(self.values) - 1)
+        return float(quantile * stats.sem(self.values))
+
+    def verdict(self, more: str, less: str) -> str:
+        """Of a difference: one of the words, ``"not significant"`` or ``"one seed"``."""
+        if len(self.values) < 2:
+            return "one seed"
+        if not self.significant:
+            return "not significant"
+        return more if self.mean > 0 else less
+
+    def __str__(self) -> str:
+        return super().__str__() if len(self.values) > 1 else f"{100 * self.mean:.1f}"
