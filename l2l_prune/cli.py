@@ -26,6 +26,7 @@ from l2l_prune.cli_options import (
     ScaleOption,
     ScheduleOption,
     SparsityOption,
+    TensorboardOption,
     baseline_first,
     check_sparsity,
     plain_errors,
@@ -99,6 +100,7 @@ def run(
         Path | None,
         typer.Option(help="Folder for the results.", show_default="runs/ALGORITHM-SCHEDULES"),
     ] = None,
+    tensorboard: TensorboardOption = False,
     config: ConfigOption = None,
     published: PublishedOption = False,
     scale: ScaleOption = 1.0,
@@ -176,11 +178,12 @@ def run(
             for kind in sorted(set(schedule), key=baseline_first)
         ]
         check_files(data, data_root, download=download)
+        events = out / "tensorboard" if tensorboard else None
         with locked_folder(out):
             if seeds == 1:
-                run_and_report(configs, out, Console(), jobs, out / "checkpoints")
+                run_and_report(configs, out, Console(), jobs, out / "checkpoints", events)
             else:
-                typer.echo(compare(configs, out, Console(), jobs))
+                typer.echo(compare(configs, out, Console(), jobs, events))
 
 
 @app.command()
@@ -191,6 +194,7 @@ def sweep(
     ),
     jobs: JobsOption = 2,
     cluster: ClusterOption = None,
+    tensorboard: TensorboardOption = False,
 ) -> None:
     """Run a grid of settings: a table base as of `run`, tables grid of lists, and seeds = N.
 
@@ -201,10 +205,10 @@ def sweep(
     with plain_errors(out):
         document = read_toml(file)
         if not document.keys() <= {"base", "grid"}:
-            raise ValueError(f"{file} must hold [base] and one or more [grid], and nothing else")
+            raise ValueError(f"{file} must hold the tables [base] and [grid], and nothing else")
         configs = expand(document.get("base", {}), document.get("grid", {}))
         check_files(configs[0].data, configs[0].data_root)
-        _run_all(configs, out, jobs, cluster)
+        _run_all(configs, out, jobs, cluster, tensorboard)
 
 
 @app.command()
@@ -232,6 +236,7 @@ def paper(
     ] = None,
     jobs: JobsOption = 2,
     cluster: ClusterOption = None,
+    tensorboard: TensorboardOption = False,
 ) -> None:
     """Run all that stands behind a table or figure of the paper, and write the report.
 
@@ -248,16 +253,18 @@ def paper(
         base["data_root"] = str(data_root) if data_root else None
         configs = expand(base, [{**grid, "shots": shots, "seeds": seeds} for grid in grids])
         check_files(configs[0].data, data_root, download=download)
-        _run_all(configs, out, jobs, cluster)
+        _run_all(configs, out, jobs, cluster, tensorboard)
         for path in write_report(out):
             typer.echo(f"wrote {path}")
 
 
-def _run_all(configs: list[RunConfig], out: Path, jobs: int, cluster: str | None) -> None:
+def _run_all(
+    configs: list[RunConfig], out: Path, jobs: int, cluster: str | None, tensorboard: bool
+) -> None:
     """A sweep; where runs failed, it says so and ends the command."""
     from l2l_prune.experiments.sweep import sweep as run_all
 
-    outcomes = run_all(configs, out, Console(), jobs=jobs, cluster=cluster)
+    outcomes = run_all(configs, out, Console(), jobs=jobs, cluster=cluster, tensorboard=tensorboard)
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
         typer.echo(f"{len(failed)} of {len(outcomes)} runs failed: see error.txt in their folders")

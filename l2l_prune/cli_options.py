@@ -54,6 +54,9 @@ JobsOption = Annotated[int, typer.Option(min=1, help="Runs at once, one thread e
 ClusterOption = Annotated[
     str | None, typer.Option(help="Hand the runs to submitit: local or slurm.")
 ]
+TensorboardOption = Annotated[
+    bool, typer.Option("--tensorboard", help="Also write TensorBoard's event files.")
+]
 ScaleOption = Annotated[
     float, typer.Option(help="Factor on the meta-iterations.", rich_help_panel="Settings")
 ]

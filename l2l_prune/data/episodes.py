@@ -109,4 +109,4 @@ class EpisodeSampler:
 
     def _gather(self, indices: Tensor) -> Tensor:
         images = self._images[indices.flatten()]
-        return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        return images.float().div_(255) if images.dtype == torch.uint8 else images.float()

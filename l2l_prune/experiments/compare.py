@@ -21,7 +21,11 @@ from l2l_prune.experiments.storage import finished_run
 
 
 def compare(
-    configs: list[RunConfig], folder: Path, console: Console, jobs: int | None = None
+    configs: list[RunConfig],
+    folder: Path,
+    console: Console,
+    jobs: int | None = None,
+    events: Path | None = None,
 ) -> str:
     """Run what is not yet in ``folder``, and write the table there.
 
@@ -30,6 +34,7 @@ def compare(
         folder: Gets a folder for each run, filled as it ends, and ``table.md``.
         console: Where progress is shown.
         jobs: Runs at once; all by default.
+        events: Folder for TensorBoard's event files.
 
     Returns:
         The table and the verdicts as Markdown.
@@ -48,7 +53,9 @@ def compare(
         (checkpoints / f"{config.slug}.pt").unlink(missing_ok=True)
 
     checkpoints = folder / "checkpoints"
-    run_side_by_side(missing, console, jobs=jobs, on_result=keep, checkpoints=checkpoints)
+    run_side_by_side(
+        missing, console, jobs=jobs, on_result=keep, checkpoints=checkpoints, events=events
+    )
     shutil.rmtree(checkpoints, ignore_errors=True)
     text = _markdown([(c, finished_run(folder / c.slug, c)) for c in configs])
     with replace_file(folder / "table.md") as path:

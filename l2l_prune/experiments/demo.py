@@ -66,6 +66,7 @@ def run_and_report(
     console: Console,
     jobs: int | None = None,
     checkpoints: Path | None = None,
+    events: Path | None = None,
 ) -> list[RunResult]:
     """Run methods of one seed side by side; print the table, write the files.
 
@@ -76,6 +77,7 @@ def run_and_report(
         jobs: Runs at once; all by default.
         checkpoints: If given, runs keep their state in this folder and go on from it; it is
             deleted at the end.
+        events: Folder for TensorBoard's event files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -87,7 +89,7 @@ def run_and_report(
         f"{classes} training classes, {config.schedule.iterations} meta-iterations, "
         f"seed {config.seed}"
     )
-    results = run_side_by_side(configs, console, jobs=jobs, checkpoints=checkpoints)
+    results = run_side_by_side(configs, console, jobs=jobs, checkpoints=checkpoints, events=events)
     console.print(results_table(configs, results))
     for line in verdicts(results):
         console.print(line)

@@ -22,7 +22,7 @@ class FinishedRun:
     Args:
         entry: Its entry in the file.
         folder: The folder of the file, where its weights are too.
-        usual_iterations: Meta-iterations of most runs on the same data; others say theirs in
+        usual_iterations: Meta-iterations of most runs in the same setting; others say theirs in
             :attr:`method`.
     """
 
@@ -131,11 +131,11 @@ def collect(folder: Path) -> list[FinishedRun]:
     lengths: dict[Hashable, Counter[int]] = defaultdict(Counter)
     for entry, place in entries:
         run = FinishedRun(entry, place, 0)
-        lengths[run.problem][run.iterations] += 1
+        lengths[run.setting][run.iterations] += 1
     runs = []
     for entry, place in entries:
         run = FinishedRun(entry, place, 0)
-        usual = max(lengths[run.problem].items(), key=lambda item: (item[1], item[0]))[0]
+        usual = max(lengths[run.setting].items(), key=lambda item: (item[1], item[0]))[0]
         runs.append(FinishedRun(entry, place, usual))
     return runs
 

@@ -17,6 +17,7 @@ from l2l_prune.evaluation import Mean
 from l2l_prune.experiments.algorithms import Algorithm, build
 from l2l_prune.experiments.checkpoint import load_checkpoint, save_checkpoint
 from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.tensorboard import EventLog
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,10 @@ class RunResult:
 
 
 def run(
-    config: RunConfig, checkpoint: Path | None = None, checkpoint_every: int = 100
+    config: RunConfig,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
+    events: Path | None = None,
 ) -> Iterator[Progress | RunResult]:
     """Train and evaluate; the same config gives the same result on the same machine.
 
@@ -64,6 +68,7 @@ def run(
             meta-iterations and taken up from it, bit for bit. The caller deletes it once the
             result is safe.
         checkpoint_every: Meta-iterations between checkpoints, >= 1.
+        events: If given, a folder for TensorBoard's event files.
 
     Yields:
         A :class:`Progress` after every meta-iteration, and last the :class:`RunResult`, whose
@@ -84,6 +89,7 @@ def run(
     saved = load_checkpoint(checkpoint, config) if checkpoint else None
     if saved:
         state.restore(saved, algorithm, tasks)
+    log = EventLog(events, state.done)
     for done in range(state.done + 1, config.schedule.iterations + 1):
         started = time.perf_counter()
         algorithm.train([tasks.sample() for _ in range(config.tasks)])
@@ -93,6 +99,7 @@ def run(
         if done % config.eval_every == 0 or done == config.schedule.iterations:
             found = {s: algorithm.evaluate(curve_episodes[s]) for s in splits}
             state.curve.append(Point(done, phase, sparsity, found["train"], found["test"]))
+            log.add(state.curve[-1])
             if config.select == "best" and found["validation"].mean > state.best_accuracy:
                 state.best_accuracy = found["validation"].mean
                 state.best = copy.deepcopy(algorithm.state_dict())
@@ -106,6 +113,7 @@ def run(
             newest.train.mean if newest else float("nan"),
             newest.test.mean if newest else float("nan"),
         )
+    log.close()
     if state.best is not None:
         algorithm.load_state_dict(state.best)
     train, test = (

@@ -30,6 +30,7 @@ def run_side_by_side(
     jobs: int | None = None,
     on_result: Callable[[RunConfig, RunResult], None] = lambda config, result: None,
     checkpoints: Path | None = None,
+    events: Path | None = None,
 ) -> list[RunResult]:
     """Run all configs in parallel processes of one thread each.
 
@@ -39,6 +40,7 @@ def run_side_by_side(
         jobs: How many may run at once; all by default.
         on_result: Called with each result as it comes.
         checkpoints: Folder in which runs keep their state, and from which they go on.
+        events: Folder for TensorBoard's event files.
 
     Returns:
         Results in the order of ``configs``.
@@ -50,7 +52,9 @@ def run_side_by_side(
     context = multiprocessing.get_context("spawn")
     messages: Queue[tuple[int, Any]] = context.Queue()
     workers = [
-        context.Process(target=_work, args=(number, config, checkpoints, messages), daemon=True)
+        context.Process(
+            target=_work, args=(number, config, checkpoints, events, messages), daemon=True
+        )
         for number, config in enumerate(configs)
     ]
     results: dict[int, RunResult] = {}
@@ -111,7 +115,11 @@ def _start_next(waiting: list[Any]) -> None:
 
 
 def _work(
-    number: int, config: RunConfig, checkpoints: Path | None, messages: Queue[tuple[int, Any]]
+    number: int,
+    config: RunConfig,
+    checkpoints: Path | None,
+    events: Path | None,
+    messages: Queue[tuple[int, Any]],
 ) -> None:
     torch.set_num_threads(1)
     try:
@@ -119,7 +127,8 @@ def _work(
         if checkpoints is not None:
             checkpoints.mkdir(parents=True, exist_ok=True)
             checkpoint = checkpoints / f"{config.slug}.pt"
-        for message in run(config, checkpoint):
+        log_to = events / config.slug if events is not None else None
+        for message in run(config, checkpoint, events=log_to):
             messages.put((number, _sendable(message)))
     except (ValueError, FileNotFoundError, ImportError) as error:  # settings that cannot be
         messages.put((number, str(error)))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def sweep(
     *,
     jobs: int = 2,
     cluster: str | None = None,
+    tensorboard: bool = False,
 ) -> list[Outcome]:
     """Run what has not ended yet; each run writes its own folder as the demo does.
 
@@ -92,6 +94,7 @@ def sweep(
         console: Gets a line for each run that ends.
         jobs: Runs at once, one thread each.
         cluster: Hand the runs to submitit instead of joblib: ``"local"`` or ``"slurm"``.
+        tensorboard: Write TensorBoard's event files into each run's folder.
 
     Returns:
         The outcomes, in the order of ``configs``.
@@ -104,16 +107,18 @@ def sweep(
     ended = {run_name(c): Outcome(run_name(c), None) for c in configs if c not in waiting}
     if ended:
         console.print(f"{len(ended)} of {len(configs)} runs had ended before")
-    engine = (
-        _submitted(waiting, folder, jobs, cluster) if cluster else _local(waiting, folder, jobs)
-    )
+    work = functools.partial(run_into, folder=folder, tensorboard=tensorboard)
+    if cluster:
+        engine = _submitted(work, waiting, folder / "jobs", jobs, cluster)
+    else:
+        engine = _local(work, waiting, jobs)
     for outcome in engine:
         ended[outcome.name] = outcome
         console.print(f"[{len(ended)}/{len(configs)}] {outcome.name}: {outcome.error or 'done'}")
     return [ended[run_name(config)] for config in configs]
 
 
-def run_into(config: RunConfig, folder: Path) -> Outcome:
+def run_into(config: RunConfig, folder: Path, tensorboard: bool = False) -> Outcome:
     """One run with its files in ``folder / run_name(config)``; never raises for a failed run."""
     torch.set_num_threads(1)
     name = run_name(config)
@@ -121,7 +126,8 @@ def run_into(config: RunConfig, folder: Path) -> Outcome:
     try:
         with locked_folder(place):
             (place / "error.txt").unlink(missing_ok=True)
-            for message in run(config, place / "checkpoint.pt"):
+            events = place / "tensorboard" if tensorboard else None
+            for message in run(config, place / "checkpoint.pt", events=events):
                 if isinstance(message, RunResult):
                     write_results(place, [config], [message])
             (place / "checkpoint.pt").unlink(missing_ok=True)
@@ -131,13 +137,16 @@ def run_into(config: RunConfig, folder: Path) -> Outcome:
     return Outcome(name, None)
 
 
-def _local(configs: list[RunConfig], folder: Path, jobs: int) -> Iterator[Outcome]:
+Work = Callable[[RunConfig], Outcome]
+
+
+def _local(work: Work, configs: list[RunConfig], jobs: int) -> Iterable[Outcome]:
     left = {run_name(config): config for config in configs}
     while left:
         before = len(left)
         engine = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
         try:
-            for outcome in engine(joblib.delayed(run_into)(c, folder) for c in list(left.values())):
+            for outcome in engine(joblib.delayed(work)(c) for c in list(left.values())):
                 del left[outcome.name]
                 yield outcome
         except TerminatedWorkerError:  # killed from outside, say for its memory
@@ -148,17 +157,17 @@ def _local(configs: list[RunConfig], folder: Path, jobs: int) -> Iterator[Outcom
 
 
 def _submitted(
-    configs: list[RunConfig], folder: Path, jobs: int, cluster: str
+    work: Work, configs: list[RunConfig], folder: Path, jobs: int, cluster: str
 ) -> Iterable[Outcome]:
     try:
         import submitit
     except ImportError as error:
         raise ImportError(f'{error}; --cluster needs: pip install "l2l-prune[cluster]"') from None
-    executor = submitit.AutoExecutor(folder=folder / "jobs", cluster=cluster)
+    executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
     executor.update_parameters(
         timeout_min=3 * 24 * 60, cpus_per_task=1, slurm_array_parallelism=jobs
     )
-    handed = executor.map_array(run_into, configs, [folder] * len(configs))
+    handed = executor.map_array(work, configs)
     for config, job in zip(configs, handed, strict=True):
         try:
             yield job.result()

@@ -48,20 +48,24 @@ def method_table(runs: list[FinishedRun]) -> str:
 
 
 def difference_table(runs: list[FinishedRun]) -> str:
-    """Each method minus dense, paired over the seeds that both have, as Markdown.
+    """Each method minus dense runs of the same length, paired over the seeds, as Markdown.
 
+    Shorter or longer dense runs stand against the usual ones.
     The last column, where there are dense runs of several lengths, is the difference in test
     accuracy to dense runs that were trained just as far (see :func:`at_equal_training_accuracy`).
     """
     rows = []
     for mine in grouped(runs, lambda run: run.setting).values():
-        dense = {run.seed: run for run in mine if run.method == "dense"}
+        dense = {(r.seed, r.iterations): r for r in mine if r.config["name"] == "dense"}
         equal = at_equal_training_accuracy(mine)
         for method, same in by_method(mine).items():
             if method == "dense":
                 continue
             row = {"minus dense": method, "backbone": same[0].size, "shots": str(same[0].shots)}
-            pairs = [(run, dense[run.seed]) for run in same if run.seed in dense]
+            length = same[0].iterations
+            if same[0].config["name"] == "dense":
+                length = same[0].usual_iterations
+            pairs = [(r, dense[r.seed, length]) for r in same if (r.seed, length) in dense]
             row["seeds"] = str(len(pairs))
             if pairs:
                 ours, theirs = zip(*pairs, strict=True)

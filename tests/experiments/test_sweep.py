@@ -35,6 +35,17 @@ def test_a_grid_is_every_combination_and_the_dense_run_once():
     assert expand({**BASE, "schedule": "iht"}, {"seed": [7]})[0].seed == 7
 
 
+def test_several_grids_are_joined_and_early_seeds_come_first():
+    grids = [
+        {"schedule": ["dense", "dsd"], "seeds": 2},
+        {"schedule": ["dsd"], "retrain": [0.0, 0.1], "seeds": 2},
+        {"schedule": ["dense"], "retrain": [0.0], "seed": [0]},  # the dense run once more
+    ]
+    configs = expand({**BASE, "iterations": 40}, grids)
+    names = ["dense", "DSD", "DSD, no retrain", "DSD, retrain 10%"]
+    assert [(c.name, c.seed) for c in configs] == [(n, s) for s in (0, 1) for n in names]
+
+
 @pytest.mark.parametrize(
     ("base", "grid", "words"),
     [

@@ -1,0 +1,52 @@
+"""A run's curves as TensorBoard event files, while it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from l2l_prune.experiments.run import Point
+
+
+class EventLog:
+    """Writes accuracy, gap and sparsity of each point of the curves.
+
+    Args:
+        folder: Gets the event files; ``None`` writes nothing.
+        done: Meta-iterations that were done before; later events of a run that was stopped are
+            superseded.
+
+    Raises:
+        ImportError: If the package tensorboard is missing.
+    """
+
+    def __init__(self, folder: Path | None, done: int) -> None:
+        self._writer = None
+        if folder is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError(
+                    f'{error}; --tensorboard needs: pip install "l2l-prune[tensorboard]"'
+                ) from None
+            self._writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+
+    def add(self, point: Point) -> None:
+        """Write a point of the curves."""
+        if self._writer is None:
+            return
+        train, test = point.train.mean, point.test.mean
+        values = {
+            "accuracy/train": train,
+            "accuracy/test": test,
+            "accuracy/gap": train - test,
+            "sparsity": point.sparsity,
+        }
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, point.iteration)
+
+    def close(self) -> None:
+        """Write what is still held back."""
+        if self._writer is not None:
+            self._writer.close()
