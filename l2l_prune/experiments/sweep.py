@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import inspect
 import itertools
+import math
+import os
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -72,6 +76,13 @@ class Outcome:
 
     name: str
     error: str | None
+    train: float = math.nan
+    test: float = math.nan
+
+    def __str__(self) -> str:
+        if self.error:
+            return f"{self.name}: {self.error}"
+        return f"{self.name}: train {100 * self.train:.1f}, test {100 * self.test:.1f}"
 
 
 def sweep(
@@ -91,7 +102,7 @@ def sweep(
     Args:
         configs: The runs.
         folder: Gets a folder for each.
-        console: Gets a line for each run that ends.
+        console: Gets a line for each run that ends, with its accuracies and the time left.
         jobs: Runs at once, one thread each.
         cluster: Hand the runs to submitit instead of joblib: ``"local"`` or ``"slurm"``.
         tensorboard: Write TensorBoard's event files into each run's folder.
@@ -111,15 +122,28 @@ def sweep(
     if cluster:
         engine = _submitted(work, waiting, folder / "jobs", jobs, cluster)
     else:
-        engine = _local(work, waiting, jobs)
+        engine = _local(functools.partial(work, parent=os.getpid()), waiting, jobs)
+    started, before = time.monotonic(), len(ended)
     for outcome in engine:
         ended[outcome.name] = outcome
-        console.print(f"[{len(ended)}/{len(configs)}] {outcome.name}: {outcome.error or 'done'}")
+        pace = (time.monotonic() - started) / (len(ended) - before)
+        left = datetime.timedelta(seconds=round(pace * (len(configs) - len(ended))))
+        console.print(f"{len(ended)}/{len(configs)} {outcome} ({left} left)", markup=False, highlight=False)
     return [ended[run_name(config)] for config in configs]
 
 
-def run_into(config: RunConfig, folder: Path, tensorboard: bool = False) -> Outcome:
-    """One run with its files in ``folder / run_name(config)``; never raises for a failed run."""
+def run_into(
+    config: RunConfig, folder: Path, tensorboard: bool = False, parent: int | None = None
+) -> Outcome:
+    """One run with its files in ``folder / run_name(config)``; never raises for a failed run.
+
+    Args:
+        config: The run.
+        folder: The sweep's folder.
+        tensorboard: Also write TensorBoard's event files.
+        parent: Process id of the sweep; a run in another process ends when that is gone, and
+            leaves its checkpoint for the next sweep.
+    """
     torch.set_num_threads(1)
     name = run_name(config)
     place = folder / name
@@ -128,13 +152,16 @@ def run_into(config: RunConfig, folder: Path, tensorboard: bool = False) -> Outc
             (place / "error.txt").unlink(missing_ok=True)
             events = place / "tensorboard" if tensorboard else None
             for message in run(config, place / "checkpoint.pt", events=events):
+                if parent not in (None, os.getpid(), os.getppid()):
+                    return Outcome(name, "its sweep was killed")
                 if isinstance(message, RunResult):
                     write_results(place, [config], [message])
+                    outcome = Outcome(name, None, message.train.mean, message.test.mean)
             (place / "checkpoint.pt").unlink(missing_ok=True)
     except Exception as error:
         (place / "error.txt").write_text(traceback.format_exc())
         return Outcome(name, f"{type(error).__name__}: {error}")
-    return Outcome(name, None)
+    return outcome
 
 
 Work = Callable[[RunConfig], Outcome]

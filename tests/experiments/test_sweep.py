@@ -5,8 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
+import time
 
+import filelock
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -80,6 +85,8 @@ def test_a_failed_run_does_not_lose_the_others_and_a_second_sweep_mends_it(tmp_p
     outcomes = sweep(configs, tmp_path, Console(file=text, width=200), jobs=2, cluster=cluster)
     assert all(outcome.error is None for outcome in outcomes)
     assert "2 of 3 runs had ended before" in text.getvalue()
+    last = text.getvalue().splitlines()[-1]
+    assert re.fullmatch(r"3/3 .*: train \d+\.\d, test \d+\.\d \(0:00:00 left\)", last)
     assert not (obstacle.parent / "error.txt").exists()
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
     for config in configs:
@@ -88,7 +95,7 @@ def test_a_failed_run_does_not_lose_the_others_and_a_second_sweep_mends_it(tmp_p
     assert not list(tmp_path.glob("*/checkpoint.pt"))
 
 
-def kill_itself_once(config, folder):
+def kill_itself_once(config, folder, **options):
     """Stands for a worker that the kernel kills for its memory."""
     mark = folder / "killed"
     if config.seed == 1 and not mark.exists():
@@ -97,7 +104,7 @@ def kill_itself_once(config, folder):
     return module.Outcome(run_name(config), None)
 
 
-def kill_itself_always(config, folder):
+def kill_itself_always(config, folder, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -109,6 +116,28 @@ def test_a_killed_worker_does_not_lose_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "run_into", kill_itself_always)
     outcomes = sweep(configs, tmp_path, Console(file=io.StringIO()), jobs=2)
     assert all("was killed" in outcome.error for outcome in outcomes)
+
+
+def test_workers_end_with_a_killed_sweep_and_the_next_one_goes_on(tmp_path):
+    settings = {**BASE, "schedule": '"dense"', "algorithm": '"reptile"', "iterations": 5000}
+    lines = [f"{key} = {value}" for key, value in settings.items()]
+    (tmp_path / "grid.toml").write_text("\n".join(["[base]", *lines]))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "l2l_prune", "sweep", str(tmp_path / "grid.toml")]
+    sweeping = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 300
+        while not list(out.glob("*/checkpoint.pt")):
+            assert time.monotonic() < deadline
+            assert sweeping.poll() is None
+            time.sleep(0.5)
+    finally:
+        sweeping.kill()
+        sweeping.wait()
+    (place,) = (path.parent for path in out.glob("*/checkpoint.pt"))
+    with filelock.FileLock(place / ".lock", timeout=60):  # else the worker trains on for minutes
+        assert (place / "checkpoint.pt").exists()
+        assert not (place / "results.json").exists()
 
 
 @pytest.mark.parametrize(
