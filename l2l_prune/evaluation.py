@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from l2l_prune.data.episodes import Episode
 from l2l_prune.data.minibatches import minibatches
+from l2l_prune.reptile import PrunedReptile
 
 
 class Algorithm(Protocol):
@@ -159,6 +160,9 @@ def few_shot_accuracy(
             generator=generator,
         ):
             learner.adapt(loss(learner(x), y))
-        return query_scores(learner, episode, transductive)
+        found = query_scores(learner, episode, transductive)
+        if isinstance(algorithm, PrunedReptile):
+            algorithm.discard(learner)
+        return found
 
     return accuracy(scores, episodes)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from l2l_prune import optimizer_state
 from l2l_prune.criteria import Criterion, magnitude
-from l2l_prune.masks import top_mask
+from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.reparam import attach, detach, held_names, held_tensors, set_mask
 from l2l_prune.schedules import Schedule, Segment
 from l2l_prune.selection import (
@@ -23,7 +23,7 @@ from l2l_prune.selection import (
     select,
 )
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 class Pruner:
@@ -47,6 +47,8 @@ class Pruner:
         skip: The same, for tensors to leave dense.
         criterion: Scores of a weight's entries, of which the largest are kept: by default their
             magnitude; see :mod:`l2l_prune.criteria`.
+        pattern: Where pruned weights may lie: anywhere by default, ``NByM(2, 4)`` or
+            ``Block(rows, columns)`` of :mod:`l2l_prune.patterns`.
         regrow_state: Second moments (Adam, RMSprop, ...) of weights that are released.
             ``"match"``: as large as the largest kept one of the tensor, and at the first step at
             least as large as the gradient asks, so that regrown weights do not jump. ``"keep"``:
@@ -84,6 +86,7 @@ class Pruner:
         only: Rule | Iterable[Rule] | None = None,
         skip: Rule | Iterable[Rule] | None = None,
         criterion: Criterion = magnitude,
+        pattern: Pattern = UNSTRUCTURED,
         regrow_state: Literal["match", "keep"] = "match",
         dense_keys: bool = False,
     ) -> None:
@@ -95,11 +98,11 @@ class Pruner:
             raise ValueError(f'regrow_state must be "match" or "keep", got {regrow_state!r}')
         self.model = model
         self.schedule = schedule
-        self._criterion = criterion
+        self._criterion, self._pattern = criterion, pattern
         self._regrow_state = regrow_state
         self._tensors = select(model, layers=layers, only=only, skip=skip)
         self._rates = learning_rates(model, self._tensors)
-        self._counts = [segment_counts(self._tensors, s) for s in schedule.segments]
+        self._counts = [segment_counts(self._tensors, s, pattern) for s in schedule.segments]
         self._optimizers = _as_optimizers(optimizer)
         weights = [tensor.module._parameters[tensor.name] for tensor in self._tensors]
         for given in self._optimizers:
@@ -262,6 +265,7 @@ class Pruner:
         return {
             "version": _STATE_VERSION,
             "schedule": self.schedule.to_dict(),
+            "pattern": str(self._pattern),
             "iteration": self._iteration,
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
             "regrown": {name: mask.clone() for name, mask in self._regrown.items()},
@@ -278,7 +282,8 @@ class Pruner:
             RuntimeError: After :meth:`finalize`.
         """
         self._check_attached(masks=False)
-        _check_state(state, self.schedule, {t.full_name: t for t in self._tensors})
+        tensors = {t.full_name: t for t in self._tensors}
+        _check_state(state, self.schedule, str(self._pattern), tensors)
         self._iteration = state["iteration"]
         self._position = self.schedule.index(self._iteration)
         self._set_masks([self._restored(t, state["masks"]) for t in self._tensors])
@@ -314,7 +319,7 @@ class Pruner:
             if not isinstance(scores, Tensor) or scores.shape != weight.shape:
                 raise ValueError(f"{place}: criterion must give a score for each of its weights")
             try:
-                masks.append(top_mask(scores, keep))
+                masks.append(self._pattern.mask(scores, keep))
             except ValueError as error:
                 raise ValueError(f"{place} by the scores of criterion: {error}") from None
         return masks
@@ -434,9 +439,9 @@ def _check_optimizer(optimizer: Optimizer, weights: Sequence[Tensor | None]) -> 
 
 
 def _check_state(
-    state: dict[str, Any], schedule: Schedule, tensors: dict[str, LayerTensor]
+    state: dict[str, Any], schedule: Schedule, pattern: str, tensors: dict[str, LayerTensor]
 ) -> None:
-    keys = {"version", "schedule", "iteration", "masks", "regrown"}
+    keys = {"version", "schedule", "pattern", "iteration", "masks", "regrown"}
     if not isinstance(state, dict) or set(state) != keys or state["version"] != _STATE_VERSION:
         raise ValueError("this is not a Pruner state dict of this version")
     if not isinstance(state["iteration"], int) or state["iteration"] < 0:
@@ -446,6 +451,8 @@ def _check_state(
             f"the checkpoint belongs to another schedule: {state['schedule']}, "
             f"but this Pruner has {schedule.to_dict()}"
         )
+    if state["pattern"] != pattern:
+        raise ValueError(f"the checkpoint has masks of {state['pattern']}, this Pruner {pattern}")
     if set(state["masks"]) != set(tensors):
         differing = sorted(set(state["masks"]) ^ set(tensors))
         raise ValueError(f"the checkpoint prunes other tensors; they differ in {differing}")

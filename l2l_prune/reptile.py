@@ -11,6 +11,7 @@ from torch.optim import LBFGS, Optimizer
 
 from l2l_prune import optimizer_state
 from l2l_prune.criteria import Criterion, magnitude
+from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.pruner import Pruner
 from l2l_prune.reparam import held_names, plain_copy
 from l2l_prune.schedules import Schedule
@@ -60,7 +61,8 @@ class PrunedReptile(nn.Module):
         carry_state: Carry the inner optimizer's state over from one collected task to the next,
             as the authors and learn2learn's example do; else each task starts afresh.
         foml: First-order MAML: move by the last inner step only, instead of by all.
-        layers: As in :class:`~l2l_prune.Pruner`, likewise ``only``, ``skip`` and ``criterion``.
+        layers: As in :class:`~l2l_prune.Pruner`, likewise ``only``, ``skip``,
+            ``criterion`` and ``pattern``.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -95,6 +97,7 @@ class PrunedReptile(nn.Module):
         only: Rule | Iterable[Rule] | None = None,
         skip: Rule | Iterable[Rule] | None = None,
         criterion: Criterion = magnitude,
+        pattern: Pattern = UNSTRUCTURED,
     ) -> None:
         super().__init__()
         for name, rate in (("meta_lr", meta_lr), ("meta_lr_final", meta_lr_final)):
@@ -103,7 +106,13 @@ class PrunedReptile(nn.Module):
         if not 0 < inner_lr < float("inf"):
             raise ValueError(f"inner_lr must be a number > 0, got {inner_lr!r}")
         self.pruner = Pruner(
-            model, schedule, layers=layers, only=only, skip=skip, criterion=criterion
+            model,
+            schedule,
+            layers=layers,
+            only=only,
+            skip=skip,
+            criterion=criterion,
+            pattern=pattern,
         )
         self.module = model
         self.inner_lr = inner_lr
@@ -158,9 +167,7 @@ class PrunedReptile(nn.Module):
             RuntimeError: If the learner is another's, was collected before, or was cloned before
                 the last :meth:`step`.
         """
-        if not isinstance(learner, Learner):
-            raise TypeError(f"collect() takes a learner made by clone(), got {type(learner)}")
-        workspace = learner.release(self)
+        workspace = self._released(learner)
         moved = [p.detach() for p in workspace.parameters]
         if self.foml:
             moved = list(torch._foreach_sub(moved, workspace.before_last))
@@ -173,6 +180,16 @@ class PrunedReptile(nn.Module):
             workspace.clear_momentum()
             self._inner_state = workspace.save_state(self._inner_state)
         self._workspaces.append(workspace)
+
+    def discard(self, learner: Learner) -> None:
+        """Use a learner up without collecting it, for evaluation.
+
+        Dropping it does the same; this spares the next :meth:`clone` a copy of the model.
+
+        Raises:
+            RuntimeError: As for :meth:`collect`.
+        """
+        self._workspaces.append(self._released(learner))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -230,6 +247,11 @@ class PrunedReptile(nn.Module):
                 if isinstance(value, Tensor) and value.dim():  # Adam's step count stays
                     state[key] = fn(value)
         return self
+
+    def _released(self, learner: Learner) -> _Workspace:
+        if not isinstance(learner, Learner):
+            raise TypeError(f"this takes a learner made by clone(), got {type(learner)}")
+        return learner.release(self)
 
     def _new_workspace(self) -> _Workspace:
         return _Workspace(self.pruner, self._inner_optimizer, self.inner_lr, self.foml)

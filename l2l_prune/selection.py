@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize, prune
 
 from l2l_prune.masks import kept_count
+from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.schedules import Segment
 
 _CONV = nn.modules.conv._ConvNd
@@ -142,19 +143,22 @@ def check_prunable(tensor: LayerTensor) -> None:
         raise ValueError(f"{where} {problem}")
 
 
-def segment_counts(tensors: list[LayerTensor], segment: Segment) -> list[int]:
+def segment_counts(
+    tensors: list[LayerTensor], segment: Segment, pattern: Pattern = UNSTRUCTURED
+) -> list[int]:
     """How many weights each tensor keeps in ``segment``.
 
     Args:
         tensors: The selected tensors.
         segment: A segment of a schedule; dense ones keep everything.
+        pattern: Where pruned weights may lie.
 
     Returns:
         One count ``k_l`` per tensor, in [1, numel].
 
     Raises:
         ValueError: If the segment names a layer that is not selected, keeps more weights than
-            a layer has, or would prune a layer away.
+            a layer has, would prune a layer away, or the pattern does not fit a layer.
     """
     counts = [_numel(tensor) for tensor in tensors]
     if not segment.sparse:
@@ -169,10 +173,10 @@ def segment_counts(tensors: list[LayerTensor], segment: Segment) -> list[int]:
         if explicit is not None:
             if explicit > numel:
                 raise ValueError(f"keep={explicit} is more than {tensor.full_name} has: {numel}")
-            counts[position] = int(explicit)
+            counts[position] = _in_pattern(tensor, int(explicit), pattern)
             continue
         rate = _lookup(tensor, dict(rates)) if isinstance(rates, tuple) else float(rates)  # type: ignore[arg-type]
-        counts[position] = kept_count(numel, rate or 0.0)
+        counts[position] = _in_pattern(tensor, kept_count(numel, rate or 0.0), pattern)
         if counts[position] == 0:
             raise ValueError(
                 f"sparsity {rate} would prune all {numel} weights of {tensor.full_name} and cut "
@@ -277,12 +281,29 @@ def _lookup(tensor: LayerTensor, table: Mapping[str, float]) -> float | None:
     return next((value for pattern, value in table.items() if tensor.named_by(pattern)), None)
 
 
+def _in_pattern(tensor: LayerTensor, keep: int, pattern: Pattern) -> int:
+    shape = _shape(tensor)
+    if keep in (0, shape.numel()):  # nothing to arrange
+        return keep
+    try:
+        return pattern.count(shape, keep)
+    except ValueError as error:
+        raise ValueError(
+            f"{tensor.full_name} of shape {tuple(shape)} cannot take the pattern {pattern}: "
+            f"{error}; leave it out with skip="
+        ) from None
+
+
 def _numel(tensor: LayerTensor) -> int:
+    return _shape(tensor).numel()
+
+
+def _shape(tensor: LayerTensor) -> torch.Size:
     parameters = tensor.module._parameters
     weight = parameters.get(tensor.name)
     weight = parameters[f"{tensor.name}_orig"] if weight is None else weight
     assert weight is not None
-    return weight.numel()
+    return weight.shape
 
 
 def _already_pruned(module: nn.Module, name: str) -> bool:

@@ -19,6 +19,7 @@ FLOORS = [
     {"_values", "_files"},
     {"schedules"},
     {"masks", "criteria"},
+    {"patterns"},
     {"reparam", "selection", "optimizer_state"},
     {"pruner"},
     {"reptile", "cavia", "theory"},

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from l2l_prune import DSDSchedule, IHTSchedule, PrunedReptile, Schedule, Segment
+from l2l_prune import reptile as reptile_module
 from l2l_prune.reptile import adam
 from tests.conftest import SmallNet
 
@@ -392,3 +393,30 @@ def test_the_fused_default_optimizer_is_plain_adam(weight_decay):
 
 def test_the_default_optimizer_is_not_fused_where_torch_cannot():
     assert not adam([torch.nn.Parameter(torch.ones(2, device="meta"))], 0.1).defaults["fused"]
+
+
+def test_discarded_learners_leave_no_trace_and_need_one_copy(net, monkeypatch):
+    copies = []
+    copy_model = reptile_module.plain_copy
+    monkeypatch.setattr(
+        reptile_module, "plain_copy", lambda model: copies.append(1) or copy_model(model)
+    )
+    reptile = PrunedReptile(net, SCHEDULE)
+    reptile.collect(adapt(reptile.clone(), task(0)))
+    before = copy.deepcopy(reptile.state_dict())
+    outputs = []
+    for _ in range(3):
+        learner = adapt(reptile.clone(), task(1))
+        outputs.append(learner(task(2)[0][0]).detach())
+        reptile.discard(learner)
+        with pytest.raises(RuntimeError, match="was collected"):
+            learner(task(2)[0][0])
+    assert len(copies) == 1
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    for key, value in reptile.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, before[key]), key
+    assert reptile.state_dict()["_extra_state"]["tasks"] == 1
+    with pytest.raises(TypeError, match="made by clone"):
+        reptile.discard(net)

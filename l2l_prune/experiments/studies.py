@@ -124,7 +124,7 @@ def hyperparameter_figure(runs: list[FinishedRun], path: Path) -> bool:
             panels.append((label, family, value, lines))
     if not panels:
         return False
-    figure, axes = _figure((1 + 4 * len(panels), 3.6), len(panels))
+    figure, axes = _figure((1 + 4 * len(panels), 3.6), len(panels), sharey=True)
     dense = [run for run in runs if run.method == "dense"]
     for ax, (label, family, value, lines) in zip(axes, panels, strict=True):
         if dense:
@@ -246,11 +246,11 @@ def _bar(mean: OverSeeds) -> float:
     return 100 * mean.ci95 if len(mean.values) > 1 else 0.0
 
 
-def _figure(size: tuple[float, float], panels: int = 1) -> tuple[Any, Any]:
+def _figure(size: tuple[float, float], panels: int = 1, sharey: bool = False) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+    axes = figure.subplots(1, panels, squeeze=False, sharey=sharey)[0]
     for ax in axes:
         ax.grid(alpha=0.25)
     return figure, axes

@@ -128,7 +128,9 @@ def sweep(
         ended[outcome.name] = outcome
         pace = (time.monotonic() - started) / (len(ended) - before)
         left = datetime.timedelta(seconds=round(pace * (len(configs) - len(ended))))
-        console.print(f"{len(ended)}/{len(configs)} {outcome} ({left} left)", markup=False, highlight=False)
+        console.print(
+            f"{len(ended)}/{len(configs)} {outcome} ({left} left)", markup=False, highlight=False
+        )
     return [ended[run_name(config)] for config in configs]
 
 

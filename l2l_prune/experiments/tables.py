@@ -74,6 +74,8 @@ def difference_table(runs: list[FinishedRun]) -> str:
                     row[part] = _told(part, found)
                 gaps = paired_difference(gap_over_seeds(ours), gap_over_seeds(theirs))
                 row["gap"] = _told("gap", gaps)
+            else:
+                row["test"] = "no dense run of the same seeds and length"
             if method in equal:
                 found, of = equal[method], len(same)
                 part_of = "" if len(found.values) == of else f", {len(found.values)} of {of} seeds"
