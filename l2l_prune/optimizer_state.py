@@ -8,7 +8,7 @@ the weights that were kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -49,7 +49,19 @@ def level_second_moment(
         kept: Boolean tensor of the parameter's shape: entries that were trained all along.
         regrown: Boolean tensor of the same shape: entries that are released now.
     """
-    for key, value in _entries(optimizer, parameter):
+    level_state(optimizer.state.get(parameter, {}), parameter.shape, kept, regrown)
+
+
+def level_state(state: dict[str, Any], shape: torch.Size, kept: Tensor, regrown: Tensor) -> None:
+    """The same for the state of one parameter, wherever it is held.
+
+    Args:
+        state: What an optimizer holds for a parameter.
+        shape: The parameter's shape.
+        kept: As in :func:`level_second_moment`.
+        regrown: As in :func:`level_second_moment`.
+    """
+    for key, value in _per_entry(state, shape):
         if _divides(key):
             level = torch.where(kept, value, 0.0).max()
             value.copy_(torch.where(regrown, torch.maximum(value, level), value))
@@ -81,6 +93,30 @@ def raise_to_gradient(optimizer: Optimizer, parameter: Tensor, regrown: Tensor) 
             value.copy_(torch.where(regrown, torch.maximum(value, floor.to(value.dtype)), value))
 
 
+def gradient_hook(act: Callable[[Optimizer], None]) -> Callable[[Optimizer, Any, Any], Any]:
+    """A step pre-hook of an optimizer that runs ``act`` once the step's gradients are there.
+
+    With a closure they only exist after it has run.
+    """
+
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            act(optimizer)
+            return None
+
+        def closure_and_act() -> Any:
+            loss = closure()
+            act(optimizer)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], closure_and_act, *args[2:]), kwargs
+        return args, {**kwargs, "closure": closure_and_act}
+
+    return hook
+
+
 def _mean_step(
     momentum: Tensor | None, squared: Tensor, correction: Tensor | float, kept: Tensor
 ) -> Tensor | float:
@@ -93,9 +129,12 @@ def _mean_step(
 
 def _entries(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Per-entry state: floating tensors of the parameter's own shape."""
-    state: dict[str, Any] = optimizer.state.get(parameter, {})
+    return _per_entry(optimizer.state.get(parameter, {}), parameter.shape)
+
+
+def _per_entry(state: dict[str, Any], shape: torch.Size) -> Iterator[tuple[str, Tensor]]:
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
+        if isinstance(value, Tensor) and value.shape == shape:
             if value.is_floating_point():
                 yield key, value
 

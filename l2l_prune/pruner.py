@@ -119,9 +119,7 @@ class Pruner:
         self._seen: list[tuple[Tensor, int]] = []  # mask buffers as last checked, with versions
         self._put_masks(first)
         self._finalized = False
-        self._handles = [
-            held.register_step_pre_hook(self._before_optimizer_step) for held in self._optimizers
-        ]
+        self._handles = [self._hook(held) for held in self._optimizers]
 
     # ---- what is going on -------------------------------------------------------------------
 
@@ -157,6 +155,11 @@ class Pruner:
     def masks(self) -> dict[str, Tensor]:
         """Boolean mask of each selected tensor by its dense name; True stays."""
         return {t.full_name: m for t, m in zip(self._tensors, self._masks, strict=True)}
+
+    @property
+    def finalized(self) -> bool:
+        """Whether :meth:`finalize` took the masks off."""
+        return self._finalized
 
     def summary(self) -> str:
         """A table: shape, kept / total and sparsity per layer and for the whole model."""
@@ -358,28 +361,14 @@ class Pruner:
         self._seen = [(buffer, buffer._version) for buffer in buffers]
 
     def _hook(self, optimizer: Optimizer) -> Any:
-        return optimizer.register_step_pre_hook(self._before_optimizer_step)
-
-    def _before_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """Optimizer pre-hook: the first step after a release looks at the gradients."""
-        if not self._regrown:
-            return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-        if closure is None:
-            self._raise_to_gradients(optimizer)
-            return None
-
-        def closure_with_rule() -> Any:  # its gradients only exist once it has run
-            loss = closure()
-            self._raise_to_gradients(optimizer)
-            return loss
-
-        if len(args) > 1:
-            return (args[0], closure_with_rule, *args[2:]), kwargs
-        return args, {**kwargs, "closure": closure_with_rule}
+        """The first step after a release looks at the gradients."""
+        hook = optimizer_state.gradient_hook(self._raise_to_gradients)
+        return optimizer.register_step_pre_hook(hook)
 
     @torch.no_grad()
     def _raise_to_gradients(self, optimizer: Optimizer) -> None:
+        if not self._regrown:
+            return
         for position, tensor in enumerate(self._tensors):
             regrown = self._regrown.get(tensor.full_name)
             if regrown is not None:

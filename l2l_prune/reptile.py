@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from l2l_prune import optimizer_state
 from l2l_prune.criteria import Criterion, magnitude
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.pruner import Pruner
-from l2l_prune.reparam import held_names, plain_copy
+from l2l_prune.reparam import plain_copy
 from l2l_prune.schedules import Schedule
 from l2l_prune.selection import Layers, Rule
+from l2l_prune.structured import ChannelPruner, Structured, raise_regrown
 
 OptimizerFactory = Callable[..., Optimizer]
 
@@ -63,6 +64,9 @@ class PrunedReptile(nn.Module):
         foml: First-order MAML: move by the last inner step only, instead of by all.
         layers: As in :class:`~l2l_prune.Pruner`, likewise ``only``, ``skip``,
             ``criterion`` and ``pattern``.
+        structured: Cut out whole channels instead of masking weights, so that sparse phases run on
+            a small network: see :class:`~l2l_prune.structured.ChannelPruner`. Of the arguments
+            before it, only ``skip`` goes with this, as names of layers.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -98,6 +102,7 @@ class PrunedReptile(nn.Module):
         skip: Rule | Iterable[Rule] | None = None,
         criterion: Criterion = magnitude,
         pattern: Pattern = UNSTRUCTURED,
+        structured: Structured | None = None,
     ) -> None:
         super().__init__()
         for name, rate in (("meta_lr", meta_lr), ("meta_lr_final", meta_lr_final)):
@@ -105,15 +110,28 @@ class PrunedReptile(nn.Module):
                 raise ValueError(f"{name} must be a number >= 0, got {rate!r}")
         if not 0 < inner_lr < float("inf"):
             raise ValueError(f"inner_lr must be a number > 0, got {inner_lr!r}")
-        self.pruner = Pruner(
-            model,
-            schedule,
-            layers=layers,
-            only=only,
-            skip=skip,
-            criterion=criterion,
-            pattern=pattern,
-        )
+        self.pruner: Pruner | ChannelPruner
+        if structured is None:
+            self.pruner = Pruner(
+                model,
+                schedule,
+                layers=layers,
+                only=only,
+                skip=skip,
+                criterion=criterion,
+                pattern=pattern,
+            )
+        else:
+            if only is not None or layers != "all" or criterion is not magnitude:
+                raise ValueError("with structured, layers are chosen by skip= alone")
+            self.pruner = ChannelPruner(
+                model,
+                schedule,
+                example_inputs=structured.example_inputs,
+                importance=structured.importance,
+                skip=skip or (),  # type: ignore[arg-type]
+            )
+            self.pruner.more_states = self._carried_states
         self.module = model
         self.inner_lr = inner_lr
         self.meta_lr_initial, self.meta_lr_final = meta_lr, meta_lr_final
@@ -210,7 +228,10 @@ class PrunedReptile(nn.Module):
         else:
             torch._foreach_lerp_(parameters, self._collected, self.meta_lr)
         self._collected, self._tasks = [], 0
+        segment = self.pruner.segment
         self.pruner.step()
+        if isinstance(self.pruner, ChannelPruner) and self.pruner.segment is not segment:
+            self._workspaces.clear()  # their shapes are those of the old segment
 
     def finalize(self) -> nn.Module:
         """Take the masks off and return the plain model (see :meth:`Pruner.finalize`)."""
@@ -233,6 +254,7 @@ class PrunedReptile(nn.Module):
             ValueError: If the state belongs to another model or schedule.
         """
         self.pruner.load_state_dict(state["pruner"])
+        self._workspaces.clear()
         self._inner_state = [_copied(entry) for entry in state["inner_state"]]
         self._collected = [total.clone() for total in state["collected"]]
         self._tasks = state["tasks"]
@@ -253,11 +275,23 @@ class PrunedReptile(nn.Module):
             raise TypeError(f"this takes a learner made by clone(), got {type(learner)}")
         return learner.release(self)
 
+    def _carried_states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        return zip(self.module.parameters(), self._inner_state, strict=False)
+
     def _new_workspace(self) -> _Workspace:
-        return _Workspace(self.pruner, self._inner_optimizer, self.inner_lr, self.foml)
+        workspace = _Workspace(self.pruner, self._inner_optimizer, self.inner_lr, self.foml)
+        if isinstance(self.pruner, ChannelPruner) and self.pruner.regrown:
+            copies, pruner = dict(workspace.module.named_parameters()), self.pruner
+
+            def first_steps(optimizer: Optimizer) -> None:
+                raise_regrown(optimizer, copies, pruner.regrown)
+
+            hook = optimizer_state.gradient_hook(first_steps)
+            workspace.optimizer.register_step_pre_hook(hook)
+        return workspace
 
     def _check_usable(self) -> None:
-        if not any(held_names(module) for module in self.module.modules()):
+        if self.pruner.finalized:
             raise RuntimeError("PrunedReptile was finalized: make a new one to train on")
 
 
@@ -319,7 +353,7 @@ class _Workspace:
     """A plain working copy of the model with its inner optimizer, used for task after task."""
 
     def __init__(
-        self, pruner: Pruner, factory: OptimizerFactory, inner_lr: float, foml: bool
+        self, pruner: Pruner | ChannelPruner, factory: OptimizerFactory, inner_lr: float, foml: bool
     ) -> None:
         self._pruner = pruner
         self.module = plain_copy(pruner.model)

@@ -15,9 +15,11 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 def test_block_runs(number, tmp_path, monkeypatch):
     if "learn2learn" in BLOCKS[number]:
         pytest.importorskip("learn2learn")
+    if "structured" in BLOCKS[number]:
+        pytest.importorskip("torch_pruning")
     monkeypatch.chdir(tmp_path)
     exec(compile(BLOCKS[number], f"README block {number}", "exec"), {})
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3

@@ -17,12 +17,13 @@ from l2l_prune.evaluation import Mean
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.models import Conv4
 from l2l_prune.pruner import Pruner
+from l2l_prune.structured import ChannelPruner
 
 
 class Algorithm(ABC):
     """A meta-learner with its network, outer optimizer and pruner."""
 
-    pruner: Pruner
+    pruner: Pruner | ChannelPruner
 
     @abstractmethod
     def train(self, tasks: Sequence[Episode]) -> None:

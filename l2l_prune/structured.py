@@ -1,0 +1,448 @@
+"""Channel pruning that really shrinks: in sparse phases the network is physically small."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from l2l_prune import optimizer_state
+from l2l_prune.cavia import FiLM
+from l2l_prune.channels import ChannelGroup, Importance, find_groups, importance_function
+from l2l_prune.masks import kept_count, top_mask
+from l2l_prune.schedules import Schedule, Segment
+
+States = Iterable[tuple[Tensor, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Structured:
+    """How :class:`~l2l_prune.PrunedReptile` prunes channels: arguments of :class:`ChannelPruner`.
+
+    Args:
+        example_inputs: Inputs of a forward pass, for finding which channels belong together.
+        importance: What makes a channel worth keeping.
+    """
+
+    example_inputs: Any
+    importance: str | Importance = "l2"
+
+
+class ChannelPruner:
+    """Removes whole channels by a schedule; used like :class:`~l2l_prune.Pruner`.
+
+    On entering a sparse segment the least important channels are cut out of every tensor that
+    holds them (convolutions, linear layers, batch normalisation, FiLM, through residual sums), so
+    the network is small and fast with no masks at all. On leaving it the network gets its full
+    shapes back. Weights that read a regrown channel are 0, so the function is unchanged and they
+    learn at once; the filters that make it are as they were when they were cut, since a filter of
+    zeros behind a ReLU would never get a gradient again.
+
+    Parameters keep their identity and order; their shapes change, and so does the state of the
+    optimizers. Channels of the network's output always stay.
+
+    Args:
+        model: The network, or a wrapper that can run ``example_inputs``.
+        schedule: When to prune, and what fraction of the channels.
+        optimizer: The optimizer (or several) whose state is cut and regrown too.
+        example_inputs: Inputs of a forward pass.
+        importance: ``"l1"``, ``"l2"`` (of all weights of a channel), ``"taylor"`` (needs
+            gradients), ``"bn_scale"``, or a function of torch-pruning's group.
+        skip: Names or ``fnmatch`` patterns of layers whose output channels stay.
+
+    Raises:
+        ImportError: If torch-pruning is missing.
+        ValueError: If the network cannot be shrunk, a name matches nothing, or a segment would
+            leave a layer no channel.
+
+    Example:
+        >>> from l2l_prune import DSDSchedule
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> schedule = DSDSchedule(0.5, pretrain=1, prune=1, retrain=1)
+        >>> pruner = ChannelPruner(net, schedule, example_inputs=torch.zeros(1, 4))
+        >>> pruner.step()
+        >>> net[0].weight.shape, net[2].weight.shape
+        (torch.Size([4, 4]), torch.Size([2, 4]))
+        >>> pruner.finalize()[0].weight.shape
+        torch.Size([8, 4])
+    """
+
+    masks: dict[str, Tensor] = {}  # noqa: RUF012 - there never are any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        *,
+        example_inputs: Any,
+        importance: str | Importance = "l2",
+        skip: str | Iterable[str] = (),
+    ) -> None:
+        self.model, self.schedule = model, schedule
+        self._importance = importance_function(importance)
+        self._needs_gradients = importance == "taylor"
+        skipped = [skip] if isinstance(skip, str) else list(skip)
+        self._groups = find_groups(model, example_inputs, skipped)
+        self._counts = [_channel_counts(self._groups, s) for s in schedule.segments]
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+        self._optimizers = optimizers
+        self.more_states: Callable[[], States] = lambda: ()
+        self._iteration = 0
+        self._position = schedule.index(0)
+        self._kept: list[Tensor] | None = None
+        self._full: dict[str, Tensor] = {}
+        self.regrown: dict[str, Tensor] = {}
+        for held in optimizers:
+            held.register_step_pre_hook(optimizer_state.gradient_hook(self._first_step))
+        self.finalized = False
+        if self.segment.sparse:
+            self._shrink(self._choose(self._position))
+
+    # ---- what is going on -------------------------------------------------------------------
+
+    @property
+    def iteration(self) -> int:
+        """Number of :meth:`step` calls so far."""
+        return self._iteration
+
+    @property
+    def segment(self) -> Segment:
+        """The segment of the schedule that is in force."""
+        return self.schedule.segments[self._position]
+
+    @property
+    def phase(self) -> str:
+        """Its name."""
+        return self.segment.phase
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the network is small now."""
+        return self._kept is not None
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the prunable channels that is cut out now."""
+        if self._kept is None:
+            return 0.0
+        kept = sum(len(kept) for kept in self._kept)
+        return 1 - kept / sum(group.channels for group in self._groups)
+
+    @property
+    def channels(self) -> dict[str, list[int]]:
+        """The channels that are there now, by the layer that makes them."""
+        if self._kept is None:
+            return {group.name: list(range(group.channels)) for group in self._groups}
+        return {g.name: kept.tolist() for g, kept in zip(self._groups, self._kept, strict=True)}
+
+    def summary(self) -> str:
+        """A table of kept and all channels by layer."""
+        from tabulate import tabulate
+
+        rows = [
+            (group.name, len(self.channels[group.name]), group.channels) for group in self._groups
+        ]
+        table = tabulate(rows, headers=("layer", "channels", "of"))
+        place = f"iteration {self._iteration} of {self.schedule.iterations}"
+        return f"{place}, phase {self.segment.label}\n{table}"
+
+    # ---- training ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """End a meta-iteration: call it after the (outer) optimizer's step.
+
+        Raises:
+            RuntimeError: After :meth:`finalize`.
+            ValueError: If the importance of channels cannot be told; nothing is changed.
+        """
+        self._check_usable()
+        self.regrown = {}  # the first steps after a release are over
+        position = self.schedule.index(self._iteration + 1)
+        if position != self._position:
+            before = self._kept
+            self._grow()
+            try:
+                kept = self._choose(position, before)
+            except ValueError:
+                if before is not None:
+                    self._shrink(before)
+                raise
+            self._position = position
+            self._shrink(kept)
+        self._iteration += 1
+
+    @torch.no_grad()
+    def finalize(self) -> nn.Module:
+        """The model with its full shapes; channels that were cut out contribute nothing.
+
+        Raises:
+            RuntimeError: If called twice.
+        """
+        self._check_usable()
+        self._grow()
+        self.finalized = True
+        return self.model
+
+    def export(self) -> nn.Module:
+        """A copy of the network as it is now: small in a sparse phase, for use or ONNX."""
+        return copy.deepcopy(self.model)
+
+    # ---- saving and resuming ----------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to resume from beside the model's and optimizer's own state dicts."""
+        return {
+            "version": 1,
+            "schedule": self.schedule.to_dict(),
+            "iteration": self._iteration,
+            "kept": None if self._kept is None else [kept.clone() for kept in self._kept],
+            "full": {name: tensor.clone() for name, tensor in self._full.items()},
+            "regrown": {name: mask.clone() for name, mask in self.regrown.items()},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume. Call it **before** the model's and the optimizer's: it sets their shapes.
+
+        Raises:
+            ValueError: If the state belongs to another model or schedule; nothing is changed.
+        """
+        self._check_usable()
+        if state.get("version") != 1 or state["schedule"] != self.schedule.to_dict():
+            raise ValueError("the checkpoint belongs to another schedule or another kind of pruner")
+        kept = state["kept"]
+        position = self.schedule.index(state["iteration"])
+        counts = [g.channels for g in self._groups] if kept is None else [len(k) for k in kept]
+        if counts != (self._counts[position] or [g.channels for g in self._groups]):
+            raise ValueError("the checkpoint's channels do not fit this model and schedule")
+        self._grow()
+        self._iteration, self._position = state["iteration"], position
+        if kept is not None:
+            self._shrink([index.clone() for index in kept])
+            for name, tensor in state["full"].items():
+                self._full[name].copy_(tensor)
+        self.regrown = {name: mask.clone() for name, mask in state["regrown"].items()}
+
+    # ---- inside -----------------------------------------------------------------------------
+
+    def _choose(self, position: int, before: list[Tensor] | None = None) -> list[Tensor] | None:
+        """Channels to keep in a segment, or None if it is dense."""
+        counts = self._counts[position]
+        if counts is None:
+            return None
+        chosen = []
+        for number, (group, keep) in enumerate(zip(self._groups, counts, strict=True)):
+            if self._needs_gradients and any(
+                slot.tensor == "weight" and slot.module.weight.grad is None for slot in group.slots
+            ):
+                raise ValueError(
+                    f"Taylor importance needs gradients of {group.name} and the layers behind it: "
+                    "call step() after a backward pass and before zero_grad()"
+                )
+            scores = self._importance(group.source)
+            if not isinstance(scores, Tensor) or scores.shape != (group.channels,):
+                raise ValueError(
+                    f"the importance of the channels of {group.name} is {scores!r}: there must be "
+                    f"{group.channels} scores (bn_scale needs batch normalisation behind a layer)"
+                )
+            if not bool(torch.isfinite(scores).all()):
+                raise ValueError(f"the importance of the channels of {group.name} is not finite")
+            scores = scores.detach().float()
+            if before is not None:  # straight from one sparse segment to the next: gone stays gone
+                absent = torch.ones_like(scores, dtype=torch.bool)
+                absent[before[number]] = False
+                scores = scores.masked_fill(absent, torch.finfo(scores.dtype).min)
+            chosen.append(top_mask(scores, keep).nonzero().squeeze(1))
+        return chosen
+
+    def _plan(self, kept: list[Tensor]) -> dict[str, _Cut]:
+        """What to keep of every tensor that holds channels."""
+        plan: dict[str, _Cut] = {}
+        for group, index in zip(self._groups, kept, strict=True):
+            for slot in group.slots:
+                cut = plan.setdefault(slot.name, _Cut(slot.module, slot.tensor))
+                positions = slot.index.to(index.device)
+                cut.keep[slot.dim] = positions[index].flatten().sort().values
+                if slot.incoming:
+                    cut.incoming.add(slot.dim)
+        return plan
+
+    def _shrink(self, kept: list[Tensor] | None) -> None:
+        if kept is None:
+            return
+        self.regrown = {}
+        for name, cut in self._plan(kept).items():
+            full = self._full[name] = cut.get().detach().clone()
+            cut.set(cut.take(full))
+            for state in self._states(cut.get()):
+                _replace(state, full.shape, cut.take)
+        self._kept = kept
+        self._tell_sizes()
+
+    def _grow(self) -> None:
+        if self._kept is None:
+            return
+        for name, cut in self._plan(self._kept).items():
+            small, full = cut.get().detach().clone(), self._full[name]
+            cut.set(cut.put(small, full, zero_incoming=True))
+            kept = cut.put_into_zeros(torch.ones_like(small, dtype=torch.bool), full)
+            for state in self._states(cut.get()):
+                _replace(state, small.shape, functools.partial(cut.put_into_zeros, full=full))
+                optimizer_state.level_state(state, full.shape, kept, ~kept)
+            if isinstance(cut.get(), nn.Parameter):
+                self.regrown[name] = ~kept
+        self._kept, self._full = None, {}
+        self._tell_sizes()
+
+    def _first_step(self, optimizer: Optimizer) -> None:
+        parameters = dict(self.model.named_parameters()) if self.regrown else {}
+        raise_regrown(optimizer, parameters, self.regrown)
+
+    def _states(self, parameter: Tensor) -> Iterator[dict[str, Any]]:
+        for optimizer in self._optimizers:
+            if parameter in optimizer.state:
+                yield optimizer.state[parameter]
+        for held, state in self.more_states():
+            if held is parameter:
+                yield state
+
+    def _tell_sizes(self) -> None:
+        """Attributes that name the sizes of a layer follow its tensors."""
+        for group in self._groups:
+            for slot in group.slots:
+                _tell_size(slot.module)
+        for module in self.model.modules():
+            if isinstance(module, FiLM):
+                module.channels = (module.hidden or module.linear).out_features // 2
+
+    def _check_usable(self) -> None:
+        if self.finalized:
+            raise RuntimeError("the ChannelPruner was finalized: make a new one to prune again")
+
+
+@torch.no_grad()
+def raise_regrown(
+    optimizer: Optimizer, parameters: dict[str, nn.Parameter], regrown: dict[str, Tensor]
+) -> None:
+    """Before a first step after a release: regrown weights must not jump.
+
+    Args:
+        optimizer: About to step.
+        parameters: By name; those of a copy of the model are fine too.
+        regrown: Boolean masks by name (:attr:`ChannelPruner.regrown`).
+    """
+    for name, mask in regrown.items():
+        optimizer_state.raise_to_gradient(optimizer, parameters[name], mask)
+
+
+class _Cut:
+    """A tensor of a layer, and which positions of its dimensions stay."""
+
+    def __init__(self, module: nn.Module, tensor: str) -> None:
+        self.module, self.tensor = module, tensor
+        self.keep: dict[int, Tensor] = {}
+        self.incoming: set[int] = set()
+
+    def get(self) -> Tensor:
+        value = self.module._parameters.get(self.tensor)
+        held = self.module._buffers[self.tensor] if value is None else value
+        assert held is not None
+        return held
+
+    def set(self, value: Tensor) -> None:
+        """In place for parameters: their identity is what optimizers hold."""
+        parameter = self.module._parameters.get(self.tensor)
+        if parameter is None:
+            self.module._buffers[self.tensor] = value
+        else:
+            # Autograd remembers the shape for as long as an old graph is alive (a loss that is
+            # still held); only a change of type makes it forget.
+            other = torch.float16 if value.dtype != torch.float16 else torch.float32
+            parameter.data = torch.empty(0, dtype=other, device=value.device)
+            parameter.data = value
+            parameter.grad = None
+
+    def take(self, full: Tensor) -> Tensor:
+        """The part that stays, in the memory format of the whole."""
+        part = full
+        for dim, index in self.keep.items():
+            part = part.index_select(dim, index)
+        return _like(part, full)
+
+    def put(self, part: Tensor, full: Tensor, zero_incoming: bool = False) -> Tensor:
+        """The whole with the part in its place."""
+        whole = full.clone()
+        if zero_incoming:
+            for dim in self.incoming:
+                gone = torch.ones(full.shape[dim], dtype=torch.bool, device=full.device)
+                gone[self.keep[dim]] = False
+                whole.index_fill_(dim, gone.nonzero().squeeze(1), 0)
+        if whole.dim() == 1:
+            whole[self.keep[0]] = part
+            return whole
+        rows, columns = (
+            self.keep.get(dim, torch.arange(full.shape[dim], device=full.device)) for dim in (0, 1)
+        )
+        whole[rows[:, None], columns[None, :]] = part
+        return _like(whole, full)
+
+    def put_into_zeros(self, part: Tensor, full: Tensor) -> Tensor:
+        """The same in zeros of the whole's shape."""
+        return self.put(part, torch.zeros_like(full, dtype=part.dtype))
+
+
+def _like(part: Tensor, full: Tensor) -> Tensor:
+    if full.dim() == 4 and full.is_contiguous(memory_format=torch.channels_last):
+        return part.contiguous(memory_format=torch.channels_last)
+    return part.contiguous()
+
+
+def _replace(state: dict[str, Any], shape: torch.Size, change: Callable[[Tensor], Tensor]) -> None:
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == shape:
+            state[key] = change(value)
+
+
+def _tell_size(module: nn.Module) -> None:
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
+        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1]
+    elif isinstance(module, nn.Linear) and weight is not None:
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        held = module.running_mean if weight is None else weight
+        if isinstance(held, Tensor):
+            module.num_features = len(held)
+
+
+def _channel_counts(groups: list[ChannelGroup], segment: Segment) -> list[int] | None:
+    """How many channels each group keeps in a segment; None in a dense one."""
+    if not segment.sparse:
+        return None
+    keep, rates = dict(segment.keep or ()), segment.sparsity
+    table = dict(rates) if isinstance(rates, tuple) else {"*": float(rates)}  # type: ignore[arg-type]
+    for pattern in (*keep, *table):
+        if not any(fnmatchcase(group.name, pattern) for group in groups):
+            known = ", ".join(group.name for group in groups)
+            raise ValueError(f"no layer with prunable channels is called {pattern!r}: {known}")
+    counts = []
+    for group in groups:
+        explicit = next((n for p, n in keep.items() if fnmatchcase(group.name, p)), None)
+        rate = next((r for p, r in table.items() if fnmatchcase(group.name, p)), 0.0)
+        count = kept_count(group.channels, rate) if explicit is None else int(explicit)
+        if not 0 < count <= group.channels:
+            raise ValueError(
+                f"{group.name} has {group.channels} channels and would keep {count}: change the "
+                "sparsity for this layer, or leave it out with skip="
+            )
+        counts.append(count)
+    return counts
