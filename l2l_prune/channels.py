@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -164,6 +165,13 @@ def importance_function(importance: str | Importance) -> Importance:
         raise ValueError(f"importance must be one of {', '.join(made)}, got {importance!r}")
     function: Importance = made[importance]()
     return function
+
+
+def count_operations(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
+    """Parameters, and multiply-accumulate operations of a forward pass, by torch-pruning."""
+    twin = copy.deepcopy(model).eval()
+    macs, parameters = _torch_pruning().utils.count_ops_and_params(twin, example_inputs)
+    return int(parameters), int(macs)
 
 
 def _trace(model: nn.Module, example_inputs: Any) -> Any:

@@ -15,7 +15,13 @@ from torch.optim import Optimizer
 
 from l2l_prune import optimizer_state
 from l2l_prune.cavia import FiLM
-from l2l_prune.channels import ChannelGroup, Importance, find_groups, importance_function
+from l2l_prune.channels import (
+    ChannelGroup,
+    Importance,
+    count_operations,
+    find_groups,
+    importance_function,
+)
 from l2l_prune.masks import kept_count, top_mask
 from l2l_prune.schedules import Schedule, Segment
 
@@ -33,6 +39,25 @@ class Structured:
 
     example_inputs: Any
     importance: str | Importance = "l2"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What :meth:`ChannelPruner.export` gives.
+
+    Attributes:
+        module: A copy of the network as it is now.
+        parameters: Its number of parameters.
+        macs: Multiply-accumulate operations of a forward pass of the example inputs.
+        full_parameters: The same of the full network.
+        full_macs: The same of the full network.
+    """
+
+    module: nn.Module
+    parameters: int
+    macs: int
+    full_parameters: int
+    full_macs: int
 
 
 class ChannelPruner:
@@ -91,6 +116,8 @@ class ChannelPruner:
         self._needs_gradients = importance == "taylor"
         skipped = [skip] if isinstance(skip, str) else list(skip)
         self._groups = find_groups(model, example_inputs, skipped)
+        self._example_inputs = example_inputs
+        self._full_size = count_operations(model, example_inputs)
         self._counts = [_channel_counts(self._groups, s) for s in schedule.segments]
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
         self._optimizers = optimizers
@@ -192,9 +219,13 @@ class ChannelPruner:
         self.finalized = True
         return self.model
 
-    def export(self) -> nn.Module:
-        """A copy of the network as it is now: small in a sparse phase, for use or ONNX."""
-        return copy.deepcopy(self.model)
+    def export(self) -> Exported:
+        """A plain copy of the network as it is now, small in a sparse phase, with its counts.
+
+        For use as it is, or for ``torch.onnx.export(exported.module, (inputs,))``.
+        """
+        size = count_operations(self.model, self._example_inputs)
+        return Exported(copy.deepcopy(self.model), *size, *self._full_size)
 
     # ---- saving and resuming ----------------------------------------------------------------
 

@@ -167,8 +167,11 @@ def test_sizes_and_statistics_are_those_of_a_small_net(make):
     net = make().double()
     pruner = ChannelPruner(net, SCHEDULE, example_inputs=IMAGES)
     pruner.step()
-    small = pruner.export().eval()
+    exported = pruner.export()
+    small = exported.module.eval()
     assert small is not net
+    assert exported.parameters == sum(p.numel() for p in small.parameters())
+    assert exported.full_parameters == sum(p.numel() for p in make().parameters())
     for module in small.modules():
         if isinstance(module, nn.Conv2d):
             assert module.weight.shape[:2] == (module.out_channels, module.in_channels)
@@ -177,6 +180,30 @@ def test_sizes_and_statistics_are_those_of_a_small_net(make):
         if isinstance(module, nn.Linear):
             assert module.weight.shape == (module.out_features, module.in_features)
     assert small(IMAGES).shape == (6, 5)
+
+
+def test_counted_operations():
+    net = nn.Sequential(nn.Linear(10, 8, bias=False), nn.ReLU(), nn.Linear(8, 4, bias=False))
+    pruner = ChannelPruner(net, SCHEDULE, example_inputs=torch.zeros(1, 10))
+    pruner.step()
+    exported = pruner.export()
+    # torch-pruning counts an activation's outputs too
+    assert exported.full_macs - exported.macs == (80 + 8 + 32) - (40 + 4 + 16)
+    assert (exported.full_parameters, exported.parameters) == (112, 56)
+
+
+def test_the_small_network_goes_to_onnx(tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    net = Conv4(5, 8)
+    pruner = ChannelPruner(net, SCHEDULE, example_inputs=IMAGES.float())
+    pruner.step()
+    module = pruner.export().module.eval()
+    torch.onnx.export(module, (IMAGES.float(),), tmp_path / "small.onnx", dynamo=True)
+    session = runtime.InferenceSession(str(tmp_path / "small.onnx"))
+    (name,) = (entry.name for entry in session.get_inputs())
+    (scores,) = session.run(None, {name: IMAGES.float().numpy()})
+    assert torch.allclose(torch.from_numpy(scores), module(IMAGES.float()), atol=1e-4)
 
 
 def test_kept_channels_are_the_most_important():

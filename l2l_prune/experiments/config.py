@@ -40,6 +40,7 @@ class RunConfig:
             only), >= 0.
         layers: Which layers are pruned, as in :class:`~l2l_prune.Pruner`.
         criterion: What is pruned: the smallest weights by ``"magnitude"``, or ``"random"`` ones.
+        structured: Cut out whole channels instead, of all layers, by their L2 norm (Reptile only).
         tasks: Tasks in a meta-iteration.
         inner_steps: Inner steps in training.
         inner_batch: Examples in an inner step in training (Reptile; the others take all).
@@ -77,6 +78,7 @@ class RunConfig:
     weight_decay: float = 0.0
     layers: Layers = "authors"
     criterion: str = "magnitude"
+    structured: bool = False
     tasks: int = 5
     inner_steps: int = 5
     inner_batch: int = 10
@@ -103,8 +105,13 @@ class RunConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be a number >= 0, got {self.weight_decay}")
-        if (self.dropout or self.weight_decay) and self.algorithm != "reptile":
-            raise ValueError("dropout and weight_decay go with the algorithm reptile only")
+        special = self.dropout or self.weight_decay or self.structured
+        if special and self.algorithm != "reptile":
+            raise ValueError(
+                "dropout, weight_decay and structured go with the algorithm reptile only"
+            )
+        if self.structured and self.criterion != "magnitude":
+            raise ValueError("structured takes no criterion")
         if self.backbone == "resnet12" and self.algorithm != "metaoptnet":
             raise ValueError("backbone resnet12 goes with the algorithm metaoptnet only")
 
@@ -360,6 +367,8 @@ def _name(schedule: str, phases: dict[str, Any], settings: dict[str, Any]) -> st
         parts.append(f"{phases['rounds']} rounds")
     if settings.get("criterion") == "random" and schedule != "dense":
         parts.append("random")
+    if settings.get("structured") and schedule != "dense":
+        parts.append("channels")
     if settings.get("dropout"):
         parts.append(f"dropout {settings['dropout']:g}")
     if settings.get("weight_decay"):

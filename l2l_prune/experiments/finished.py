@@ -113,7 +113,7 @@ class FinishedRun:
 
 
 def collect(folder: Path) -> list[FinishedRun]:
-    """The finished runs below a folder, in the order of their names.
+    """The finished runs below a folder, by width and name.
 
     Raises:
         ValueError: If there is none, or a ``results.json`` is damaged.
@@ -133,7 +133,7 @@ def collect(folder: Path) -> list[FinishedRun]:
         run = FinishedRun(entry, place, 0)
         lengths[run.setting][run.iterations] += 1
     runs = []
-    for entry, place in entries:
+    for entry, place in sorted(entries, key=lambda item: int(item[0]["config"]["channels"])):
         run = FinishedRun(entry, place, 0)
         usual = max(lengths[run.setting].items(), key=lambda item: (item[1], item[0]))[0]
         runs.append(FinishedRun(entry, place, usual))

@@ -161,15 +161,17 @@ def test_queries_scored_alone_do_not_see_each_other(algorithm):
 
 @pytest.mark.parametrize(
     "options",
-    [{"criterion": "random"}, {"dropout": 0.3}, {"weight_decay": 5.0}],
-    ids=["random", "dropout", "decay"],
+    [{"criterion": "random"}, {"dropout": 0.3}, {"weight_decay": 5.0}, {"structured": True}],
+    ids=["random", "dropout", "decay", "channels"],
 )
 def test_controls_and_rivals_act_and_resume_exactly(options):
+    if "structured" in options:
+        pytest.importorskip("torch_pruning")
     config, plain = small("reptile", **options), small("reptile")
     learner, other, twin = start(config), start(plain), start(config)
     episodes = [sampler().sample() for _ in range(2)]
     for iteration in range(12):
-        if iteration == 4:  # before the mask is made
+        if iteration in (4, 9):  # before the mask is made, and while it holds
             twin.load_state_dict(copy.deepcopy(learner.state_dict()))
         for one in (learner, other, *([twin] if iteration >= 4 else [])):
             torch.manual_seed(99)  # nothing may depend on the global generator
@@ -181,6 +183,8 @@ def test_controls_and_rivals_act_and_resume_exactly(options):
     ]
     assert torch.equal(weights[0], weights[2])
     assert not torch.equal(weights[0], weights[1])
+    if "structured" in options:
+        assert len(weights[0]) < 0.6 * len(weights[1])
     if "weight_decay" in options:
         assert weights[0].norm() < weights[1].norm()
 

@@ -111,6 +111,11 @@ def test_all_classes_are_trained_on_outside_glyphs():
         (lambda: make_config("reptile", "dsd", dropout=1.0), "dropout must be in"),
         (lambda: make_config("reptile", "dsd", weight_decay=-1.0), "weight_decay must be"),
         (lambda: make_config("maml", "dsd", dropout=0.1), "reptile only"),
+        (lambda: make_config("maml", "dsd", structured=True), "reptile only"),
+        (
+            lambda: make_config("reptile", "dsd", structured=True, criterion="random"),
+            "structured takes no criterion",
+        ),
         (lambda: make_config("maml", "iht", rounds=0), "rounds must be at least 1"),
         (lambda: make_config("maml", "dsd", pretrain=0.9, retrain=0.2), "prune"),
     ],

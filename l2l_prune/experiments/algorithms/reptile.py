@@ -22,6 +22,7 @@ from l2l_prune.experiments.algorithms.base import (
 )
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.reptile import PrunedReptile, adam
+from l2l_prune.structured import Structured
 
 
 class Reptile(Algorithm):
@@ -38,10 +39,14 @@ class Reptile(Algorithm):
             inner_lr=config.inner_lr,
             meta_lr=config.meta_lr,
             inner_optimizer=functools.partial(adam, weight_decay=config.weight_decay),
-            layers=config.layers,
-            criterion=make_criterion(config, self._masks),
+            **self._what_is_pruned(config, image_shape),
         )
         self.pruner = self._reptile.pruner
+
+    def _what_is_pruned(self, config: RunConfig, image_shape: Sequence[int]) -> dict[str, Any]:
+        if config.structured:
+            return {"structured": Structured(torch.zeros(2, *image_shape))}
+        return {"layers": config.layers, "criterion": make_criterion(config, self._masks)}
 
     def train(self, tasks: Sequence[Episode]) -> None:
         with self._dropout.drawn():
