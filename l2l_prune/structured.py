@@ -301,8 +301,9 @@ class ChannelPruner:
         for group, index in zip(self._groups, kept, strict=True):
             for slot in group.slots:
                 cut = plan.setdefault(slot.name, _Cut(slot.module, slot.tensor))
-                positions = slot.index.to(index.device)
-                cut.keep[slot.dim] = positions[index].flatten().sort().values
+                device = cut.get().device
+                positions = slot.index.to(device)[index.to(device)]
+                cut.keep[slot.dim] = positions.flatten().sort().values
                 if slot.incoming:
                     cut.incoming.add(slot.dim)
         return plan
@@ -323,7 +324,8 @@ class ChannelPruner:
         if self._kept is None:
             return
         for name, cut in self._plan(self._kept).items():
-            small, full = cut.get().detach().clone(), self._full[name]
+            small = cut.get().detach().clone()
+            full = self._full[name].to(device=small.device, dtype=small.dtype)
             cut.set(cut.put(small, full, zero_incoming=True))
             kept = cut.put_into_zeros(torch.ones_like(small, dtype=torch.bool), full)
             for state in self._states(cut.get()):

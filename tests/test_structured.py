@@ -239,6 +239,17 @@ def test_tracing_and_a_fresh_pruner_change_nothing():
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_a_cast_in_the_sparse_phase_reaches_what_was_cut_out():
+    net = Conv4(5, 8)
+    made = ChannelPruner(net, SCHEDULE, example_inputs=IMAGES.float())
+    made.step()
+    net.double()
+    before = net(IMAGES)
+    made.finalize()
+    assert {p.dtype for p in net.parameters()} == {torch.float64}
+    assert torch.allclose(net(IMAGES), before, rtol=0, atol=1e-10)
+
+
 def test_cavia_with_film():
     net = CaviaConv4(5, 8, 1, 28, context_size=3, film_at=(1, 3))
     cavia = CAVIA(net, 1.0)
