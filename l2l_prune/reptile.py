@@ -6,37 +6,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
 
-from l2l_prune import optimizer_state
+from l2l_prune import ranks
 from l2l_prune.criteria import Criterion, magnitude
+from l2l_prune.inner_loop import OptimizerFactory, Workspace, adam, copied_state
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.pruner import Pruner
-from l2l_prune.reparam import plain_copy
 from l2l_prune.schedules import Schedule
 from l2l_prune.selection import Layers, Rule
-from l2l_prune.structured import ChannelPruner, Structured, raise_regrown
-
-OptimizerFactory = Callable[..., Optimizer]
-
-
-def adam(parameters: Iterable[Tensor], lr: float, weight_decay: float = 0.0) -> Optimizer:
-    """The inner optimizer of Reptile's authors and of the paper: Adam without momentum.
-
-    Args:
-        parameters: What it steps on.
-        lr: Its learning rate.
-        weight_decay: Decoupled weight decay, as in AdamW; none in the paper.
-
-    Returns:
-        ``torch.optim.AdamW`` with betas (0, 0.999), fused into one kernel where torch has that.
-    """
-    held = list(parameters)
-    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in held)
-    return torch.optim.AdamW(
-        held, lr, betas=(0.0, 0.999), weight_decay=weight_decay, fused=fused or None
-    )
+from l2l_prune.structured import ChannelPruner, Structured
 
 
 class PrunedReptile(nn.Module):
@@ -67,6 +47,10 @@ class PrunedReptile(nn.Module):
         structured: Cut out whole channels instead of masking weights, so that sparse phases run on
             a small network: see :class:`~l2l_prune.structured.ChannelPruner`. Of the arguments
             before it, only ``skip`` goes with this, as names of layers.
+        group: Ranks of torch.distributed (``dist.group.WORLD``) that share the tasks of each
+            meta-iteration: every rank adapts its own, at least one, and all call :meth:`step`.
+            Weights and masks are then the same on all ranks, as of one process with all tasks. The
+            carried state is averaged over the ranks, where one process hands it from task to task.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -103,6 +87,7 @@ class PrunedReptile(nn.Module):
         criterion: Criterion = magnitude,
         pattern: Pattern = UNSTRUCTURED,
         structured: Structured | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         for name, rate in (("meta_lr", meta_lr), ("meta_lr_final", meta_lr_final)):
@@ -137,7 +122,10 @@ class PrunedReptile(nn.Module):
         self.meta_lr_initial, self.meta_lr_final = meta_lr, meta_lr_final
         self.carry_state, self.foml = carry_state, foml
         self._inner_optimizer = inner_optimizer
-        self._workspaces: list[_Workspace] = []
+        self._group = group
+        if group is not None:
+            ranks.same_start([*model.parameters(), *model.buffers()], group)
+        self._workspaces: list[Workspace] = []
         self._inner_state: list[dict[str, Any]] = []
         self._collected: list[Tensor] = []  # sum over tasks, one tensor a parameter
         self._tasks = 0
@@ -221,6 +209,10 @@ class PrunedReptile(nn.Module):
         self._check_usable()
         if not self._tasks:
             raise RuntimeError("step() without a task: collect(learner) at least one before it")
+        if self._group is not None:
+            if self.carry_state:
+                ranks.average_states(self._inner_state, self._tasks, self._group)
+            self._tasks = ranks.sum_over_ranks(self._collected, self._tasks, self._group)
         parameters = [p.detach() for p in self.module.parameters()]
         torch._foreach_div_(self._collected, self._tasks)
         if self.foml:
@@ -242,7 +234,7 @@ class PrunedReptile(nn.Module):
         """What ``state_dict()`` holds beside the model, to resume exactly."""
         return {
             "pruner": self.pruner.state_dict(),
-            "inner_state": [_copied(state) for state in self._inner_state],
+            "inner_state": [copied_state(state) for state in self._inner_state],
             "collected": [total.clone() for total in self._collected],
             "tasks": self._tasks,
         }
@@ -255,7 +247,7 @@ class PrunedReptile(nn.Module):
         """
         self.pruner.load_state_dict(state["pruner"])
         self._workspaces.clear()
-        self._inner_state = [_copied(entry) for entry in state["inner_state"]]
+        self._inner_state = [copied_state(entry) for entry in state["inner_state"]]
         self._collected = [total.clone() for total in state["collected"]]
         self._tasks = state["tasks"]
 
@@ -270,7 +262,7 @@ class PrunedReptile(nn.Module):
                     state[key] = fn(value)
         return self
 
-    def _released(self, learner: Learner) -> _Workspace:
+    def _released(self, learner: Learner) -> Workspace:
         if not isinstance(learner, Learner):
             raise TypeError(f"this takes a learner made by clone(), got {type(learner)}")
         return learner.release(self)
@@ -278,17 +270,8 @@ class PrunedReptile(nn.Module):
     def _carried_states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         return zip(self.module.parameters(), self._inner_state, strict=False)
 
-    def _new_workspace(self) -> _Workspace:
-        workspace = _Workspace(self.pruner, self._inner_optimizer, self.inner_lr, self.foml)
-        if isinstance(self.pruner, ChannelPruner) and self.pruner.regrown:
-            copies, pruner = dict(workspace.module.named_parameters()), self.pruner
-
-            def first_steps(optimizer: Optimizer) -> None:
-                raise_regrown(optimizer, copies, pruner.regrown)
-
-            hook = optimizer_state.gradient_hook(first_steps)
-            workspace.optimizer.register_step_pre_hook(hook)
-        return workspace
+    def _new_workspace(self) -> Workspace:
+        return Workspace(self.pruner, self._inner_optimizer, self.inner_lr, self.foml)
 
     def _check_usable(self) -> None:
         if self.pruner.finalized:
@@ -303,7 +286,7 @@ class Learner(nn.Module):
             every :meth:`adapt` and before every forward.
     """
 
-    def __init__(self, reptile: PrunedReptile, workspace: _Workspace) -> None:
+    def __init__(self, reptile: PrunedReptile, workspace: Workspace) -> None:
         super().__init__()
         self.module = workspace.module
         self.training = workspace.module.training
@@ -330,7 +313,7 @@ class Learner(nn.Module):
         """
         self._in_use().adapt(loss)
 
-    def release(self, reptile: PrunedReptile) -> _Workspace:
+    def release(self, reptile: PrunedReptile) -> Workspace:
         """Give the working copy back (called by :meth:`PrunedReptile.collect`)."""
         workspace = self._in_use()
         if self.__dict__["_reptile"] is not reptile:
@@ -342,115 +325,8 @@ class Learner(nn.Module):
         del self.module
         return workspace
 
-    def _in_use(self) -> _Workspace:
-        workspace: _Workspace | None = self.__dict__["_workspace"]
+    def _in_use(self) -> Workspace:
+        workspace: Workspace | None = self.__dict__["_workspace"]
         if workspace is None:
             raise RuntimeError("this learner was collected: clone() a new one")
         return workspace
-
-
-class _Workspace:
-    """A plain working copy of the model with its inner optimizer, used for task after task."""
-
-    def __init__(
-        self, pruner: Pruner | ChannelPruner, factory: OptimizerFactory, inner_lr: float, foml: bool
-    ) -> None:
-        self._pruner = pruner
-        self.module = plain_copy(pruner.model)
-        self.parameters = list(self.module.parameters())
-        self.optimizer = factory([p for p in self.parameters if p.requires_grad], lr=inner_lr)
-        if isinstance(self.optimizer, LBFGS):
-            raise ValueError("inner_optimizer must step on one loss; L-BFGS needs a closure")
-        self._by_name = dict(self.module.named_parameters())
-        self._masked: list[Tensor] = []
-        self._masks: list[Tensor] = []
-        self._foml = foml
-        self.before_last: list[Tensor] = []
-
-    def restore(self, model: nn.Module, state: list[dict[str, Any]]) -> None:
-        """Start from the meta-model: weights, buffers, modes, masks, optimizer state."""
-        torch._foreach_copy_([*self.parameters], [*model.parameters()])
-        for parameter in self.parameters:
-            parameter.grad = None
-        sources = dict(model.named_buffers())
-        for name, buffer in self.module.named_buffers():
-            buffer.copy_(sources[name])
-        for mine, theirs in zip(self.module.modules(), model.modules(), strict=True):
-            mine.training = theirs.training
-        self._masked, self._masks = [], []
-        if self._pruner.sparse:
-            masks = self._pruner.masks
-            self._masked = [self._by_name[name].data for name in masks]
-            self._masks = [
-                mask.to(weight.dtype)
-                for mask, weight in zip(masks.values(), self._masked, strict=True)
-            ]
-        self.before_last = [p.detach().clone() for p in self.parameters] if self._foml else []
-        _restore_state(self.optimizer, self.parameters, state)
-
-    def adapt(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
-        if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
-        if all(parameter.grad is None for parameter in self.parameters):
-            raise RuntimeError("loss does not depend on this learner: compute it from learner(x)")
-        if self._foml:
-            torch._foreach_copy_(self.before_last, [p.detach() for p in self.parameters])
-        self.optimizer.step()
-        self.project()
-
-    def project(self) -> None:
-        """Pruned weights to exactly 0; ``.data`` so that a pending backward is not disturbed."""
-        if self._masks:
-            torch._foreach_mul_(self._masked, self._masks)
-
-    def clear_momentum(self) -> None:
-        """Pruned weights must not be pushed by an old momentum when they are released."""
-        if self._masks:
-            for name, mask in self._pruner.masks.items():
-                optimizer_state.clear_momentum(self.optimizer, self._by_name[name], mask)
-
-    def save_state(self, into: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Copy the optimizer's state out, reusing the tensors of ``into`` where they fit."""
-        states = [self.optimizer.state.get(p, {}) for p in self.parameters]
-        if len(into) != len(states):
-            return [_copied(state) for state in states]
-        _copy_states(states, into)
-        return into
-
-
-def _restore_state(
-    optimizer: Optimizer, parameters: list[nn.Parameter], saved: list[dict[str, Any]]
-) -> None:
-    if not any(saved):
-        optimizer.state.clear()
-        return
-    _copy_states(saved, [optimizer.state[p] for p in parameters])
-    for group in optimizer.param_groups:
-        if group.get("fused") or group.get("capturable"):  # these count their steps on the device
-            for parameter in group["params"]:
-                state = optimizer.state[parameter]
-                if "step" in state:
-                    state["step"] = state["step"].to(parameter.device)
-
-
-def _copy_states(sources: list[dict[str, Any]], targets: list[dict[str, Any]]) -> None:
-    """Make each target dict equal to its source; tensors in one grouped copy."""
-    old: list[Tensor] = []
-    new: list[Tensor] = []
-    for source, target in zip(sources, targets, strict=True):
-        for key in target.keys() - source.keys():
-            del target[key]
-        for key, value in source.items():
-            held = target.get(key)
-            if isinstance(value, Tensor) and isinstance(held, Tensor):
-                old.append(held)
-                new.append(value)
-            else:
-                target[key] = value.clone() if isinstance(value, Tensor) else value
-    if old:
-        torch._foreach_copy_(old, new)
-
-
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +13,7 @@ from torch import multiprocessing as mp
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from l2l_prune import DSDSchedule, Pruner
+from l2l_prune import DSDSchedule, PrunedReptile, Pruner
 from tests.conftest import SmallNet
 
 SCHEDULE = DSDSchedule(0.5, pretrain=2, prune=3, retrain=2)
@@ -109,3 +113,102 @@ def test_distributed_meta_optimizer_loop(tmp_path):
         pruner.step()
     alone = pruner.finalize().state_dict()
     assert all(torch.allclose(alone[k], first[k], atol=1e-5) for k in first)
+
+
+def reptile_of(group, carry_state):
+    torch.manual_seed(0)
+    net = SmallNet()
+    return PrunedReptile(net, SCHEDULE, carry_state=carry_state, group=group)
+
+
+def iterate(reptile, iteration, tasks):
+    for task in tasks:
+        learner = reptile.clone()
+        x, y = batch(iteration, task)
+        for _ in range(2):
+            learner.adapt(F.cross_entropy(learner(x), y))
+        reptile.collect(learner)
+    reptile.step()
+
+
+def reptile_on_ranks(rank, ranks, folder, carry_state):
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+    torch.manual_seed(rank)  # the ranks need not agree on the start
+    reptile = PrunedReptile(
+        SmallNet() if rank else reptile_of(None, True).finalize(),
+        SCHEDULE,
+        carry_state=carry_state,
+        group=dist.group.WORLD,
+    )
+    shares = ((0, 1, 2), (3,))  # need not be equal
+    for iteration in range(SCHEDULE.iterations):
+        iterate(reptile, iteration, shares[rank])
+        masks = {name: mask.clone() for name, mask in reptile.pruner.masks.items()}
+        torch.save((masks, reptile.state_dict()), f"{folder}/{rank}-{iteration}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("carry_state", [False, True])
+def test_reptile_shares_its_tasks(tmp_path, carry_state):
+    mp.spawn(reptile_on_ranks, args=(2, str(tmp_path), carry_state), nprocs=2)
+    alone = reptile_of(None, carry_state)
+    for iteration in range(SCHEDULE.iterations):
+        iterate(alone, iteration, range(4))
+        (first_masks, first), (second_masks, second) = (
+            torch.load(tmp_path / f"{rank}-{iteration}.pt", weights_only=True) for rank in (0, 1)
+        )
+        for name, mask in first_masks.items():
+            assert torch.equal(mask, second_masks[name])
+        for name, value in first.items():
+            if name == "_extra_state":
+                continue
+            assert torch.equal(value, second[name]), name
+            if not carry_state:
+                assert torch.allclose(value, alone.state_dict()[name], atol=1e-6), name
+        states = [state["_extra_state"]["inner_state"] for state in (first, second)]
+        for mine, theirs in zip(*states, strict=True):
+            assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+            assert bool(mine) == carry_state
+
+
+def torchrun(folder, checkpoint, wrapper=""):
+    """The example under torchrun; ``wrapper`` is code that runs before it in each rank."""
+    example = Path(__file__).parents[1] / "examples" / "distributed" / "reptile.py"
+    script = folder / "script.py"
+    run = f"runpy.run_path({str(example)!r}, run_name='__main__')"
+    script.write_text(f"import runpy\n{wrapper}\n{run}\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, "--max-restarts=1", str(script), str(checkpoint), "20"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(checkpoint, weights_only=True), done.stdout
+
+
+KILL_ONE_RANK_ONCE = """
+import os, signal
+from l2l_prune import PrunedReptile
+step = PrunedReptile.step
+def dying_step(self):
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if self.iteration == 12 and os.environ["RANK"] == "1" and first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(self)
+PrunedReptile.step = dying_step
+"""
+
+
+def test_a_killed_rank_restarts_from_the_checkpoint(tmp_path):
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    expected, _ = torchrun(tmp_path / "whole", tmp_path / "whole" / "c.pt")
+    found, output = torchrun(tmp_path / "killed", tmp_path / "killed" / "c.pt", KILL_ONE_RANK_ONCE)
+    assert output.count("  15  ") == 1
+    assert output.count("  10  ") == 1
+    assert all(
+        torch.equal(value, found[name])
+        for name, value in expected.items()
+        if isinstance(value, torch.Tensor)
+    )

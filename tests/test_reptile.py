@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from l2l_prune import DSDSchedule, IHTSchedule, PrunedReptile, Schedule, Segment
-from l2l_prune import reptile as reptile_module
-from l2l_prune.reptile import adam
+from l2l_prune import DSDSchedule, IHTSchedule, PrunedReptile, Schedule, Segment, inner_loop
+from l2l_prune.inner_loop import adam
 from tests.conftest import SmallNet
 
 SCHEDULE = DSDSchedule(0.5, pretrain=2, prune=3, retrain=2)
@@ -397,9 +396,9 @@ def test_the_default_optimizer_is_not_fused_where_torch_cannot():
 
 def test_discarded_learners_leave_no_trace_and_need_one_copy(net, monkeypatch):
     copies = []
-    copy_model = reptile_module.plain_copy
+    copy_model = inner_loop.plain_copy
     monkeypatch.setattr(
-        reptile_module, "plain_copy", lambda model: copies.append(1) or copy_model(model)
+        inner_loop, "plain_copy", lambda model: copies.append(1) or copy_model(model)
     )
     reptile = PrunedReptile(net, SCHEDULE)
     reptile.collect(adapt(reptile.clone(), task(0)))

@@ -21,7 +21,8 @@ from l2l_prune.experiments.algorithms.base import (
     make_criterion,
 )
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.reptile import PrunedReptile, adam
+from l2l_prune.inner_loop import adam
+from l2l_prune.reptile import PrunedReptile
 from l2l_prune.structured import Structured
 
 

@@ -1,0 +1,151 @@
+"""The inner loop of Reptile: a working copy of the model, and its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from l2l_prune import optimizer_state
+from l2l_prune.pruner import Pruner
+from l2l_prune.reparam import plain_copy
+from l2l_prune.structured import ChannelPruner, raise_regrown
+
+OptimizerFactory = Callable[..., Optimizer]
+
+
+def adam(parameters: Iterable[Tensor], lr: float, weight_decay: float = 0.0) -> Optimizer:
+    """The inner optimizer of Reptile's authors and of the paper: Adam without momentum.
+
+    Args:
+        parameters: What it steps on.
+        lr: Its learning rate.
+        weight_decay: Decoupled weight decay, as in AdamW; none in the paper.
+
+    Returns:
+        ``torch.optim.AdamW`` with betas (0, 0.999), fused into one kernel where torch has that.
+    """
+    held = list(parameters)
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in held)
+    return torch.optim.AdamW(
+        held, lr, betas=(0.0, 0.999), weight_decay=weight_decay, fused=fused or None
+    )
+
+
+class Workspace:
+    """A plain working copy of the model with its inner optimizer, used for task after task."""
+
+    def __init__(
+        self, pruner: Pruner | ChannelPruner, factory: OptimizerFactory, inner_lr: float, foml: bool
+    ) -> None:
+        self._pruner = pruner
+        self.module = plain_copy(pruner.model)
+        self.parameters = list(self.module.parameters())
+        self.optimizer = factory([p for p in self.parameters if p.requires_grad], lr=inner_lr)
+        if isinstance(self.optimizer, LBFGS):
+            raise ValueError("inner_optimizer must step on one loss; L-BFGS needs a closure")
+        self._by_name = dict(self.module.named_parameters())
+        if isinstance(pruner, ChannelPruner) and pruner.regrown:
+            hook = optimizer_state.gradient_hook(self._first_steps)
+            self.optimizer.register_step_pre_hook(hook)
+        self._masked: list[Tensor] = []
+        self._masks: list[Tensor] = []
+        self._foml = foml
+        self.before_last: list[Tensor] = []
+
+    def _first_steps(self, optimizer: Optimizer) -> None:
+        if isinstance(self._pruner, ChannelPruner):
+            raise_regrown(optimizer, self._by_name, self._pruner.regrown)
+
+    def restore(self, model: nn.Module, state: list[dict[str, Any]]) -> None:
+        """Start from the meta-model: weights, buffers, modes, masks, optimizer state."""
+        torch._foreach_copy_([*self.parameters], [*model.parameters()])
+        for parameter in self.parameters:
+            parameter.grad = None
+        sources = dict(model.named_buffers())
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(sources[name])
+        for mine, theirs in zip(self.module.modules(), model.modules(), strict=True):
+            mine.training = theirs.training
+        self._masked, self._masks = [], []
+        if self._pruner.sparse:
+            masks = self._pruner.masks
+            self._masked = [self._by_name[name].data for name in masks]
+            self._masks = [
+                mask.to(weight.dtype)
+                for mask, weight in zip(masks.values(), self._masked, strict=True)
+            ]
+        self.before_last = [p.detach().clone() for p in self.parameters] if self._foml else []
+        _restore_state(self.optimizer, self.parameters, state)
+
+    def adapt(self, loss: Tensor) -> None:
+        """One step of the inner optimizer."""
+        self.optimizer.zero_grad()
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        if all(parameter.grad is None for parameter in self.parameters):
+            raise RuntimeError("loss does not depend on this learner: compute it from learner(x)")
+        if self._foml:
+            torch._foreach_copy_(self.before_last, [p.detach() for p in self.parameters])
+        self.optimizer.step()
+        self.project()
+
+    def project(self) -> None:
+        """Pruned weights to exactly 0; ``.data`` so that a pending backward is not disturbed."""
+        if self._masks:
+            torch._foreach_mul_(self._masked, self._masks)
+
+    def clear_momentum(self) -> None:
+        """Pruned weights must not be pushed by an old momentum when they are released."""
+        if self._masks:
+            for name, mask in self._pruner.masks.items():
+                optimizer_state.clear_momentum(self.optimizer, self._by_name[name], mask)
+
+    def save_state(self, into: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Copy the optimizer's state out, reusing the tensors of ``into`` where they fit."""
+        states = [self.optimizer.state.get(p, {}) for p in self.parameters]
+        if len(into) != len(states):
+            return [copied_state(state) for state in states]
+        _copy_states(states, into)
+        return into
+
+
+def _restore_state(
+    optimizer: Optimizer, parameters: list[nn.Parameter], saved: list[dict[str, Any]]
+) -> None:
+    if not any(saved):
+        optimizer.state.clear()
+        return
+    _copy_states(saved, [optimizer.state[p] for p in parameters])
+    for group in optimizer.param_groups:
+        if group.get("fused") or group.get("capturable"):  # these count their steps on the device
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                if "step" in state:
+                    state["step"] = state["step"].to(parameter.device)
+
+
+def _copy_states(sources: list[dict[str, Any]], targets: list[dict[str, Any]]) -> None:
+    """Make each target dict equal to its source; tensors in one grouped copy."""
+    old: list[Tensor] = []
+    new: list[Tensor] = []
+    for source, target in zip(sources, targets, strict=True):
+        for key in target.keys() - source.keys():
+            del target[key]
+        for key, value in source.items():
+            held = target.get(key)
+            if isinstance(value, Tensor) and isinstance(held, Tensor):
+                old.append(held)
+                new.append(value)
+            else:
+                target[key] = value.clone() if isinstance(value, Tensor) else value
+    if old:
+        torch._foreach_copy_(old, new)
+
+
+def copied_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the state of one parameter."""
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
