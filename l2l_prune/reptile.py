@@ -95,6 +95,8 @@ class PrunedReptile(nn.Module):
                 raise ValueError(f"{name} must be a number >= 0, got {rate!r}")
         if not 0 < inner_lr < float("inf"):
             raise ValueError(f"inner_lr must be a number > 0, got {inner_lr!r}")
+        if group is not None:  # before a mask is made
+            ranks.same_start([*model.parameters(), *model.buffers()], group)
         self.pruner: Pruner | ChannelPruner
         if structured is None:
             self.pruner = Pruner(
@@ -107,8 +109,11 @@ class PrunedReptile(nn.Module):
                 pattern=pattern,
             )
         else:
-            if only is not None or layers != "all" or criterion is not magnitude:
-                raise ValueError("with structured, layers are chosen by skip= alone")
+            if (only, layers, criterion, pattern) != (None, "all", magnitude, UNSTRUCTURED):
+                raise ValueError(
+                    "structured goes without only, layers, criterion and pattern: it cuts out whole "
+                    "channels of all layers but those of skip="
+                )
             self.pruner = ChannelPruner(
                 model,
                 schedule,
@@ -123,8 +128,6 @@ class PrunedReptile(nn.Module):
         self.carry_state, self.foml = carry_state, foml
         self._inner_optimizer = inner_optimizer
         self._group = group
-        if group is not None:
-            ranks.same_start([*model.parameters(), *model.buffers()], group)
         self._workspaces: list[Workspace] = []
         self._inner_state: list[dict[str, Any]] = []
         self._collected: list[Tensor] = []  # sum over tasks, one tensor a parameter

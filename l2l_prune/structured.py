@@ -84,6 +84,7 @@ class ChannelPruner:
 
     Raises:
         ImportError: If torch-pruning is missing.
+        TypeError: If ``schedule`` is none.
         ValueError: If the network cannot be shrunk, a name matches nothing, or a segment would
             leave a layer no channel.
 
@@ -111,6 +112,8 @@ class ChannelPruner:
         importance: str | Importance = "l2",
         skip: str | Iterable[str] = (),
     ) -> None:
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
         self.model, self.schedule = model, schedule
         self._importance = importance_function(importance)
         self._needs_gradients = importance == "taylor"

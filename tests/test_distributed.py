@@ -134,6 +134,12 @@ def iterate(reptile, iteration, tasks):
 def reptile_on_ranks(rank, ranks, folder, carry_state):
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
     torch.manual_seed(rank)  # the ranks need not agree on the start
+    sparse_at_once = DSDSchedule(0.5, pretrain=0, prune=1, retrain=1)
+    early = PrunedReptile(SmallNet(), sparse_at_once, group=dist.group.WORLD)
+    mask = early.pruner.masks["fc.weight"].int()
+    both = [torch.empty_like(mask) for _ in range(ranks)]
+    dist.all_gather(both, mask)
+    assert torch.equal(*both)
     reptile = PrunedReptile(
         SmallNet() if rank else reptile_of(None, True).finalize(),
         SCHEDULE,

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from l2l_prune import DSDSchedule, IHTSchedule, PrunedReptile, Schedule, Segment
 from l2l_prune.cavia import CAVIA
 from l2l_prune.experiments.models import CaviaConv4, Conv4
+from l2l_prune.patterns import NByM
 from l2l_prune.structured import ChannelPruner, Structured
 
 pytest.importorskip("torch_pruning")
@@ -513,6 +514,14 @@ def test_reptile_does_not_let_them_jump_either():
     for name, mask in reptile.pruner.regrown.items():
         moved = (learner.module.get_parameter(name).detach() - before[name]).abs()[mask]
         assert moved.max() <= 1e-3 * 1.01, name
+
+
+def test_reptile_refuses_what_does_not_go_with_channels():
+    for options in ({"only": "conv1"}, {"layers": "authors"}, {"pattern": NByM(2, 4)}):
+        with pytest.raises(ValueError, match="structured goes without"):
+            PrunedReptile(Conv4(5, 8), SCHEDULE, structured=Structured(IMAGES.float()), **options)
+    with pytest.raises(TypeError, match="schedule must be a Schedule"):
+        ChannelPruner(Conv4(5, 8), 0.5, example_inputs=IMAGES.float())
 
 
 def test_a_failed_choice_leaves_the_net_as_it_was():
