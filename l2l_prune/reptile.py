@@ -111,8 +111,8 @@ class PrunedReptile(nn.Module):
         else:
             if (only, layers, criterion, pattern) != (None, "all", magnitude, UNSTRUCTURED):
                 raise ValueError(
-                    "structured goes without only, layers, criterion and pattern: it cuts out whole "
-                    "channels of all layers but those of skip="
+                    "structured goes without only, layers, criterion and pattern: it cuts out "
+                    "whole channels of all layers but those of skip="
                 )
             self.pruner = ChannelPruner(
                 model,
