@@ -215,7 +215,7 @@ def test_estimates():
     assert estimate.verdict(*words) == "not significant"
     assert OverSeeds((0.1, 0.11, 0.12)).verdict(*words) == "better"
     assert OverSeeds((-0.1, -0.11, -0.12)).verdict(*words) == "worse"
-    assert OverSeeds((0.5,)).verdict(*words) == "not significant"  # one seed says nothing
+    assert OverSeeds((0.5,)).verdict(*words) == "one seed"
 
 
 def test_no_verdict_without_a_baseline():
