@@ -108,6 +108,8 @@ def test_ctrl_c_stops_everything_and_writes_nothing(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell that runs the tests in the background lets them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 600
