@@ -169,7 +169,8 @@ def test_reptile_shares_its_tasks(tmp_path, carry_state):
             if name == "_extra_state":
                 continue
             assert torch.equal(value, second[name]), name
-            if not carry_state:
+            # A bias before batch normalisation has no gradient but rounding, which Adam blows up.
+            if not carry_state and name != "module.conv1.bias":
                 assert torch.allclose(value, alone.state_dict()[name], atol=1e-6), name
         states = [state["_extra_state"]["inner_state"] for state in (first, second)]
         for mine, theirs in zip(*states, strict=True):
@@ -184,35 +185,35 @@ def torchrun(folder, checkpoint, wrapper=""):
     run = f"runpy.run_path({str(example)!r}, run_name='__main__')"
     script.write_text(f"import runpy\n{wrapper}\n{run}\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, "--max-restarts=1", str(script), str(checkpoint), "20"],
-        capture_output=True,
-        text=True,
+    return subprocess.run(
+        [*command, str(script), str(checkpoint), "20"], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    return torch.load(checkpoint, weights_only=True), done.stdout
 
 
-KILL_ONE_RANK_ONCE = """
+KILL_ONE_RANK = """
 import os, signal
 from l2l_prune import PrunedReptile
 step = PrunedReptile.step
 def dying_step(self):
-    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    if self.iteration == 12 and os.environ["RANK"] == "1" and first:
+    if self.iteration == 12 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     step(self)
 PrunedReptile.step = dying_step
 """
 
 
-def test_a_killed_rank_restarts_from_the_checkpoint(tmp_path):
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    expected, _ = torchrun(tmp_path / "whole", tmp_path / "whole" / "c.pt")
-    found, output = torchrun(tmp_path / "killed", tmp_path / "killed" / "c.pt", KILL_ONE_RANK_ONCE)
-    assert output.count("  15  ") == 1
-    assert output.count("  10  ") == 1
+def test_a_run_with_a_killed_rank_goes_on_from_its_checkpoint(tmp_path):
+    whole, killed = tmp_path / "whole.pt", tmp_path / "killed.pt"
+    done = torchrun(tmp_path, whole)
+    assert done.returncode == 0, done.stderr
+    done = torchrun(tmp_path, killed, KILL_ONE_RANK)
+    assert done.returncode != 0
+    assert torch.load(killed, weights_only=True)["_extra_state"]["pruner"]["iteration"] == 10
+    done = torchrun(tmp_path, killed)
+    assert done.returncode == 0, done.stderr
+    assert "  15  " in done.stdout
+    assert "  10  " not in done.stdout
+    expected, found = (torch.load(path, weights_only=True) for path in (whole, killed))
     assert all(
         torch.equal(value, found[name])
         for name, value in expected.items()

@@ -1,10 +1,10 @@
-"""PrunedReptile on several processes that share the tasks, restarted when one is killed.
+"""PrunedReptile on several processes that share the tasks, and that can be stopped at any time.
 
-    torchrun --nproc-per-node 2 --max-restarts 3 examples/distributed/reptile.py checkpoint.pt
+    torchrun --standalone --nproc-per-node 2 examples/distributed/reptile.py checkpoint.pt
 
-Every 5 meta-iterations the first rank writes a checkpoint; after a crash all ranks go on from it.
-The tasks of a meta-iteration depend on its number and the rank alone, so a restarted run ends with
-the weights of one that was never stopped.
+Every 5 meta-iterations the first rank writes a checkpoint; after a crash the same command goes on
+from it. The tasks of a meta-iteration depend on its number and the rank alone, so such a run ends
+with the weights of one that was never stopped.
 """
 
 import os

@@ -49,7 +49,7 @@ def test_the_best_weights_are_those_of_the_best_point(monkeypatch, tmp_path):
     def peak(self, episodes):
         return Mean((1 - abs(self.pruner.iteration - 10) / 100,) * 2)
 
-    monkeypatch.setattr(algorithms._Reptile, "evaluate", peak)
+    monkeypatch.setattr(algorithms.Reptile, "evaluate", peak)
     file = tmp_path / "run.pt"
     for message in run(settings(select="best"), file, checkpoint_every=10):
         if isinstance(message, Progress) and message.iteration == 11:
