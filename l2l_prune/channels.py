@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -91,14 +91,24 @@ def find_groups(
         names += sorted(makers)
         if not any(fnmatchcase(name, pattern) for name in makers for pattern in skip):
             groups.append(_group(source, paths))
-    known = ", ".join(names)
-    for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"no layer with prunable channels is called {pattern!r}: {known}")
+    check_names(names, skip)
     if not groups:
-        raise ValueError(f"there are no channels that can be removed (skip= leaves out: {known})")
+        out = ", ".join(names)
+        raise ValueError(f"there are no channels that can be removed (skip= leaves out: {out})")
     _refuse_tied(model, groups)
     return groups
+
+
+def check_names(names: Sequence[str], patterns: Iterable[str]) -> None:
+    """Refuse a name or ``fnmatch`` pattern that means no layer.
+
+    Raises:
+        ValueError: Naming it, and the layers that there are.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            known = ", ".join(names)
+            raise ValueError(f"no layer with prunable channels is called {pattern!r}: {known}")
 
 
 def _reads(item: Any) -> bool:

@@ -12,7 +12,7 @@ from torch.optim import LBFGS, Optimizer
 from l2l_prune import optimizer_state
 from l2l_prune.pruner import Pruner
 from l2l_prune.reparam import plain_copy
-from l2l_prune.structured import ChannelPruner, raise_regrown
+from l2l_prune.structured import ChannelPruner
 
 OptimizerFactory = Callable[..., Optimizer]
 
@@ -49,16 +49,11 @@ class Workspace:
             raise ValueError("inner_optimizer must step on one loss; L-BFGS needs a closure")
         self._by_name = dict(self.module.named_parameters())
         if isinstance(pruner, ChannelPruner) and pruner.regrown:
-            hook = optimizer_state.gradient_hook(self._first_steps)
-            self.optimizer.register_step_pre_hook(hook)
+            self.optimizer.register_step_pre_hook(pruner.first_step_hook(self.module))
         self._masked: list[Tensor] = []
         self._masks: list[Tensor] = []
         self._foml = foml
         self.before_last: list[Tensor] = []
-
-    def _first_steps(self, optimizer: Optimizer) -> None:
-        if isinstance(self._pruner, ChannelPruner):
-            raise_regrown(optimizer, self._by_name, self._pruner.regrown)
 
     def restore(self, model: nn.Module, state: list[dict[str, Any]]) -> None:
         """Start from the meta-model: weights, buffers, modes, masks, optimizer state."""

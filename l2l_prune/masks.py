@@ -45,8 +45,7 @@ def top_mask(scores: Tensor, keep: int) -> Tensor:
         raise TypeError("complex scores have no order that pruning could use")
     if not 0 <= keep <= scores.numel():
         raise ValueError(f"keep must be in [0, {scores.numel()}], got {keep}")
-    if not bool(torch.isfinite(scores).all()):
-        raise ValueError("it holds NaN or infinity, so the largest cannot be told")
+    check_finite(scores)
     if keep in (0, scores.numel()):
         return torch.full(scores.shape, keep > 0, dtype=torch.bool, device=scores.device)
     flat = scores.detach().reshape(-1)
@@ -58,3 +57,13 @@ def top_mask(scores: Tensor, keep: int) -> Tensor:
     ties = (flat == threshold).nonzero().squeeze(1)  # in flat order
     mask[ties[: keep - int(mask.sum())]] = True
     return mask.view(scores.shape)
+
+
+def check_finite(scores: Tensor) -> None:
+    """Refuse scores that have no order.
+
+    Raises:
+        ValueError: If ``scores`` holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("it holds NaN or infinity, so the largest cannot be told")

@@ -8,7 +8,7 @@ the weights that were kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,21 @@ _SQUARED = frozenset({"exp_avg_sq", "square_avg"})
 _DIVIDING = _SQUARED | {"max_exp_avg_sq", "sum", "exp_inf"}
 # Rprop's per-weight step and Adadelta's past steps belong to no gradient; 0 would stop them.
 _UNTOUCHED = frozenset({"step_size", "acc_delta"})
+
+
+def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    """One optimizer, several or none as a list.
+
+    Raises:
+        TypeError: If something else is among them.
+    """
+    if optimizer is None:
+        return []
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    for entry in optimizers:
+        if not isinstance(entry, Optimizer):
+            raise TypeError(f"optimizer must be a torch Optimizer, got {type(entry).__name__}")
+    return optimizers
 
 
 def clear_momentum(optimizer: Optimizer, parameter: Tensor, mask: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from l2l_prune import _values
-from l2l_prune.masks import kept_count, top_mask
+from l2l_prune.masks import check_finite, kept_count, top_mask
 
 
 class Pattern(ABC):
@@ -94,8 +94,7 @@ class NByM(Pattern):
 
     def mask(self, scores: Tensor, keep: int) -> Tensor:
         """The ``n`` largest of each group."""
-        if not bool(torch.isfinite(scores).all()):
-            raise ValueError("it holds NaN or infinity, so the largest cannot be told")
+        check_finite(scores)
         by_input = scores.detach().movedim(1, -1)
         groups = by_input.reshape(-1, self.m)
         kept = groups.argsort(dim=1, descending=True, stable=True)[:, : self.n]

@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 
 from l2l_prune import optimizer_state
 from l2l_prune.criteria import Criterion, magnitude
+from l2l_prune.on_schedule import OnSchedule
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.reparam import attach, detach, held_names, held_tensors, set_mask
-from l2l_prune.schedules import Schedule, Segment
+from l2l_prune.schedules import Schedule
 from l2l_prune.selection import (
     Layers,
     LayerTensor,
@@ -26,7 +27,7 @@ from l2l_prune.selection import (
 _STATE_VERSION = 2
 
 
-class Pruner:
+class Pruner(OnSchedule):
     """Prunes a model by a schedule, in any training loop that calls :meth:`step`.
 
     While attached, each selected weight is a masked view: ``module.weight`` equals
@@ -92,24 +93,20 @@ class Pruner:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not isinstance(schedule, Schedule):
-            raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
+        super().__init__(schedule)
         if regrow_state not in ("match", "keep"):
             raise ValueError(f'regrow_state must be "match" or "keep", got {regrow_state!r}')
         self.model = model
-        self.schedule = schedule
         self._criterion, self._pattern = criterion, pattern
         self._regrow_state = regrow_state
         self._tensors = select(model, layers=layers, only=only, skip=skip)
         self._rates = learning_rates(model, self._tensors)
         self._counts = [segment_counts(self._tensors, s, pattern) for s in schedule.segments]
-        self._optimizers = _as_optimizers(optimizer)
+        self._optimizers = optimizer_state.as_optimizers(optimizer)
         weights = [tensor.module._parameters[tensor.name] for tensor in self._tensors]
         for given in self._optimizers:
             _check_optimizer(given, weights)
 
-        self._iteration = 0
-        self._position = schedule.index(0)
         # Computed before anything is attached, so that a failure leaves the model untouched.
         first = self._new_masks(self._position, weights)  # type: ignore[arg-type]
         for tensor in self._tensors:
@@ -122,21 +119,6 @@ class Pruner:
         self._handles = [self._hook(held) for held in self._optimizers]
 
     # ---- what is going on -------------------------------------------------------------------
-
-    @property
-    def iteration(self) -> int:
-        """Number of :meth:`step` calls so far."""
-        return self._iteration
-
-    @property
-    def segment(self) -> Segment:
-        """The segment of the schedule that is in force."""
-        return self.schedule.segments[self._position]
-
-    @property
-    def phase(self) -> str:
-        """Its name: ``"pretrain"``, ``"prune"`` or ``"retrain"`` in DSD and IHT."""
-        return self.segment.phase
 
     @property
     def sparse(self) -> bool:
@@ -178,8 +160,7 @@ class Pruner:
         for name, total in (("selected layers", selected), ("whole model", whole)):
             rows.append((name, "", f"{total - pruned}/{total}", _share(total - pruned, total)))
         table = tabulate(rows, headers=("tensor", "shape", "kept/total", "pruned"))
-        place = f"iteration {self._iteration} of {self.schedule.iterations}"
-        return f"{place}, phase {self.segment.label}\n{table}"
+        return f"{self._place()}\n{table}"
 
     def __repr__(self) -> str:
         return (
@@ -203,7 +184,7 @@ class Pruner:
             ValueError: If it holds none of the pruned weights.
         """
         self._check_attached(masks=False)
-        _as_optimizers(optimizer)
+        optimizer_state.as_optimizers(optimizer)
         _check_optimizer(optimizer, self._originals())
         self._optimizers.append(optimizer)
         self._handles.append(self._hook(optimizer))
@@ -402,16 +383,6 @@ class Pruner:
                     f"{self._iteration}: load Pruner.state_dict() together with the model's"
                 )
         self._remember_buffers()
-
-
-def _as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    if optimizer is None:
-        return []
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-    for entry in optimizers:
-        if not isinstance(entry, Optimizer):
-            raise TypeError(f"optimizer must be a torch Optimizer, got {type(entry).__name__}")
-    return optimizers
 
 
 def _holds(optimizer: Optimizer, weights: Sequence[Tensor | None]) -> bool:

@@ -18,11 +18,13 @@ from l2l_prune.cavia import FiLM
 from l2l_prune.channels import (
     ChannelGroup,
     Importance,
+    check_names,
     count_operations,
     find_groups,
     importance_function,
 )
 from l2l_prune.masks import kept_count, top_mask
+from l2l_prune.on_schedule import OnSchedule
 from l2l_prune.schedules import Schedule, Segment
 
 States = Iterable[tuple[Tensor, dict[str, Any]]]
@@ -60,7 +62,7 @@ class Exported:
     full_macs: int
 
 
-class ChannelPruner:
+class ChannelPruner(OnSchedule):
     """Removes whole channels by a schedule; used like :class:`~l2l_prune.Pruner`.
 
     On entering a sparse segment the least important channels are cut out of every tensor that
@@ -112,9 +114,8 @@ class ChannelPruner:
         importance: str | Importance = "l2",
         skip: str | Iterable[str] = (),
     ) -> None:
-        if not isinstance(schedule, Schedule):
-            raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
-        self.model, self.schedule = model, schedule
+        super().__init__(schedule)
+        self.model = model
         self._importance = importance_function(importance)
         self._needs_gradients = importance == "taylor"
         skipped = [skip] if isinstance(skip, str) else list(skip)
@@ -122,36 +123,18 @@ class ChannelPruner:
         self._example_inputs = example_inputs
         self._full_size = count_operations(model, example_inputs)
         self._counts = [_channel_counts(self._groups, s) for s in schedule.segments]
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
-        self._optimizers = optimizers
+        self._optimizers = optimizer_state.as_optimizers(optimizer)
         self.more_states: Callable[[], States] = lambda: ()
-        self._iteration = 0
-        self._position = schedule.index(0)
         self._kept: list[Tensor] | None = None
         self._full: dict[str, Tensor] = {}
         self.regrown: dict[str, Tensor] = {}
-        for held in optimizers:
-            held.register_step_pre_hook(optimizer_state.gradient_hook(self._first_step))
+        hook = self.first_step_hook(model)
+        self._handles = [held.register_step_pre_hook(hook) for held in self._optimizers]
         self.finalized = False
         if self.segment.sparse:
             self._shrink(self._choose(self._position))
 
     # ---- what is going on -------------------------------------------------------------------
-
-    @property
-    def iteration(self) -> int:
-        """Number of :meth:`step` calls so far."""
-        return self._iteration
-
-    @property
-    def segment(self) -> Segment:
-        """The segment of the schedule that is in force."""
-        return self.schedule.segments[self._position]
-
-    @property
-    def phase(self) -> str:
-        """Its name."""
-        return self.segment.phase
 
     @property
     def sparse(self) -> bool:
@@ -181,8 +164,7 @@ class ChannelPruner:
             (group.name, len(self.channels[group.name]), group.channels) for group in self._groups
         ]
         table = tabulate(rows, headers=("layer", "channels", "of"))
-        place = f"iteration {self._iteration} of {self.schedule.iterations}"
-        return f"{place}, phase {self.segment.label}\n{table}"
+        return f"{self._place()}\n{table}"
 
     # ---- training ---------------------------------------------------------------------------
 
@@ -219,8 +201,24 @@ class ChannelPruner:
         """
         self._check_usable()
         self._grow()
+        for handle in self._handles:
+            handle.remove()
         self.finalized = True
         return self.model
+
+    def first_step_hook(self, model: nn.Module) -> Callable[[Optimizer, Any, Any], Any]:
+        """A step pre-hook: in its first steps after a release no regrown weight jumps.
+
+        Args:
+            model: What the optimizer steps on: the network, or a copy of it.
+        """
+
+        @torch.no_grad()
+        def act(optimizer: Optimizer) -> None:
+            for name, mask in self.regrown.items():
+                optimizer_state.raise_to_gradient(optimizer, model.get_parameter(name), mask)
+
+        return optimizer_state.gradient_hook(act)
 
     def export(self) -> Exported:
         """A plain copy of the network as it is now, small in a sparse phase, with its counts.
@@ -339,10 +337,6 @@ class ChannelPruner:
         self._kept, self._full = None, {}
         self._tell_sizes()
 
-    def _first_step(self, optimizer: Optimizer) -> None:
-        parameters = dict(self.model.named_parameters()) if self.regrown else {}
-        raise_regrown(optimizer, parameters, self.regrown)
-
     def _states(self, parameter: Tensor) -> Iterator[dict[str, Any]]:
         for optimizer in self._optimizers:
             if parameter in optimizer.state:
@@ -363,21 +357,6 @@ class ChannelPruner:
     def _check_usable(self) -> None:
         if self.finalized:
             raise RuntimeError("the ChannelPruner was finalized: make a new one to prune again")
-
-
-@torch.no_grad()
-def raise_regrown(
-    optimizer: Optimizer, parameters: dict[str, nn.Parameter], regrown: dict[str, Tensor]
-) -> None:
-    """Before a first step after a release: regrown weights must not jump.
-
-    Args:
-        optimizer: About to step.
-        parameters: By name; those of a copy of the model are fine too.
-        regrown: Boolean masks by name (:attr:`ChannelPruner.regrown`).
-    """
-    for name, mask in regrown.items():
-        optimizer_state.raise_to_gradient(optimizer, parameters[name], mask)
 
 
 class _Cut:
@@ -466,10 +445,7 @@ def _channel_counts(groups: list[ChannelGroup], segment: Segment) -> list[int] |
         return None
     keep, rates = dict(segment.keep or ()), segment.sparsity
     table = dict(rates) if isinstance(rates, tuple) else {"*": float(rates)}  # type: ignore[arg-type]
-    for pattern in (*keep, *table):
-        if not any(fnmatchcase(group.name, pattern) for group in groups):
-            known = ", ".join(group.name for group in groups)
-            raise ValueError(f"no layer with prunable channels is called {pattern!r}: {known}")
+    check_names([group.name for group in groups], (*keep, *table))
     counts = []
     for group in groups:
         explicit = next((n for p, n in keep.items() if fnmatchcase(group.name, p)), None)

@@ -18,7 +18,7 @@ EXPERIMENTS = ("matplotlib", "rich", "typer", "PIL", "scipy", "tabulate")
 FLOORS = [
     {"_values", "_files", "ranks"},
     {"schedules"},
-    {"masks", "criteria"},
+    {"masks", "criteria", "on_schedule"},
     {"patterns"},
     {"reparam", "selection", "optimizer_state"},
     {"pruner", "cavia"},

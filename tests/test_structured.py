@@ -495,6 +495,16 @@ def test_regrown_weights_do_not_jump(betas, closure):
     assert torch.cat(moved).max() <= 1e-3 * 1.01
 
 
+def test_after_finalize_the_optimizer_is_left_alone():
+    net = Conv4(5, 8)
+    opt = torch.optim.Adam(net.parameters(), 1e-3)
+    made = ChannelPruner(net, SCHEDULE, opt, example_inputs=IMAGES.float())
+    made.step()
+    made.finalize()  # in the sparse phase: channels regrow, and no step() will follow
+    assert made.regrown
+    assert not opt._optimizer_step_pre_hooks
+
+
 def test_reptile_does_not_let_them_jump_either():
     torch.manual_seed(1)
     schedule = DSDSchedule(0.5, pretrain=2, prune=60, retrain=2)

@@ -1,0 +1,43 @@
+"""Where a pruner is in its schedule."""
+
+from __future__ import annotations
+
+from l2l_prune.schedules import Schedule, Segment
+
+
+class OnSchedule:
+    """What every pruner says of its schedule and its place in it.
+
+    Args:
+        schedule: The schedule to follow, from its first iteration on.
+
+    Raises:
+        TypeError: If ``schedule`` is none.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
+        self.schedule = schedule
+        self._iteration = 0
+        self._position = schedule.index(0)
+
+    @property
+    def iteration(self) -> int:
+        """Number of :meth:`step` calls so far."""
+        return self._iteration
+
+    @property
+    def segment(self) -> Segment:
+        """The segment of the schedule that is in force."""
+        return self.schedule.segments[self._position]
+
+    @property
+    def phase(self) -> str:
+        """Its name: ``"pretrain"``, ``"prune"`` or ``"retrain"`` in DSD and IHT."""
+        return self.segment.phase
+
+    def _place(self) -> str:
+        """The place in words, as the head of a summary."""
+        done = f"iteration {self._iteration} of {self.schedule.iterations}"
+        return f"{done}, phase {self.segment.label}"
