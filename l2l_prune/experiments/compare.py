@@ -13,8 +13,8 @@ from tabulate import tabulate
 from l2l_prune._files import replace_file
 from l2l_prune.evaluation import paired_difference
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.experiments.over_seeds import WORDS, OverSeeds
-from l2l_prune.experiments.results import signed, write_results
+from l2l_prune.experiments.over_seeds import OverSeeds, told
+from l2l_prune.experiments.results import write_results
 from l2l_prune.experiments.run import RunResult
 from l2l_prune.experiments.side_by_side import run_side_by_side
 from l2l_prune.experiments.storage import finished_run
@@ -95,6 +95,5 @@ def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:
     for method in methods[1:]:
         for part in ("train", "test", "gap"):
             found = paired_difference(values[method, part], values[methods[0], part])
-            word = found.verdict(*WORDS[part])
-            lines.append(f"- {method} - {methods[0]}, {part}: {signed(found)} ({word})")
+            lines.append(f"- {method} - {methods[0]}, {part}: {told(part, found)}")
     return "\n".join(lines) + "\n"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from l2l_prune.evaluation import paired_difference
 from l2l_prune.experiments.over_seeds import OverSeeds
 
 Key = TypeVar("Key", bound=Hashable)
@@ -155,9 +156,9 @@ def over_seeds(runs: Iterable[FinishedRun], part: str) -> OverSeeds:
     return OverSeeds(tuple(run.entry[part]["mean"] for run in runs))
 
 
-def gap_over_seeds(runs: Iterable[FinishedRun]) -> OverSeeds:
+def gap_over_seeds(runs: Sequence[FinishedRun]) -> OverSeeds:
     """Training minus test accuracy of each run."""
-    return OverSeeds(tuple(r.entry["train"]["mean"] - r.entry["test"]["mean"] for r in runs))
+    return paired_difference(over_seeds(runs, "train"), over_seeds(runs, "test"))
 
 
 def by_method(runs: Iterable[FinishedRun]) -> dict[str, list[FinishedRun]]:

@@ -32,3 +32,14 @@ class OverSeeds(Mean):
 
     def __str__(self) -> str:
         return super().__str__() if len(self.values) > 1 else f"{100 * self.mean:.1f}"
+
+
+def signed(difference: Mean) -> str:
+    """A difference in percentage points with its sign: ``"+1.2 ± 0.5"``."""
+    width = f" ± {100 * difference.ci95:.1f}" if len(difference.values) > 1 else ""
+    return f"{100 * difference.mean:+.1f}{width}"
+
+
+def told(part: str, difference: OverSeeds) -> str:
+    """A difference of ``"train"``, ``"test"`` or ``"gap"`` with its verdict in brackets."""
+    return f"{signed(difference)} ({difference.verdict(*WORDS[part])})"

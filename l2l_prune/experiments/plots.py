@@ -17,6 +17,23 @@ TRAIN, TEST = "#D55E00", "#0072B2"
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
+def new_figure(size: tuple[float, float], panels: int = 1, sharey: bool = False) -> tuple[Any, Any]:
+    """A figure of ``size`` inches and its panels in a row, apart from pyplot's state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False, sharey=sharey)[0]
+    for ax in axes:
+        ax.grid(alpha=0.25)
+    return figure, axes
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    with replace_file(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+
+
 def accuracy_curves(configs: list[RunConfig], results: list[RunResult], path: Path) -> None:
     """Training and test accuracy over meta-iterations, one panel a method, phases shaded.
 
@@ -25,17 +42,13 @@ def accuracy_curves(configs: list[RunConfig], results: list[RunResult], path: Pa
         results: Their results, in the same order.
         path: The PNG file to write.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * len(results), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    figure, axes = new_figure((4 * len(results), 3.4), len(results), sharey=True)
     for ax, config, result in zip(axes, configs, results, strict=True):
         _panel(ax, config, result)
     axes[0].set_ylabel("accuracy [%]")
     handles, labels = axes[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
+    save_figure(figure, path)
 
 
 def curves_by_method(
@@ -48,22 +61,17 @@ def curves_by_method(
         path: The PNG file to write.
         title: Above the figure.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1 + 5.5 * len(panels), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    figure, axes = new_figure((1 + 5.5 * len(panels), 4.2), len(panels), sharey=True)
     for ax, shown in zip(axes, panels.values(), strict=True):
         for color, (label, runs) in zip(itertools.cycle(COLORS), shown.items(), strict=False):
             _seed_means(ax, runs, label, color)
         for start, stop in _sparse_spans(next(reversed(shown.values()))[0]):
             ax.axvspan(start, stop, color="0.5", alpha=0.18, lw=0)
         ax.set(xlabel="meta-iteration (sparse phases shaded)")
-        ax.grid(alpha=0.25)
         ax.legend(frameon=False, fontsize=8)
     axes[0].set_ylabel("accuracy [%], test solid, training dashed")
     figure.suptitle(title)
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
+    save_figure(figure, path)
 
 
 def _seed_means(ax: Any, runs: list[FinishedRun], label: str, color: str) -> None:
@@ -89,7 +97,6 @@ def _panel(ax: Any, config: RunConfig, result: RunResult) -> None:
     _band(ax, iterations, [p.train for p in result.curve], TRAIN, "--", "train tasks")
     _band(ax, iterations, [p.test for p in result.curve], TEST, "-", "test tasks")
     ax.set(title=result.name, xlabel="meta-iteration", xlim=(0, config.schedule.iterations))
-    ax.grid(alpha=0.25)
 
 
 def _band(

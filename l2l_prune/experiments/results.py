@@ -15,6 +15,7 @@ import l2l_prune
 from l2l_prune._files import replace_file
 from l2l_prune.evaluation import Mean, paired_difference, unpaired_difference
 from l2l_prune.experiments.config import RunConfig, file_name
+from l2l_prune.experiments.over_seeds import signed
 from l2l_prune.experiments.plots import accuracy_curves
 from l2l_prune.experiments.run import RunResult
 
@@ -121,12 +122,6 @@ def _as_json(config: RunConfig, result: RunResult) -> dict[str, Any]:
 
 def _mean_json(mean: Mean) -> dict[str, Any]:
     return {"mean": mean.mean, "ci95": mean.ci95, "per_task": list(mean.values)}
-
-
-def signed(difference: Mean) -> str:
-    """A difference in percentage points with its sign: ``"+1.2 ± 0.5"``."""
-    width = f" ± {100 * difference.ci95:.1f}" if len(difference.values) > 1 else ""
-    return f"{100 * difference.mean:+.1f}{width}"
 
 
 def _word(difference: Mean) -> str:

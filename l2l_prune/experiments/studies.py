@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from l2l_prune._files import replace_file
 from l2l_prune.data import EpisodeSampler, load_images
 from l2l_prune.experiments.algorithms.base import conv4
 from l2l_prune.experiments.config import RunConfig, file_name
@@ -24,7 +23,7 @@ from l2l_prune.experiments.finished import (
     over_seeds,
 )
 from l2l_prune.experiments.over_seeds import OverSeeds
-from l2l_prune.experiments.plots import COLORS
+from l2l_prune.experiments.plots import COLORS, new_figure, save_figure
 from l2l_prune.schedules import DSDSchedule, Schedule, Segment
 from l2l_prune.theory import (
     Setting,
@@ -49,7 +48,7 @@ def tradeoff_figure(runs: list[FinishedRun], path: Path) -> bool:
     lengths = sorted(grouped(dense, lambda run: run.iterations).items())
     if len(lengths) < 2 or not others:
         return False
-    figure, (ax,) = _figure((7, 4.6))
+    figure, (ax,) = new_figure((7, 4.6))
     means = [[100 * over_seeds(same, p).mean for _, same in lengths] for p in ("train", "test")]
     ax.plot(*means, "-o", color=COLORS[0], label="dense")
     for (length, _), x, y in zip(lengths, *means, strict=True):
@@ -68,7 +67,7 @@ def tradeoff_figure(runs: list[FinishedRun], path: Path) -> bool:
         )
     ax.set(xlabel="training accuracy [%]", ylabel="test accuracy [%], 95% CI over seeds")
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -124,7 +123,7 @@ def hyperparameter_figure(runs: list[FinishedRun], path: Path) -> bool:
             panels.append((label, family, value, lines))
     if not panels:
         return False
-    figure, axes = _figure((1 + 4 * len(panels), 3.6), len(panels), sharey=True)
+    figure, axes = new_figure((1 + 4 * len(panels), 3.6), len(panels), sharey=True)
     dense = [run for run in runs if run.method == "dense"]
     for ax, (label, family, value, lines) in zip(axes, panels, strict=True):
         if dense:
@@ -132,19 +131,12 @@ def hyperparameter_figure(runs: list[FinishedRun], path: Path) -> bool:
         for color, same in zip(itertools.cycle(COLORS[1:]), lines, strict=False):
             points = sorted(grouped(same, value).items())
             means = [over_seeds(at, "test") for _, at in points]
-            ax.errorbar(
-                [x for x, _ in points],
-                [100 * mean.mean for mean in means],
-                yerr=[_bar(mean) for mean in means],
-                fmt="-o",
-                capsize=2,
-                color=color,
-                label=f"{family} {100 * (same[0].rate or 0):g}%",
-            )
+            label_of = f"{family} {100 * (same[0].rate or 0):g}%"
+            _line(ax, [x for x, _ in points], means, color, label_of)
         ax.set(xlabel=label)
         ax.legend(frameon=False, fontsize=8)
     axes[0].set_ylabel("test accuracy [%], 95% CI over seeds")
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -164,21 +156,13 @@ def bounds_figure(runs: list[FinishedRun], path: Path) -> bool:
     weights = dense[0].folder / f"{file_name('dense')}.pt" if dense else path
     if len(rates) < 3 or dense[0].config["algorithm"] != "reptile" or not weights.is_file():
         return False
-    figure, (left, right) = _figure((10, 3.8), 2)
+    figure, (left, right) = new_figure((10, 3.8), 2)
     for family, color in (("DSD", COLORS[1]), ("IHT", COLORS[2])):
         mine = [run for run in plain if run.family == family]
         points = sorted(grouped(dense + mine, lambda run: run.rate or 0.0).items())
         if mine:
             gaps = [gap_over_seeds(same) for _, same in points]
-            left.errorbar(
-                [100 * rate for rate, _ in points],
-                [100 * gap.mean for gap in gaps],
-                yerr=[_bar(gap) for gap in gaps],
-                fmt="-o",
-                capsize=2,
-                color=color,
-                label=family,
-            )
+            _line(left, [100 * rate for rate, _ in points], gaps, color, family)
     left.set(xlabel="sparsity [%]", ylabel="train - test accuracy [%], measured")
     left.legend(frameon=False)
     sparsities = np.linspace(0, 0.95, 39)
@@ -186,7 +170,7 @@ def bounds_figure(runs: list[FinishedRun], path: Path) -> bool:
         right.semilogy(100 * sparsities, values, line, color=COLORS[0], label=label)
     right.set(xlabel="sparsity [%]", ylabel="bound on the gap of the error")
     right.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -242,20 +226,11 @@ def _rounds(run: FinishedRun) -> int:
     return max(int(segment["round"]) for segment in run.segments)
 
 
+def _line(ax: Any, xs: list[float], means: list[OverSeeds], color: str, label: str) -> None:
+    """Means in percent with their intervals, joined by a line."""
+    heights, bars = [100 * mean.mean for mean in means], [_bar(mean) for mean in means]
+    ax.errorbar(xs, heights, yerr=bars, fmt="-o", capsize=2, color=color, label=label)
+
+
 def _bar(mean: OverSeeds) -> float:
     return 100 * mean.ci95 if len(mean.values) > 1 else 0.0
-
-
-def _figure(size: tuple[float, float], panels: int = 1, sharey: bool = False) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False, sharey=sharey)[0]
-    for ax in axes:
-        ax.grid(alpha=0.25)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")

@@ -14,9 +14,8 @@ from l2l_prune.experiments.finished import (
     grouped,
     over_seeds,
 )
-from l2l_prune.experiments.over_seeds import WORDS, OverSeeds
+from l2l_prune.experiments.over_seeds import OverSeeds, told
 from l2l_prune.experiments.paper_numbers import printed_accuracy
-from l2l_prune.experiments.results import signed
 
 
 def method_table(runs: list[FinishedRun]) -> str:
@@ -71,15 +70,15 @@ def difference_table(runs: list[FinishedRun]) -> str:
                 ours, theirs = zip(*pairs, strict=True)
                 for part in ("train", "test"):
                     found = paired_difference(over_seeds(ours, part), over_seeds(theirs, part))
-                    row[part] = _told(part, found)
+                    row[part] = told(part, found)
                 gaps = paired_difference(gap_over_seeds(ours), gap_over_seeds(theirs))
-                row["gap"] = _told("gap", gaps)
+                row["gap"] = told("gap", gaps)
             else:
                 row["test"] = "no dense run of the same seeds and length"
             if method in equal:
                 found, of = equal[method], len(same)
                 part_of = "" if len(found.values) == of else f", {len(found.values)} of {of} seeds"
-                row["test at equal training accuracy"] = _told("test", found) + part_of
+                row["test at equal training accuracy"] = told("test", found) + part_of
             rows.append(row)
     return _markdown(rows)
 
@@ -126,10 +125,6 @@ def _between(curve: list[tuple[float, float]], train: float) -> float | None:
             share = (train - low) / (high - low) if high > low else 0.5
             return start + share * (stop - start)
     return None
-
-
-def _told(part: str, difference: OverSeeds) -> str:
-    return f"{signed(difference)} ({difference.verdict(*WORDS[part])})"
 
 
 def _markdown(rows: list[dict[str, str]]) -> str:
