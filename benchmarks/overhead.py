@@ -1,29 +1,26 @@
 """What attaching costs: MAML, Reptile and ProtoNet loops at 84x84 with 64 channels.
 
-Run as ``python benchmarks/overhead.py [rounds]`` on an idle machine. Variants are interleaved in
-one run; printed are medians as ratios to the loop without the plugin with their middle half, and
-the milliseconds that the plugin adds, taken on 16x16 images where the noise is smaller.
+Ratios are to the loop without the plugin, with their middle half, and the milliseconds that the
+plugin adds are taken on 16x16 images, where the noise is smaller.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
-import sys
-import time
 from collections.abc import Callable
 
 import learn2learn as l2l
 import torch
-from tabulate import tabulate
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.timing import Times, interleaved, rows, show
 from l2l_prune import Pruner, Schedule, Segment
 from l2l_prune.experiments.models import Conv4
 from l2l_prune.masks import top_mask
 
-ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 40
 DENSE = Schedule((Segment(10**6),))
 SPARSE = Schedule((Segment(10**6, sparse=True, sparsity=0.5),))
 
@@ -59,70 +56,58 @@ def protonet(model: nn.Module, x: torch.Tensor, y: torch.Tensor, end: Callable[[
     end()
 
 
-def interleaved(loop: Callable[..., None], image_size: int, rounds: int) -> dict[str, list[float]]:
+def measured(loop: Callable[..., None], image_size: int, rounds: int) -> Times:
     """Seconds of each round of ``loop`` without the plugin and with it, dense and sparse."""
     x, y = torch.randn(10, 3, image_size, image_size), torch.arange(5).repeat(2)
-    order = ["without", "dense", "sparse"]
-    models = {name: Conv4(5, 64, 3, image_size, pooling="max") for name in order}
+    models = {
+        name: Conv4(5, 64, 3, image_size, pooling="max") for name in ("without", "dense", "sparse")
+    }
     ends: dict[str, Callable[[], object]] = {
         "without": lambda: None,
         "dense": Pruner(models["dense"], DENSE).step,
         "sparse": Pruner(models["sparse"], SPARSE).step,
     }
-    times: dict[str, list[float]] = {name: [] for name in order}
-    for number in range(rounds + 2):
-        for name in order[number % 3 :] + order[: number % 3]:  # no variant is always first
-            started = time.perf_counter()
-            loop(models[name], x, y, ends[name])
-            if number >= 2:
-                times[name].append(time.perf_counter() - started)
-    return times
+    variants = {
+        name: functools.partial(loop, model, x, y, ends[name]) for name, model in models.items()
+    }
+    return interleaved(variants, rounds, warmup=2)
 
 
-def overhead() -> None:
-    rows = []
+def overhead(rounds: int) -> None:
+    table = []
     for loop in (maml, reptile, protonet):
         # What the plugin does depends on the weights and not on the images, so tiny images show
         # the milliseconds that it adds; at 84x84 they drown in the noise of the convolutions.
-        tiny = {
-            name: statistics.median(t) for name, t in interleaved(loop, 16, 10 * ROUNDS).items()
-        }
-        times = interleaved(loop, 84, ROUNDS)
+        tiny = {name: statistics.median(t) for name, t in measured(loop, 16, 10 * rounds).items()}
+        times = measured(loop, 84, rounds)
         without = statistics.median(times["without"])
-        for name in ("dense", "sparse"):
-            ratios = [a / b for a, b in zip(times[name], times["without"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            added = tiny[name] - tiny["without"]
-            row = (loop.__name__, name, f"{middle:.3f}", f"{low:.3f} - {high:.3f}")
-            cost = (f"{1000 * added:.2f}", f"{100 * added / without:.2f}%")
-            rows.append((*row, f"{without:.3f}", *cost))
-    headers = ("loop", "phase", "ratio", "middle half", "without [s]", "added [ms]", "of the loop")
-    print(tabulate(rows, headers=headers, disable_numparse=True))
+        for row in rows(times, "without", loop.__name__)[1:]:
+            added = tiny[row[1]] - tiny["without"]
+            table.append((*row, f"{1000 * added:.2f}", f"{100 * added / without:.2f}%"))
+    headers = ("loop", "phase", "seconds", "ratio", "middle half", "added [ms]", "of the loop")
+    show(__doc__.split("\n")[0], headers, table)
 
 
 def mask_time() -> None:
     net = l2l.vision.models.ResNet12(5, hidden_size=640, avg_pool=True)
     weights = [m.weight for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     x = torch.randn(25 + 75, 3, 84, 84)  # a 5-way 5-shot task with 15 queries a class
-    forward, mask = [], []
+
+    def masks() -> None:
+        for weight in weights:
+            top_mask(weight.abs(), weight.numel() // 2)
+
     with torch.no_grad():
-        for _ in range(3):
-            started = time.perf_counter()
-            net(x)
-            forward.append(time.perf_counter() - started)
-            started = time.perf_counter()
-            for weight in weights:
-                top_mask(weight.abs(), weight.numel() // 2)
-            mask.append(time.perf_counter() - started)
+        times = interleaved({"one forward": lambda: net(x), "all masks": masks}, 3)
     total = sum(w.numel() for w in weights)
-    print(
-        f"\nmasks of {total / 1e6:.1f} million weights (ResNet-12): {min(mask):.3f} s; "
-        f"one forward of a 5-way 5-shot task: {min(forward):.3f} s"
-    )
+    title = f"Masks of {total / 1e6:.1f} million weights (ResNet-12), a 5-way 5-shot task"
+    show(title, ("work", "seconds", "ratio", "middle half"), rows(times, "one forward"))
+
+
+def main(rounds: int) -> None:
+    overhead(rounds)
+    mask_time()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    overhead()
-    mask_time()
+    main(6)

@@ -1,32 +1,26 @@
 """Does the sampler feed the trainer? Time to draw the tasks of a meta-iteration.
 
-Run as ``python benchmarks/sampling.py [rounds]`` on an idle machine. Each round draws 5 tasks of 5
-ways with 15 shots (the paper's training) with our sampler and with learn2learn's Taskset on the
-same images, and does the forward and backward passes of the meta-iteration (5 x 8 minibatches of
-10, conv4 with 64 channels); printed are medians over the rounds, and drawing as a share of the
-passes.
+Each round draws 5 tasks of 5 ways with 15 shots (the paper's training) with our sampler and with
+learn2learn's Taskset on the same images, and does the forward and backward passes of the
+meta-iteration (5 x 8 minibatches of 10, conv4 with 64 channels); ratios are to the passes.
 """
 
 from __future__ import annotations
 
-import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import learn2learn as l2l
 import numpy as np
 import torch
-from tabulate import tabulate
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from benchmarks.timing import interleaved, rows, show
 from l2l_prune.data import EpisodeSampler, Glyphs, minibatches
 from l2l_prune.experiments.models import Conv4
 
-ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 TASKS, WAYS, SHOTS, STEPS, BATCH = 5, 5, 15, 8, 10
 
 
@@ -80,36 +74,25 @@ def ours(images: torch.Tensor, labels: torch.Tensor) -> Callable[[], object]:
     return lambda: [sampler.sample() for _ in range(TASKS)]
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def main(rounds: int) -> None:
     glyphs = Glyphs("train")
+    table = []
     with tempfile.TemporaryDirectory() as folder:
         colour, classes = mapped_colour_images(Path(folder))
         sets = {
             "glyphs 28x28": (glyphs.images, glyphs.labels),
             "colour 84x84, mapped": (colour, classes.repeat_interleave(100)),
         }
-        rows = []
         for name, (images, labels) in sets.items():
-            steps = {
-                "ours": ours(images, labels),
-                "learn2learn": taskset(images, labels),
+            variants = {
                 "passes": passes(images),
+                "our sampler": ours(images, labels),
+                "learn2learn's Taskset": taskset(images, labels),
             }
-            times: dict[str, list[float]] = {key: [] for key in steps}
-            for number in range(ROUNDS + 1):
-                for key, step in steps.items():
-                    started = time.perf_counter()
-                    step()
-                    if number:
-                        times[key].append(time.perf_counter() - started)
-            median = {key: statistics.median(values) for key, values in times.items()}
-            for key in ("ours", "learn2learn"):
-                share = 100 * median[key] / median["passes"]
-                rows.append((name, key, f"{1000 * median[key]:.2f}", f"{share:.2f}%"))
-    headers = ("images", "sampler", "5 tasks [ms]", "of forward + backward")
-    print(tabulate(rows, headers=headers, disable_numparse=True))
+            table += rows(interleaved(variants, rounds), "passes", name)
+    headers = ("images", "5 tasks", "seconds", "ratio", "middle half")
+    show(__doc__.split("\n")[0], headers, table)
 
 
 if __name__ == "__main__":
-    main()
+    main(6)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from l2l_prune.batched import BatchedLearners
 from l2l_prune.data.episodes import Episode
 from l2l_prune.data.minibatches import minibatches
 from l2l_prune.reptile import PrunedReptile
@@ -92,19 +94,28 @@ def accuracy(scores: Callable[[Episode], Tensor], episodes: Iterable[Episode]) -
     Raises:
         ValueError: If there are no episodes, or one has no queries.
     """
-    accuracies = []
+    return _accuracy((e.query_y, scores(e)) for e in _with_queries(episodes))
+
+
+def _with_queries(episodes: Iterable[Episode]) -> Iterator[Episode]:
     for episode in episodes:
         if len(episode.query_y) == 0:
             raise ValueError("an episode without queries cannot be scored")
-        predicted = scores(episode).argmax(1)
-        accuracies.append((predicted == episode.query_y).float().mean())
+        yield episode
+
+
+def _accuracy(scored: Iterable[tuple[Tensor, Tensor]]) -> Mean:
+    """From the labels and scores of each episode; they stay on their device until the end."""
+    accuracies = [(scores.argmax(1) == labels).float().mean() for labels, scores in scored]
     if not accuracies:
         raise ValueError("there are no episodes to evaluate on")
     return Mean(tuple(torch.stack(accuracies).double().tolist()))
 
 
 @torch.no_grad()
-def query_scores(learner: nn.Module, episode: Episode, transductive: bool = True) -> Tensor:
+def query_scores(
+    learner: Callable[[Tensor], Tensor], episode: Episode, transductive: bool = True
+) -> Tensor:
     """Class scores ``[queries, ways]`` of an adapted learner.
 
     Args:
@@ -114,8 +125,7 @@ def query_scores(learner: nn.Module, episode: Episode, transductive: bool = True
             (the paper's setting). Otherwise each query is scored alone among the support set.
     """
     if transductive:
-        scores: Tensor = learner(episode.query_x)
-        return scores
+        return learner(episode.query_x)
     alone = [learner(torch.cat([episode.support_x, query[None]]))[-1] for query in episode.query_x]
     return torch.stack(alone)
 
@@ -129,6 +139,7 @@ def few_shot_accuracy(
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     transductive: bool = True,
     generator: torch.Generator | None = None,
+    tasks_at_once: int = 1,
 ) -> Mean:
     """Adapt to each episode's support set and score its query set.
 
@@ -142,27 +153,56 @@ def few_shot_accuracy(
         loss: ``loss(scores, labels)``, a scalar.
         transductive: See :func:`query_scores`.
         generator: Source of the inner minibatches.
+        tasks_at_once: Tasks of equal shape that are adapted together, >= 1; more than one for
+            PrunedReptile only. The same numbers to rounding; see
+            :class:`~l2l_prune.batched.BatchedLearners` for when it is faster.
 
     Returns:
         Accuracy per task, in [0, 1].
 
     Raises:
-        ValueError: If there are no episodes, or one has no queries.
+        ValueError: If there are no episodes, one has no queries, or ``tasks_at_once`` does not go
+            with the algorithm.
     """
+
+    def drawn(episode: Episode) -> Iterator[tuple[Tensor, Tensor]]:
+        x, y = episode.support_x, episode.support_y
+        return minibatches(x, y, batch_size=batch_size, steps=steps, generator=generator)
 
     def scores(episode: Episode) -> Tensor:
         learner = algorithm.clone()
-        for x, y in minibatches(
-            episode.support_x,
-            episode.support_y,
-            batch_size=batch_size,
-            steps=steps,
-            generator=generator,
-        ):
+        for x, y in drawn(episode):
             learner.adapt(loss(learner(x), y))
         found = query_scores(learner, episode, transductive)
         if isinstance(algorithm, PrunedReptile):
             algorithm.discard(learner)
         return found
 
-    return accuracy(scores, episodes)
+    def scores_together(reptile: PrunedReptile, episodes: Sequence[Episode]) -> Tensor:
+        learners = BatchedLearners(reptile, len(episodes))
+        for batches in zip(*map(drawn, episodes), strict=True):
+            x, y = (torch.stack(parts) for parts in zip(*batches, strict=True))
+            learners.adapt(learners.each(lambda net, x, y: loss(net(x), y), x, y))
+        stacked = (torch.stack(parts) for parts in zip(*episodes, strict=True))
+        return learners.each(
+            lambda net, *parts: query_scores(net, Episode(*parts), transductive), *stacked
+        )
+
+    if tasks_at_once < 1:
+        raise ValueError(f"tasks_at_once must be >= 1, got {tasks_at_once}")
+    if tasks_at_once == 1:
+        return accuracy(scores, episodes)
+    if not isinstance(algorithm, PrunedReptile):
+        raise ValueError(f"tasks_at_once > 1 needs a PrunedReptile, got {type(algorithm).__name__}")
+    return _accuracy(
+        (episode.query_y, found)
+        for group in _equal_shapes(_with_queries(episodes), tasks_at_once)
+        for episode, found in zip(group, scores_together(algorithm, group), strict=True)
+    )
+
+
+def _equal_shapes(episodes: Iterable[Episode], most: int) -> Iterator[list[Episode]]:
+    """Neighbours of equal shapes, up to ``most`` together."""
+    for _, equal in groupby(episodes, key=lambda episode: [part.shape for part in episode]):
+        while group := list(islice(equal, most)):
+            yield group

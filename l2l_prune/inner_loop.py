@@ -50,8 +50,8 @@ class Workspace:
         self._by_name = dict(self.module.named_parameters())
         if isinstance(pruner, ChannelPruner) and pruner.regrown:
             self.optimizer.register_step_pre_hook(pruner.first_step_hook(self.module))
+        self.masks: dict[str, Tensor] = {}  # in the dtype of the weights, while sparse
         self._masked: list[Tensor] = []
-        self._masks: list[Tensor] = []
         self._foml = foml
         self.before_last: list[Tensor] = []
 
@@ -65,14 +65,11 @@ class Workspace:
             buffer.copy_(sources[name])
         for mine, theirs in zip(self.module.modules(), model.modules(), strict=True):
             mine.training = theirs.training
-        self._masked, self._masks = [], []
+        self.masks = {}
         if self._pruner.sparse:
-            masks = self._pruner.masks
-            self._masked = [self._by_name[name].data for name in masks]
-            self._masks = [
-                mask.to(weight.dtype)
-                for mask, weight in zip(masks.values(), self._masked, strict=True)
-            ]
+            for name, mask in self._pruner.masks.items():
+                self.masks[name] = mask.to(self._by_name[name].dtype)
+        self._masked = [self._by_name[name].data for name in self.masks]
         self.before_last = [p.detach().clone() for p in self.parameters] if self._foml else []
         _restore_state(self.optimizer, self.parameters, state)
 
@@ -90,14 +87,13 @@ class Workspace:
 
     def project(self) -> None:
         """Pruned weights to exactly 0; ``.data`` so that a pending backward is not disturbed."""
-        if self._masks:
-            torch._foreach_mul_(self._masked, self._masks)
+        if self._masked:
+            torch._foreach_mul_(self._masked, list(self.masks.values()))
 
     def clear_momentum(self) -> None:
         """Pruned weights must not be pushed by an old momentum when they are released."""
-        if self._masks:
-            for name, mask in self._pruner.masks.items():
-                optimizer_state.clear_momentum(self.optimizer, self._by_name[name], mask)
+        for name, mask in self.masks.items():
+            optimizer_state.clear_momentum(self.optimizer, self._by_name[name], mask)
 
     def save_state(self, into: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Copy the optimizer's state out, reusing the tensors of ``into`` where they fit."""

@@ -126,7 +126,7 @@ class PrunedReptile(nn.Module):
         self.inner_lr = inner_lr
         self.meta_lr_initial, self.meta_lr_final = meta_lr, meta_lr_final
         self.carry_state, self.foml = carry_state, foml
-        self._inner_optimizer = inner_optimizer
+        self.inner_optimizer = inner_optimizer
         self._group = group
         self._workspaces: list[Workspace] = []
         self._inner_state: list[dict[str, Any]] = []
@@ -137,6 +137,11 @@ class PrunedReptile(nn.Module):
     def schedule(self) -> Schedule:
         """The pruning schedule."""
         return self.pruner.schedule
+
+    @property
+    def structured(self) -> bool:
+        """Whether sparse phases cut out channels instead of masking weights."""
+        return isinstance(self.pruner, ChannelPruner)
 
     @property
     def iteration(self) -> int:
@@ -274,7 +279,7 @@ class PrunedReptile(nn.Module):
         return zip(self.module.parameters(), self._inner_state, strict=False)
 
     def _new_workspace(self) -> Workspace:
-        return Workspace(self.pruner, self._inner_optimizer, self.inner_lr, self.foml)
+        return Workspace(self.pruner, self.inner_optimizer, self.inner_lr, self.foml)
 
     def _check_usable(self) -> None:
         if self.pruner.finalized:

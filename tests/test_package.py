@@ -27,7 +27,7 @@ FLOORS = [
     {"inner_loop"},
     {"reptile", "theory"},
     {"integrations"},
-    {"data"},
+    {"data", "batched"},
     {"evaluation"},
     {"experiments"},
     {"cli_options"},

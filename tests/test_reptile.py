@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from l2l_prune import DSDSchedule, IHTSchedule, PrunedReptile, Schedule, Segment, inner_loop
 from l2l_prune.inner_loop import adam
+from l2l_prune.reparam import dense_state_dict
 from tests.conftest import SmallNet
 
 SCHEDULE = DSDSchedule(0.5, pretrain=2, prune=3, retrain=2)
@@ -419,3 +420,32 @@ def test_discarded_learners_leave_no_trace_and_need_one_copy(net, monkeypatch):
     assert reptile.state_dict()["_extra_state"]["tasks"] == 1
     with pytest.raises(TypeError, match="made by clone"):
         reptile.discard(net)
+
+
+def test_autocast_to_bfloat16_follows_the_plain_path(net, batch):
+    x, y = batch
+    weights = {}
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        reptile = PrunedReptile(
+            copy.deepcopy(net),
+            DSDSchedule(0.5, pretrain=1, prune=2, retrain=1),
+            inner_lr=0.01,
+            inner_optimizer=torch.optim.SGD,
+        )
+        for _ in range(3):
+            learner = reptile.clone()
+            for _ in range(3):
+                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                    loss = F.cross_entropy(learner(x), y)
+                learner.adapt(loss)
+            reptile.collect(learner)
+            reptile.step()
+        for name, mask in reptile.pruner.masks.items():
+            held = dense_state_dict(reptile.module)[name]
+            assert held.dtype == torch.float32
+            assert (held[~mask] == 0).all()
+        weights[enabled] = torch.cat([p.detach().flatten() for p in reptile.module.parameters()])
+    start = torch.cat([p.detach().flatten() for p in net.parameters()])
+    apart = (weights[True] - weights[False]).norm() / (weights[False] - start).norm()
+    assert 0 < apart < 0.1

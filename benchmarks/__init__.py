@@ -1,0 +1,1 @@
+"""Speed, as ratios to what torch itself needs: ``python -m benchmarks``."""

@@ -1,0 +1,35 @@
+"""All benchmarks by one command: ``python -m benchmarks [--rounds N] [PART ...]``.
+
+On an idle machine; about 15 minutes on 2 cores.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Annotated
+
+import torch
+import typer
+
+PARTS = ("meta_iteration", "overhead", "growth", "sampling", "evaluation", "ranks")
+
+
+def main(
+    parts: Annotated[
+        list[str] | None, typer.Argument(help=f"Of {', '.join(PARTS)}; all by default.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Timed rounds of each variant.")] = 15,
+) -> None:
+    """Time the library side by side with its peers and with pure forward and backward passes."""
+    for part in parts or PARTS:
+        if part not in PARTS:
+            raise typer.BadParameter(f"{part!r} is none of {', '.join(PARTS)}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} cores, {rounds} rounds")
+    torch.set_num_threads(1)
+    for part in parts or PARTS:
+        torch.manual_seed(0)
+        importlib.import_module(f"benchmarks.{part}").main(rounds)
+
+
+if __name__ == "__main__":
+    typer.run(main)
