@@ -6,10 +6,33 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from numbers import Real
-from typing import Any, SupportsIndex, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias, TypeVar
 
 Sparsity: TypeAlias = float | Mapping[str, float] | tuple[tuple[str, float], ...]
 Counts: TypeAlias = Mapping[str, int] | tuple[tuple[str, int], ...]
+Wanted = TypeVar("Wanted")
+
+
+def told(value: object) -> str:
+    """A value for an error message: short, and without an address that tells nothing."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if value is None or isinstance(value, (str, bytes, int, float, complex, tuple, list)):
+        text = repr(value)
+        return text if len(text) <= 60 and " at 0x" not in text else type(value).__name__
+    return type(value).__name__
+
+
+def instance(name: str, value: object, kind: type[Wanted], called: str) -> Wanted:
+    """``value``, if it is a ``kind``; ``called`` says in words what is wanted."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {called}, got {told(value)}")
+    return value
+
+
+def flag(name: str, value: object) -> bool:
+    """``value``, if it is True or False: a word like ``"no"`` would count as true."""
+    return instance(name, value, bool, "True or False")
 
 
 def count(name: str, value: SupportsIndex, least: int = 0) -> int:
@@ -31,12 +54,27 @@ def fraction(name: str, value: object) -> float:
         raise TypeError(f"{name} must be a number in [0, 1), got {value!r}")
     number = float(value)
     if not 0 <= number < 1:  # also refuses NaN
-        raise ValueError(f"{name} must be in [0, 1), got {value}")
+        percent = f"; {value}% is {number / 100:g}" if 1 < number < 100 else ""
+        raise ValueError(f"{name} must be in [0, 1), got {value}{percent}")
     return number
 
 
+def number(name: str, value: object, *, above: float | None = None) -> float:
+    """``value`` as a finite float ``> above``, by default ``>= 0``."""
+    least = "a number >= 0" if above is None else f"a number > {above:g}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {least}, got {told(value)}")
+    result = float(value)
+    if not math.isfinite(result) or (result < 0 if above is None else result <= above):
+        raise ValueError(f"{name} must be {least}, got {value}")
+    return result
+
+
 def pairs(name: str, value: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(value)
+    try:
+        mapping = dict(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must map layer names to values, got {told(value)}") from None
     if not mapping:
         raise ValueError(f"{name} names no layer: give a number or at least one entry")
     for pattern in mapping:
@@ -67,11 +105,17 @@ def plain(value: Any) -> Any:
     return [list(pair) for pair in value] if isinstance(value, tuple) else value
 
 
-def check_fractions(fractions: dict[str, float], whole: float) -> None:
-    """Refuse fractions out of [0, 1], or that do not cover the run."""
+def check_fractions(fractions: dict[str, float]) -> None:
+    """Refuse what is no fraction in [0, 1]."""
     for name, value in fractions.items():
+        if not isinstance(value, Real):
+            raise TypeError(f"{name} must be a fraction in [0, 1], got {told(value)}")
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be a fraction in [0, 1], got {value}")
+
+
+def check_whole(fractions: dict[str, float], whole: float) -> None:
+    """Refuse fractions that do not cover the run."""
     if not math.isclose(whole, 1, abs_tol=1e-6):
         raise ValueError(f"the fractions {fractions} cover {whole:g} of the run, not 1")
 

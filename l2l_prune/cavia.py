@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2l_prune import _values
+from l2l_prune._losses import check_loss
 
 
 class ContextModule(nn.Module):
@@ -62,7 +63,15 @@ class FiLM(ContextModule):
         self.hidden = nn.Linear(2 * channels, 2 * channels) if hidden_layers else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``scale * x + shift`` for ``x`` of shape ``[batch, channels, ...]``."""
+        """``scale * x + shift`` for ``x`` of shape ``[batch, channels, ...]``.
+
+        Raises:
+            ValueError: If ``x`` has other channels.
+        """
+        if x.dim() < 2 or x.shape[1] != self.channels:  # one channel would be spread over all
+            raise ValueError(
+                f"FiLM was made for {self.channels} channels, got an input of {tuple(x.shape)}"
+            )
         film = self.linear(self.read())
         if self.hidden is not None:
             film = self.hidden(F.relu(film))
@@ -81,7 +90,13 @@ class ConcatContext(ContextModule):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, features + context_size]``."""
+        """``[batch, features + context_size]``.
+
+        Raises:
+            ValueError: If ``x`` has another shape.
+        """
+        if x.dim() != 2:
+            raise ValueError(f"ConcatContext reads [batch, features], got {tuple(x.shape)}")
         return torch.cat([x, self.read().expand(len(x), -1)], dim=1)
 
 
@@ -99,6 +114,7 @@ class CAVIA(nn.Module):
         first_order: Ignore second derivatives.
 
     Raises:
+        TypeError: If ``model`` is no module, or ``lr`` no number.
         ValueError: If the model has no context layer, or they disagree in size, or ``lr`` is not
             a positive number.
 
@@ -117,6 +133,7 @@ class CAVIA(nn.Module):
 
     def __init__(self, model: nn.Module, lr: float = 1.0, first_order: bool = False) -> None:
         super().__init__()
+        _values.instance("model", model, nn.Module, "a torch.nn.Module")
         layers = _context_layers(model)
         if not layers:
             raise ValueError(
@@ -126,8 +143,7 @@ class CAVIA(nn.Module):
         sizes = {name: layer.context_size for name, layer in layers.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"context layers must share one context_size, got {sizes}")
-        if not 0 < lr < float("inf"):
-            raise ValueError(f"lr must be a number > 0, got {lr!r}")
+        _values.number("lr", lr, above=0)
         self.module = model
         self.lr = lr
         self.first_order = first_order
@@ -167,7 +183,10 @@ class CAVIA(nn.Module):
 
         Raises:
             RuntimeError: If ``loss`` does not depend on this learner's context.
+            TypeError: If ``loss`` is no tensor.
+            ValueError: If ``loss`` holds several numbers.
         """
+        check_loss(loss)
         order = self.first_order if first_order is None else first_order
         gradient = None
         if loss.requires_grad:

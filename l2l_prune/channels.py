@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l2l_prune import _values
 from l2l_prune.cavia import FiLM
 
 Importance = Callable[[Any], Tensor]
@@ -76,8 +77,8 @@ def find_groups(
 
     Raises:
         ImportError: If torch-pruning is missing.
-        ValueError: If channels pass through a layer that is not known here, a name matches
-            nothing, or no group is left.
+        ValueError: If the model does not run on the inputs, channels pass through a layer that is
+            not known here, a name matches nothing, or no group is left.
     """
     graph = _trace(model, example_inputs)
     paths = {module: path for path, module in model.named_modules()}
@@ -160,10 +161,13 @@ def importance_function(importance: str | Importance) -> Importance:
             torch-pruning's group to a score a channel.
 
     Raises:
+        TypeError: If it is neither.
         ValueError: If there is no such name.
     """
     if callable(importance):
         return importance
+    if not isinstance(importance, str):
+        raise TypeError(f"importance must be a name or a function, got {_values.told(importance)}")
     scores = _torch_pruning().importance
     made = {
         "l1": lambda: scores.GroupMagnitudeImportance(p=1),
@@ -204,6 +208,7 @@ def _trace(model: nn.Module, example_inputs: Any) -> Any:
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            _try_inputs(model, example_inputs)
             return library.DependencyGraph().build_dependency(
                 model,
                 example_inputs=example_inputs,
@@ -216,6 +221,22 @@ def _trace(model: nn.Module, example_inputs: Any) -> Any:
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)
+
+
+def _try_inputs(model: nn.Module, example_inputs: Any) -> None:
+    """A forward pass as torch-pruning makes it, to tell wrong inputs from what it does later."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            if isinstance(example_inputs, dict):
+                model(**example_inputs)
+            elif isinstance(example_inputs, (list, tuple)):
+                model(*example_inputs)
+            else:
+                model(example_inputs)
+    except Exception as error:
+        raise ValueError(
+            f"the model does not run on example_inputs: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _slots(module: nn.Module, path: str, positions: Tensor, incoming: bool) -> list[Slot]:

@@ -206,7 +206,10 @@ def sweep(
         document = read_toml(file)
         if not document.keys() <= {"base", "grid"}:
             raise ValueError(f"{file} must hold the tables [base] and [grid], and nothing else")
-        configs = expand(document.get("base", {}), document.get("grid", {}))
+        try:
+            configs = expand(document.get("base", {}), document.get("grid", {}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: {error}") from None
         check_files(configs[0].data, configs[0].data_root)
         _run_all(configs, out, jobs, cluster, tensorboard)
 
@@ -278,7 +281,7 @@ def report(
     """Write report.md and report.html: tables, curves and differences over seeds."""
     from l2l_prune.experiments.report import write_report
 
-    with plain_errors(folder):
+    with plain_errors(folder, hint="FOLDER"):
         for path in write_report(folder):
             typer.echo(f"wrote {path}")
 

@@ -51,8 +51,17 @@ DownloadOption = Annotated[
     ),
 ]
 JobsOption = Annotated[int, typer.Option(min=1, help="Runs at once, one thread each.")]
+
+
+def _check_cluster(cluster: str | None) -> str | None:
+    if cluster not in (None, "local", "slurm"):
+        raise typer.BadParameter(f"{cluster!r} is neither local nor slurm")
+    return cluster
+
+
 ClusterOption = Annotated[
-    str | None, typer.Option(help="Hand the runs to submitit: local or slurm.")
+    str | None,
+    typer.Option(help="Hand the runs to submitit: local or slurm.", callback=_check_cluster),
 ]
 TensorboardOption = Annotated[
     bool, typer.Option("--tensorboard", help="Also write TensorBoard's event files.")
@@ -87,7 +96,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ValueError: If it cannot be read.
     """
     try:
-        values: dict[str, Any] = tomllib.loads(path.read_text())
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         return values
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path}: {error}") from None
@@ -107,7 +116,11 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(
             f"{path} sets {', '.join(unknown)}; there are {', '.join(sorted(map(str, known)))}"
         )
-    context.default_map = values
+    several = {p.name for p in context.command.params if getattr(p, "multiple", False)}
+    context.default_map = {
+        key: [value] if key in several and isinstance(value, str) else value
+        for key, value in values.items()
+    }
     return path
 
 
@@ -123,15 +136,21 @@ ConfigOption = Annotated[
 
 
 @contextmanager
-def plain_errors(out: Path) -> Iterator[None]:
-    """What a user can mend is told in a line; Ctrl-C leaves quietly."""
+def plain_errors(out: Path, hint: str = "--out") -> Iterator[None]:
+    """What a user can mend is told in a line; Ctrl-C leaves quietly.
+
+    Args:
+        out: The folder that the command works in.
+        hint: The option or argument that gives it.
+    """
     from l2l_prune.experiments.side_by_side import RunFailed
 
-    if out.exists() and not out.is_dir():
-        raise typer.BadParameter(f"{out} is a file, not a folder", param_hint="--out")
+    for place in (out, *out.parents):
+        if place.exists() and not place.is_dir():
+            raise typer.BadParameter(f"{place} is a file, not a folder", param_hint=hint)
     try:
         yield
-    except (ValueError, FileNotFoundError, ImportError, RunFailed) as error:
+    except (ValueError, OSError, ImportError, RunFailed) as error:
         typer.echo(f"l2l-prune: {error}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:

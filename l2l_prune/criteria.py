@@ -8,6 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from l2l_prune import _values
+
 Criterion: TypeAlias = Callable[[Tensor], Tensor]
 """Gets one weight, as the parameter that it is (with its ``grad``, if any), and returns a real
 tensor of the same shape; in each tensor the entries with the largest scores are kept. Called
@@ -31,11 +33,15 @@ def random(generator: torch.Generator) -> Criterion:
     Args:
         generator: Source of the scores, on the CPU; save its state to resume exactly.
 
+    Raises:
+        TypeError: If ``generator`` is none, a seed for instance.
+
     Example:
         >>> scores = random(torch.Generator().manual_seed(0))
         >>> scores(torch.zeros(2, 3)).shape
         torch.Size([2, 3])
     """
+    _values.instance("generator", generator, torch.Generator, "a torch.Generator")
 
     def scores(weight: Tensor) -> Tensor:
         return torch.rand(weight.shape, generator=generator).to(weight.device)

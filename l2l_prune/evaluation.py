@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from l2l_prune import _values
 from l2l_prune.batched import BatchedLearners
-from l2l_prune.data.episodes import Episode
+from l2l_prune.data.episodes import Episode, EpisodeSampler
 from l2l_prune.data.minibatches import minibatches
 from l2l_prune.reptile import PrunedReptile
 
@@ -32,12 +33,19 @@ class Mean:
     Args:
         values: One value per task, in fractions (0.5 is 50%).
 
+    Raises:
+        ValueError: If there are none.
+
     Example:
         >>> str(Mean((0.4, 0.6)))
         '50.0 ± 19.6'
     """
 
     values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise ValueError("there is no value to take a mean of")
 
     @property
     def mean(self) -> float:
@@ -92,13 +100,19 @@ def accuracy(scores: Callable[[Episode], Tensor], episodes: Iterable[Episode]) -
         Accuracy per task, in [0, 1].
 
     Raises:
-        ValueError: If there are no episodes, or one has no queries.
+        TypeError: If ``episodes`` does not end, or holds something else.
+        ValueError: If there are no episodes, one has no queries, or scores do not fit the queries.
     """
     return _accuracy((e.query_y, scores(e)) for e in _with_queries(episodes))
 
 
 def _with_queries(episodes: Iterable[Episode]) -> Iterator[Episode]:
+    if isinstance(episodes, EpisodeSampler):
+        raise TypeError(
+            "an EpisodeSampler draws without end: give [sampler.sample() for _ in range(tasks)]"
+        )
     for episode in episodes:
+        _values.instance("each of episodes", episode, Episode, "an Episode")
         if len(episode.query_y) == 0:
             raise ValueError("an episode without queries cannot be scored")
         yield episode
@@ -106,10 +120,26 @@ def _with_queries(episodes: Iterable[Episode]) -> Iterator[Episode]:
 
 def _accuracy(scored: Iterable[tuple[Tensor, Tensor]]) -> Mean:
     """From the labels and scores of each episode; they stay on their device until the end."""
-    accuracies = [(scores.argmax(1) == labels).float().mean() for labels, scores in scored]
+    accuracies = []
+    for labels, scores in scored:
+        _check_scores(scores, labels)
+        accuracies.append((scores.argmax(1) == labels).float().mean())
     if not accuracies:
         raise ValueError("there are no episodes to evaluate on")
     return Mean(tuple(torch.stack(accuracies).double().tolist()))
+
+
+def _check_scores(scores: Tensor, labels: Tensor) -> None:
+    """Shapes that would be compared wrongly without an error, and labels that cannot be met."""
+    if scores.dim() != 2 or len(scores) != len(labels):
+        raise ValueError(
+            f"scores must have the shape [{len(labels)}, classes], got {tuple(scores.shape)}"
+        )
+    if int(labels.max()) >= scores.shape[1]:
+        raise ValueError(
+            f"a query has the label {int(labels.max())}, but there are scores of "
+            f"{scores.shape[1]} classes only"
+        )
 
 
 @torch.no_grad()
@@ -161,9 +191,15 @@ def few_shot_accuracy(
         Accuracy per task, in [0, 1].
 
     Raises:
-        ValueError: If there are no episodes, one has no queries, or ``tasks_at_once`` does not go
-            with the algorithm.
+        TypeError: If ``algorithm`` has no ``clone()``, ``episodes`` does not end, or a number is no
+            integer.
+        ValueError: If there are no episodes, one has no queries, scores do not fit the queries, or
+            ``tasks_at_once`` does not go with the algorithm.
     """
+    if not callable(getattr(algorithm, "clone", None)):
+        raise TypeError(
+            f"algorithm must have clone() (PrunedReptile, MAML, ...), got {_values.told(algorithm)}"
+        )
 
     def drawn(episode: Episode) -> Iterator[tuple[Tensor, Tensor]]:
         x, y = episode.support_x, episode.support_y
@@ -188,9 +224,7 @@ def few_shot_accuracy(
             lambda net, *parts: query_scores(net, Episode(*parts), transductive), *stacked
         )
 
-    if tasks_at_once < 1:
-        raise ValueError(f"tasks_at_once must be >= 1, got {tasks_at_once}")
-    if tasks_at_once == 1:
+    if _values.count("tasks_at_once", tasks_at_once, least=1) == 1:
         return accuracy(scores, episodes)
     if not isinstance(algorithm, PrunedReptile):
         raise ValueError(f"tasks_at_once > 1 needs a PrunedReptile, got {type(algorithm).__name__}")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from l2l_prune import optimizer_state
+from l2l_prune import _values, optimizer_state
+from l2l_prune._losses import check_loss
 from l2l_prune.pruner import Pruner
 from l2l_prune.reparam import plain_copy
 from l2l_prune.structured import ChannelPruner
@@ -44,7 +45,16 @@ class Workspace:
         self._pruner = pruner
         self.module = plain_copy(pruner.model)
         self.parameters = list(self.module.parameters())
-        self.optimizer = factory([p for p in self.parameters if p.requires_grad], lr=inner_lr)
+        given = [p for p in self.parameters if p.requires_grad]
+        self.optimizer = _values.instance(
+            "inner_optimizer's result",
+            factory(given, lr=inner_lr),
+            Optimizer,
+            "a torch Optimizer",
+        )
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not held <= {id(p) for p in given}:
+            raise ValueError("inner_optimizer must step on the parameters that it is given only")
         if isinstance(self.optimizer, LBFGS):
             raise ValueError("inner_optimizer must step on one loss; L-BFGS needs a closure")
         self._by_name = dict(self.module.named_parameters())
@@ -75,10 +85,11 @@ class Workspace:
 
     def adapt(self, loss: Tensor) -> None:
         """One step of the inner optimizer."""
-        self.optimizer.zero_grad()
+        check_loss(loss)
         if loss.requires_grad:
+            self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-        if all(parameter.grad is None for parameter in self.parameters):
+        if not loss.requires_grad or all(parameter.grad is None for parameter in self.parameters):
             raise RuntimeError("loss does not depend on this learner: compute it from learner(x)")
         if self._foml:
             torch._foreach_copy_(self.before_last, [p.detach() for p in self.parameters])

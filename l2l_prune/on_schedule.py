@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from l2l_prune import _values
 from l2l_prune.schedules import Schedule, Segment
 
 
@@ -16,9 +17,7 @@ class OnSchedule:
     """
 
     def __init__(self, schedule: Schedule) -> None:
-        if not isinstance(schedule, Schedule):
-            raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
-        self.schedule = schedule
+        self.schedule = _values.instance("schedule", schedule, Schedule, "a Schedule")
         self._iteration = 0
         self._position = schedule.index(0)
 

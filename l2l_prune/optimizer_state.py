@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from l2l_prune import _values
+
 # State of torch.optim that divides the step: squared gradients, or their size in Adamax.
 _SQUARED = frozenset({"exp_avg_sq", "square_avg"})
 _DIVIDING = _SQUARED | {"max_exp_avg_sq", "sum", "exp_inf"}
@@ -30,11 +32,30 @@ def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Opt
     """
     if optimizer is None:
         return []
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    several = isinstance(optimizer, Iterable) and not isinstance(optimizer, type)
+    optimizers = list(optimizer) if several else [optimizer]  # type: ignore[arg-type]
     for entry in optimizers:
-        if not isinstance(entry, Optimizer):
-            raise TypeError(f"optimizer must be a torch Optimizer, got {type(entry).__name__}")
-    return optimizers
+        _values.instance("optimizer", entry, Optimizer, "a torch Optimizer")
+    return optimizers  # type: ignore[return-value]
+
+
+def holds(optimizer: Optimizer, weights: Iterable[Tensor | None]) -> bool:
+    """Whether an optimizer steps on any of ``weights``."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return any(id(weight) in held for weight in weights)
+
+
+def check_holds(optimizer: Optimizer, weights: Iterable[Tensor | None]) -> None:
+    """Refuse an optimizer of other weights.
+
+    Raises:
+        ValueError: If it holds none of ``weights``.
+    """
+    if not holds(optimizer, weights):
+        raise ValueError(
+            "optimizer holds none of the weights that are pruned: was it made for another "
+            "model, or before the model was copied?"
+        )
 
 
 def clear_momentum(optimizer: Optimizer, parameter: Tensor, mask: Tensor) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from l2l_prune import optimizer_state
+from l2l_prune import _values, optimizer_state
+from l2l_prune._values import told
 from l2l_prune.criteria import Criterion, magnitude
 from l2l_prune.on_schedule import OnSchedule
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
@@ -91,11 +92,14 @@ class Pruner(OnSchedule):
         regrow_state: Literal["match", "keep"] = "match",
         dense_keys: bool = False,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        _values.instance("model", model, nn.Module, "a torch.nn.Module")
         super().__init__(schedule)
         if regrow_state not in ("match", "keep"):
             raise ValueError(f'regrow_state must be "match" or "keep", got {regrow_state!r}')
+        if not callable(criterion):
+            raise TypeError(f"criterion must be a function of a weight, got {told(criterion)}")
+        _values.instance("pattern", pattern, Pattern, "a Pattern")  # type: ignore[type-abstract]
+        _values.flag("dense_keys", dense_keys)
         self.model = model
         self._criterion, self._pattern = criterion, pattern
         self._regrow_state = regrow_state
@@ -105,7 +109,7 @@ class Pruner(OnSchedule):
         self._optimizers = optimizer_state.as_optimizers(optimizer)
         weights = [tensor.module._parameters[tensor.name] for tensor in self._tensors]
         for given in self._optimizers:
-            _check_optimizer(given, weights)
+            optimizer_state.check_holds(given, weights)
 
         # Computed before anything is attached, so that a failure leaves the model untouched.
         first = self._new_masks(self._position, weights)  # type: ignore[arg-type]
@@ -175,17 +179,20 @@ class Pruner(OnSchedule):
 
     def owns(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer holds any of the pruned weights."""
-        return _holds(optimizer, self._originals())
+        return optimizer_state.holds(optimizer, self._originals())
 
     def add_optimizer(self, optimizer: Optimizer) -> None:
         """Let the state of an optimizer that was made after the Pruner follow the masks too.
 
         Raises:
-            ValueError: If it holds none of the pruned weights.
+            TypeError: If it is no optimizer.
+            ValueError: If it holds none of the pruned weights, or follows them already.
         """
         self._check_attached(masks=False)
-        optimizer_state.as_optimizers(optimizer)
-        _check_optimizer(optimizer, self._originals())
+        _values.instance("optimizer", optimizer, Optimizer, "a torch Optimizer")
+        optimizer_state.check_holds(optimizer, self._originals())
+        if any(optimizer is held for held in self._optimizers):
+            raise ValueError("optimizer follows the masks already")
         self._optimizers.append(optimizer)
         self._handles.append(self._hook(optimizer))
 
@@ -268,8 +275,14 @@ class Pruner(OnSchedule):
         self._check_attached(masks=False)
         tensors = {t.full_name: t for t in self._tensors}
         _check_state(state, self.schedule, str(self._pattern), tensors)
-        self._iteration = state["iteration"]
-        self._position = self.schedule.index(self._iteration)
+        position = self.schedule.index(state["iteration"])
+        for name, keep in zip(tensors, self._counts[position], strict=True):
+            if (kept := int(state["masks"][name].sum())) != keep:
+                raise ValueError(
+                    f"the checkpoint's mask of {name} keeps {kept} weights, but the schedule keeps "
+                    f"{keep} at iteration {state['iteration']}"
+                )
+        self._iteration, self._position = state["iteration"], position
         self._set_masks([self._restored(t, state["masks"]) for t in self._tensors])
         self._regrown = {
             t.full_name: self._restored(t, state["regrown"])
@@ -302,6 +315,10 @@ class Pruner(OnSchedule):
             scores = self._criterion(weight)
             if not isinstance(scores, Tensor) or scores.shape != weight.shape:
                 raise ValueError(f"{place}: criterion must give a score for each of its weights")
+            if scores.dtype == torch.bool or scores.is_complex():
+                raise TypeError(
+                    f"{place}: criterion must give real numbers as scores, got {scores.dtype}"
+                )
             try:
                 masks.append(self._pattern.mask(scores, keep))
             except ValueError as error:
@@ -385,26 +402,14 @@ class Pruner(OnSchedule):
         self._remember_buffers()
 
 
-def _holds(optimizer: Optimizer, weights: Sequence[Tensor | None]) -> bool:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return any(id(weight) in held for weight in weights)
-
-
-def _check_optimizer(optimizer: Optimizer, weights: Sequence[Tensor | None]) -> None:
-    if not _holds(optimizer, weights):
-        raise ValueError(
-            "optimizer holds none of the weights that are pruned: was it made for another "
-            "model, or before the model was copied?"
-        )
-
-
 def _check_state(
     state: dict[str, Any], schedule: Schedule, pattern: str, tensors: dict[str, LayerTensor]
 ) -> None:
+    """All that can be told without the counts of the segments."""
     keys = {"version", "schedule", "pattern", "iteration", "masks", "regrown"}
     if not isinstance(state, dict) or set(state) != keys or state["version"] != _STATE_VERSION:
         raise ValueError("this is not a Pruner state dict of this version")
-    if not isinstance(state["iteration"], int) or state["iteration"] < 0:
+    if type(state["iteration"]) is not int or state["iteration"] < 0:
         raise ValueError(f"the checkpoint's iteration is {state['iteration']!r}")
     if state["schedule"] != schedule.to_dict():
         raise ValueError(
@@ -413,13 +418,21 @@ def _check_state(
         )
     if state["pattern"] != pattern:
         raise ValueError(f"the checkpoint has masks of {state['pattern']}, this Pruner {pattern}")
+    for entry in ("masks", "regrown"):
+        if not isinstance(state[entry], dict):
+            raise ValueError(f"the checkpoint's {entry} must be masks by name")
+    if unknown := sorted(set(state["regrown"]) - set(tensors)):
+        raise ValueError(f"the checkpoint's regrown weights are of other tensors: {unknown}")
     if set(state["masks"]) != set(tensors):
         differing = sorted(set(state["masks"]) ^ set(tensors))
         raise ValueError(f"the checkpoint prunes other tensors; they differ in {differing}")
-    for name, mask in state["masks"].items():
-        shape = held_tensors(tensors[name].module, tensors[name].name)[0].shape
-        if mask.shape != shape or mask.dtype != torch.bool:
-            raise ValueError(f"the checkpoint's mask of {name} does not fit its shape {shape}")
+    for entry, called in (("masks", "mask"), ("regrown", "regrown mask")):
+        for name, mask in state[entry].items():
+            shape = held_tensors(tensors[name].module, tensors[name].name)[0].shape
+            if not isinstance(mask, Tensor) or mask.shape != shape or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"the checkpoint's {called} of {name} does not fit its shape {tuple(shape)}"
+                )
 
 
 def _share(kept: int, total: int) -> str:

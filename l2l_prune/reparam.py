@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from l2l_prune import _values
+
 
 class HeldMask(prune.BasePruningMethod):
     """The pruning method that torch sees on a module; masks are set with :func:`set_mask`."""
@@ -161,12 +163,16 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
         checkpoints read it. The tensors are detached; masked ones are new, others are shared
         with the model, as in ``Module.state_dict()``.
 
+    Raises:
+        TypeError: If ``model`` is no module.
+
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1))
         >>> attach(net[0], "weight")
         >>> list(dense_state_dict(net))
         ['0.weight', '0.bias']
     """
+    _values.instance("model", model, nn.Module, "a torch.nn.Module")
     state = model.state_dict()
     masks: set[str] = set()
     originals: dict[str, str] = {}
@@ -212,6 +218,12 @@ def _make_held_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.M
             _translate_dense_keys(self, state_dict, prefix, error_msgs=args[-1])
             base._load_from_state_dict(self, state_dict, prefix, *args)
 
+        def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            if name in names:  # torch's own refusal would say that the attribute exists already
+                setattr(self, name, parameter if parameter is None else parameter.data)
+            base.register_parameter(self, name, parameter)
+
+        namespace["register_parameter"] = register
         namespace["__reduce_ex__"] = reduce_ex
         namespace["_load_from_state_dict"] = load
 

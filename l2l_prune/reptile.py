@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from l2l_prune import ranks
+from l2l_prune import _values, ranks
 from l2l_prune.criteria import Criterion, magnitude
 from l2l_prune.inner_loop import OptimizerFactory, Workspace, adam, copied_state
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
@@ -90,12 +90,21 @@ class PrunedReptile(nn.Module):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        for name, rate in (("meta_lr", meta_lr), ("meta_lr_final", meta_lr_final)):
-            if not 0 <= rate < float("inf"):
-                raise ValueError(f"{name} must be a number >= 0, got {rate!r}")
-        if not 0 < inner_lr < float("inf"):
-            raise ValueError(f"inner_lr must be a number > 0, got {inner_lr!r}")
+        _values.instance("model", model, nn.Module, "a torch.nn.Module")
+        _values.number("meta_lr", meta_lr)
+        _values.number("meta_lr_final", meta_lr_final)
+        _values.number("inner_lr", inner_lr, above=0)
+        _values.flag("carry_state", carry_state)
+        _values.flag("foml", foml)
+        if not callable(inner_optimizer):
+            raise TypeError(
+                "inner_optimizer must be an optimizer class, or a functools.partial of one, got "
+                f"{_values.told(inner_optimizer)}"
+            )
+        if structured is not None:
+            _values.instance("structured", structured, Structured, "a Structured")
         if group is not None:  # before a mask is made
+            _values.instance("group", group, dist.ProcessGroup, "a torch.distributed ProcessGroup")
             ranks.same_start([*model.parameters(), *model.buffers()], group)
         self.pruner: Pruner | ChannelPruner
         if structured is None:
@@ -179,8 +188,9 @@ class PrunedReptile(nn.Module):
 
         Raises:
             RuntimeError: If the learner is another's, was collected before, or was cloned before
-                the last :meth:`step`.
+                the last :meth:`step`; or after :meth:`finalize`.
         """
+        self._check_usable()
         workspace = self._released(learner)
         moved = [p.detach() for p in workspace.parameters]
         if self.foml:
@@ -251,8 +261,9 @@ class PrunedReptile(nn.Module):
         """Called by ``load_state_dict()``.
 
         Raises:
-            ValueError: If the state belongs to another model or schedule.
+            ValueError: If the state belongs to another model or schedule; nothing is changed then.
         """
+        _check_extra_state(state, dict(self.module.named_parameters()))
         self.pruner.load_state_dict(state["pruner"])
         self._workspaces.clear()
         self._inner_state = [copied_state(entry) for entry in state["inner_state"]]
@@ -272,7 +283,7 @@ class PrunedReptile(nn.Module):
 
     def _released(self, learner: Learner) -> Workspace:
         if not isinstance(learner, Learner):
-            raise TypeError(f"this takes a learner made by clone(), got {type(learner)}")
+            raise TypeError(f"this takes a learner made by clone(), got {_values.told(learner)}")
         return learner.release(self)
 
     def _carried_states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -284,6 +295,22 @@ class PrunedReptile(nn.Module):
     def _check_usable(self) -> None:
         if self.pruner.finalized:
             raise RuntimeError("PrunedReptile was finalized: make a new one to train on")
+
+
+def _check_extra_state(state: Any, parameters: dict[str, nn.Parameter]) -> None:
+    keys = {"pruner", "inner_state", "collected", "tasks"}
+    if not isinstance(state, dict) or set(state) != keys:
+        raise ValueError("this is not a PrunedReptile state dict of this version")
+    tasks, collected, inner = (state[key] for key in ("tasks", "collected", "inner_state"))
+    if type(tasks) is not int or tasks < 0:
+        raise ValueError(f"the checkpoint's tasks must be a number >= 0, got {tasks!r}")
+    if len(collected) != (len(parameters) if tasks else 0):
+        raise ValueError(f"the checkpoint has {len(collected)} collected tensors of {tasks} tasks")
+    if len(inner) not in (0, len(parameters)):
+        raise ValueError(f"the checkpoint's inner_state is of {len(inner)} parameters")
+    for (name, parameter), total in zip(parameters.items(), collected, strict=False):
+        if total.shape != parameter.shape:
+            raise ValueError(f"the checkpoint's collected weights do not fit {name}")
 
 
 class Learner(nn.Module):
@@ -318,6 +345,8 @@ class Learner(nn.Module):
 
         Raises:
             RuntimeError: If the learner was collected, or ``loss`` does not depend on it.
+            TypeError: If ``loss`` is no tensor.
+            ValueError: If ``loss`` holds several numbers.
         """
         self._in_use().adapt(loss)
 

@@ -8,6 +8,7 @@ anywhere; this module imports no torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -16,11 +17,15 @@ from l2l_prune._values import (
     Sparsity,
     apportion,
     check_fractions,
+    check_whole,
     count,
+    flag,
     fraction,
     frozen_counts,
     frozen_sparsity,
+    instance,
     plain,
+    told,
 )
 
 # Table 1 and Table 2 of the paper: the pruning rates it reports, by data set and channels.
@@ -50,7 +55,7 @@ class Segment:
         round: The pruning round (from 1) that the segment belongs to, or 0.
 
     Raises:
-        TypeError: If ``iterations`` or a count is not an integer, or a sparsity not a number.
+        TypeError: If a value has the wrong type, say a sparsity that is not a number.
         ValueError: If a value is out of range.
     """
 
@@ -66,6 +71,9 @@ class Segment:
         _set(self, "iterations", count("iterations", self.iterations))
         _set(self, "sparsity", frozen_sparsity("sparsity", self.sparsity))
         _set(self, "keep", frozen_counts("keep", self.keep))
+        flag("sparse", self.sparse)
+        _set(self, "round", count("round", self.round))
+        instance("phase", self.phase, str, "a string")
         _set(self, "phase", self.phase or ("sparse" if self.sparse else "dense"))
 
     @property
@@ -105,6 +113,8 @@ class Schedule:
     segments: tuple[Segment, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.segments, Iterable):
+            raise TypeError(f"segments must be a list of Segment values, got {told(self.segments)}")
         _set(self, "segments", tuple(self.segments))
         for segment in self.segments:
             if not isinstance(segment, Segment):
@@ -307,9 +317,10 @@ class DSDSchedule(Schedule):
             >>> DSDSchedule.from_fractions(0.5, 1000).prune
             600
         """
-        total = count("total", total)
+        total = count("total", total, least=1)
         fractions = {"pretrain": pretrain, "prune": prune, "retrain": retrain}
-        check_fractions(fractions, sum(fractions.values()))
+        check_fractions(fractions)
+        check_whole(fractions, sum(fractions.values()))
         parts = apportion(total, fractions)
         return cls(sparsity, keep=keep, **parts)
 
@@ -453,9 +464,10 @@ class IHTSchedule(Schedule):
             >>> IHTSchedule.from_fractions(0.4, 1000).prune
             150
         """
-        total, rounds = count("total", total), count("rounds", rounds)
+        total, rounds = count("total", total, least=1), count("rounds", rounds, least=1)
         fractions = {"pretrain": pretrain, "prune": prune, "retrain": retrain}
-        check_fractions(fractions, pretrain + rounds * (prune + retrain))
+        check_fractions(fractions)
+        check_whole(fractions, pretrain + rounds * (prune + retrain))
         in_rounds = round(total * (1 - pretrain)) if pretrain else total
         if not pretrain and total % rounds:
             raise ValueError(f"total={total} does not divide into rounds={rounds} of equal length")

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize, prune
 
+from l2l_prune._values import told
 from l2l_prune.masks import kept_count
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.schedules import Segment
 
 _CONV = nn.modules.conv._ConvNd
+_PRUNABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 Rule: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Layers: TypeAlias = Literal["all", "authors"]
@@ -83,17 +85,20 @@ def select(
         if first is None:
             raise ValueError('layers="authors" leaves out the first convolution; there is none')
         candidates.remove(first)
-    only_rules, skip_rules = _rules("only", only), _rules("skip", skip)
+    only_rules, skip_rules = _rules("only", only, model), _rules("skip", skip, model)
     _check_names(candidates, [r for r in (*only_rules, *skip_rules) if isinstance(r, str)])
     chosen = [
         c
         for c in candidates
         if (only is None or _matches(c, only_rules)) and not _matches(c, skip_rules)
     ]
+    if candidates and not chosen:
+        names = ", ".join(c.full_name for c in candidates)
+        raise ValueError(f"there is nothing to prune: only= and skip= leave nothing of {names}")
     if not chosen:
         kinds = sorted({type(module).__name__ for module in model.modules()})
         raise ValueError(
-            "there is nothing to prune: the selection holds no weight of a convolution or linear "
+            "there is nothing to prune: the model holds no weight of a convolution or linear "
             f"layer (the model is made of {', '.join(kinds)}); choose others with only="
         )
     uses = _parameter_uses(model)
@@ -132,7 +137,17 @@ def check_prunable(tensor: LayerTensor) -> None:
         problem = "is not a Parameter: attach the Pruner to the original model, not to a clone"
     elif weight.is_meta:
         problem = "has no data (meta device): materialize the model before pruning"
-    elif not weight.is_floating_point():
+    elif weight.numel() == 0:
+        problem = f"has no entries: {advice}"
+    elif weight.layout != torch.strided:
+        problem = f"is {weight.layout}, not a dense tensor: {advice}"
+    elif weight.is_inference():
+        problem = "was made in inference_mode, so it cannot be changed: make the model outside"
+    elif any(
+        step == 0 < size - 1 for step, size in zip(weight.stride(), weight.shape, strict=True)
+    ):
+        problem = f"has entries that share memory (expand?): clone it first, or {advice}"
+    elif weight.dtype not in _PRUNABLE:
         problem = f"is {weight.dtype}, not real floating point: {advice}"
     elif not weight.requires_grad:
         problem = (
@@ -233,13 +248,21 @@ def _prunable_names(module: nn.Module, *, everything: bool) -> list[str]:
     return own if everything else []
 
 
-def _rules(argument: str, rules: Rule | Iterable[Rule] | None) -> list[Rule]:
+def _rules(argument: str, rules: Rule | Iterable[Rule] | None, model: nn.Module) -> list[Rule]:
     if rules is None:
         return []
-    listed = [rules] if isinstance(rules, (str, type)) or callable(rules) else list(rules)
+    several = isinstance(rules, Iterable) and not isinstance(rules, (str, type, nn.Module))
+    listed: list[Rule] = list(rules) if several else [rules]  # type: ignore[list-item, arg-type]
     for rule in listed:
+        if isinstance(rule, nn.Module):  # callable, but no predicate
+            paths = (path for path, module in model.named_modules() if module is rule)
+            name = next(paths, "")
+            raise TypeError(
+                f"{argument} takes names, module types or predicates, got a {told(rule)} itself: "
+                f"give its name {name!r}"
+            )
         if not (isinstance(rule, (str, type)) or callable(rule)):
-            raise TypeError(f"{argument} takes names, module types or predicates, got {rule!r}")
+            raise TypeError(f"{argument} takes names, module types or predicates, got {told(rule)}")
     return listed
 
 
@@ -317,6 +340,8 @@ def _already_pruned(module: nn.Module, name: str) -> bool:
 def _identity(weight: Tensor | None) -> object:
     """Same object or same memory means the same weight; empty storage has no address."""
     if weight is None or isinstance(weight, UninitializedParameter) or weight.numel() == 0:
+        return id(weight)
+    if weight.layout != torch.strided:  # has no address either
         return id(weight)
     address = 0 if weight.is_meta else weight.data_ptr()
     return (weight.device, address) if address else id(weight)

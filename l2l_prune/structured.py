@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from l2l_prune import optimizer_state
+from l2l_prune import _values, optimizer_state
 from l2l_prune.cavia import FiLM
 from l2l_prune.channels import (
     ChannelGroup,
@@ -86,7 +86,7 @@ class ChannelPruner(OnSchedule):
 
     Raises:
         ImportError: If torch-pruning is missing.
-        TypeError: If ``schedule`` is none.
+        TypeError: If an argument has the wrong type.
         ValueError: If the network cannot be shrunk, a name matches nothing, or a segment would
             leave a layer no channel.
 
@@ -114,25 +114,29 @@ class ChannelPruner(OnSchedule):
         importance: str | Importance = "l2",
         skip: str | Iterable[str] = (),
     ) -> None:
+        _values.instance("model", model, nn.Module, "a torch.nn.Module")
         super().__init__(schedule)
         self.model = model
         self._importance = importance_function(importance)
         self._needs_gradients = importance == "taylor"
-        skipped = [skip] if isinstance(skip, str) else list(skip)
+        skipped = _names(skip)
         self._groups = find_groups(model, example_inputs, skipped)
         self._example_inputs = example_inputs
         self._full_size = count_operations(model, example_inputs)
         self._counts = [_channel_counts(self._groups, s) for s in schedule.segments]
         self._optimizers = optimizer_state.as_optimizers(optimizer)
+        for given in self._optimizers:
+            weights = [s.module._parameters.get(s.tensor) for g in self._groups for s in g.slots]
+            optimizer_state.check_holds(given, weights)
         self.more_states: Callable[[], States] = lambda: ()
         self._kept: list[Tensor] | None = None
         self._full: dict[str, Tensor] = {}
         self.regrown: dict[str, Tensor] = {}
-        hook = self.first_step_hook(model)
-        self._handles = [held.register_step_pre_hook(hook) for held in self._optimizers]
         self.finalized = False
         if self.segment.sparse:
             self._shrink(self._choose(self._position))
+        hook = self.first_step_hook(model)
+        self._handles = [held.register_step_pre_hook(hook) for held in self._optimizers]
 
     # ---- what is going on -------------------------------------------------------------------
 
@@ -249,13 +253,8 @@ class ChannelPruner(OnSchedule):
             ValueError: If the state belongs to another model or schedule; nothing is changed.
         """
         self._check_usable()
-        if state.get("version") != 1 or state["schedule"] != self.schedule.to_dict():
-            raise ValueError("the checkpoint belongs to another schedule or another kind of pruner")
+        position = self._check_state(state)
         kept = state["kept"]
-        position = self.schedule.index(state["iteration"])
-        counts = [g.channels for g in self._groups] if kept is None else [len(k) for k in kept]
-        if counts != (self._counts[position] or [g.channels for g in self._groups]):
-            raise ValueError("the checkpoint's channels do not fit this model and schedule")
         self._grow()
         self._iteration, self._position = state["iteration"], position
         if kept is not None:
@@ -265,6 +264,43 @@ class ChannelPruner(OnSchedule):
         self.regrown = {name: mask.clone() for name, mask in state["regrown"].items()}
 
     # ---- inside -----------------------------------------------------------------------------
+
+    def _check_state(self, state: Any) -> int:
+        """Refuse a state that does not fit, before anything is changed; its place otherwise."""
+        keys = {"version", "schedule", "iteration", "kept", "full", "regrown"}
+        if not isinstance(state, dict) or set(state) != keys or state["version"] != 1:
+            raise ValueError("this is not a ChannelPruner state dict of this version")
+        if state["schedule"] != self.schedule.to_dict():
+            raise ValueError(f"the checkpoint belongs to another schedule: {state['schedule']}")
+        position = self.schedule.index(state["iteration"])
+        kept, counts = state["kept"], self._counts[position]
+        if not isinstance(kept, (list, type(None))) or not isinstance(state["full"], dict):
+            raise ValueError("this is not a ChannelPruner state dict of this version")
+        if (kept is None) != (counts is None) or len(kept or ()) != len(counts or ()):
+            raise ValueError("the checkpoint's channels do not fit this model and schedule")
+        for group, index, count in zip(self._groups, kept or (), counts or (), strict=False):
+            if index.tolist() != sorted({int(i) % group.channels for i in index}):
+                raise ValueError(f"the checkpoint's channels of {group.name} are not its channels")
+            if len(index) != count:
+                raise ValueError(
+                    f"the checkpoint keeps {len(index)} channels of {group.name}, the schedule "
+                    f"{count} at iteration {state['iteration']}"
+                )
+        shapes = self._full_shapes()
+        for entry in ("full", "regrown"):
+            for name, tensor in state[entry].items():
+                if shapes.get(name) != tensor.shape:
+                    raise ValueError(f"the checkpoint's {entry} tensor {name} does not fit")
+        return position
+
+    def _full_shapes(self) -> dict[str, torch.Size]:
+        tensors = {slot.name: slot for group in self._groups for slot in group.slots}
+        return {
+            name: self._full[name].shape
+            if name in self._full
+            else _Cut(slot.module, slot.tensor).get().shape
+            for name, slot in tensors.items()
+        }
 
     def _choose(self, position: int, before: list[Tensor] | None = None) -> list[Tensor] | None:
         """Channels to keep in a segment, or None if it is dense."""
@@ -413,6 +449,13 @@ class _Cut:
     def put_into_zeros(self, part: Tensor, full: Tensor) -> Tensor:
         """The same in zeros of the whole's shape."""
         return self.put(part, torch.zeros_like(full, dtype=part.dtype))
+
+
+def _names(skip: str | Iterable[str]) -> list[str]:
+    if isinstance(skip, str):
+        return [skip]
+    listed: list[Any] = list(skip) if isinstance(skip, Iterable) else [skip]
+    return [_values.instance("skip", name, str, "names of layers") for name in listed]
 
 
 def _like(part: Tensor, full: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from l2l_prune import _values
 from l2l_prune.schedules import Schedule, Segment
 from l2l_prune.selection import Layers, Rule, segment_counts, select
 
@@ -27,6 +28,7 @@ class Setting:
         delta: The bounds hold with probability at least ``1 - delta``, in (0, 1).
 
     Raises:
+        TypeError: If a value is no number.
         ValueError: If a number is out of range.
     """
 
@@ -39,15 +41,12 @@ class Setting:
     delta: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.tasks < 1:
-            raise ValueError(f"tasks must be >= 1, got {self.tasks}")
+        _values.count("tasks", self.tasks, least=1)
         for name in ("loss_bound", "lipschitz", "radius"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number > 0, got {getattr(self, name)}")
+            _values.number(name, getattr(self, name), above=0)
         for name in ("smoothness", "inner_lr"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number >= 0, got {getattr(self, name)}")
-        if not 0 < self.delta < 1:
+            _values.number(name, getattr(self, name))
+        if not 0 < _values.number("delta", self.delta, above=0) < 1:
             raise ValueError(f"delta must be in (0, 1), got {self.delta}")
 
     @property
@@ -74,9 +73,11 @@ def sparse_gap_bound(kept: int, total: int, setting: Setting, constant: float = 
         as 0.
 
     Raises:
-        ValueError: If ``kept`` or ``total`` is out of range.
+        TypeError: If a value is no number.
+        ValueError: If a number is out of range.
     """
     _check_counts(kept, total)
+    _values.number("constant", constant, above=0)
     s = setting
     ratio = total * math.sqrt(s.tasks) * s.radius * s.meta_lipschitz / (s.loss_bound * kept)
     entropy = kept * max(0.0, math.log(ratio))
@@ -89,12 +90,13 @@ def margin_risk_bound(
     """Corollary 1: bound on the population error from the training risk of a margin loss.
 
     Args:
-        training_risk: Mean margin loss over the training tasks.
+        training_risk: Mean margin loss over the training tasks, >= 0.
         kept: As in :func:`sparse_gap_bound`, likewise the others.
         total: See ``kept``.
         setting: See ``kept``.
         constant: See ``kept``.
     """
+    _values.number("training_risk", training_risk)
     return training_risk + sparse_gap_bound(kept, total, setting, constant)
 
 
@@ -107,6 +109,7 @@ def dense_gap_bound(total: int, setting: Setting, constant: float = 1.0) -> floa
         constant: Factor in front, > 0.
     """
     _check_counts(total, total)
+    _values.number("constant", constant, above=0)
     return constant * setting.loss_bound * math.sqrt(total / setting.tasks)
 
 
@@ -158,6 +161,8 @@ def parameter_counts(
         >>> parameter_counts(nn.Linear(10, 2), DSDSchedule(0.5, pretrain=1, prune=1, retrain=1))
         (12, 22)
     """
+    _values.instance("model", model, nn.Module, "a torch.nn.Module")
+    _values.instance("schedule", schedule, Schedule, "a Schedule")
     total = sum(p.numel() for p in model.parameters())
     tensors = select(model, layers=layers, only=only, skip=skip)
     full = sum(segment_counts(tensors, Segment(1)))
@@ -190,13 +195,15 @@ def estimate_smoothness(
         ``(G, H)``.
 
     Raises:
-        ValueError: If a number is out of range, or the loss is not finite somewhere.
+        TypeError: If ``loss`` gives no tensor, or a value is no number.
+        ValueError: If a number is out of range, or the loss is not finite somewhere or does not
+            depend on the parameters.
     """
     tensors = list(parameters)
     if not tensors:
         raise ValueError("parameters is empty: there is nothing to vary")
-    if not radius > 0 or samples < 1:
-        raise ValueError(f"need radius > 0 and samples >= 1, got {radius} and {samples}")
+    _values.number("radius", radius, above=0)
+    _values.count("samples", samples, least=1)
     sizes = [tensor.numel() for tensor in tensors]
     start = torch.cat([tensor.detach().flatten() for tensor in tensors])
 
@@ -207,11 +214,15 @@ def estimate_smoothness(
 
     def gradient(point: Tensor) -> Tensor:
         move(point)
-        value = loss()
+        value = _values.instance("loss's result", loss(), Tensor, "a tensor")
         if not bool(value.isfinite()):
             raise ValueError(f"the loss is not finite within radius {radius}: take a smaller one")
-        parts = torch.autograd.grad(value, tensors)
-        return torch.cat([part.flatten() for part in parts])
+        parts: tuple[Tensor | None, ...] = (None,)
+        if value.requires_grad:
+            parts = torch.autograd.grad(value, tensors, allow_unused=True)
+        if any(part is None for part in parts):
+            raise ValueError("the loss does not depend on parameters that were given to vary")
+        return torch.cat([part.flatten() for part in parts if part is not None])
 
     def step(length: float) -> Tensor:
         direction = torch.randn(start.shape, generator=generator, dtype=start.dtype)
@@ -234,5 +245,7 @@ def estimate_smoothness(
 
 
 def _check_counts(kept: int, total: int) -> None:
+    _values.count("total", total)
+    _values.count("kept", kept)
     if not 1 <= kept <= total:
         raise ValueError(f"kept must be in 1 .. total = {total}, got {kept}")

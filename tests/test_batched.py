@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from l2l_prune import DSDSchedule, PrunedReptile
 from l2l_prune.batched import ELEMENTWISE, BatchedLearners
+from l2l_prune.cavia import CAVIA
 from l2l_prune.data import Episode
 from l2l_prune.evaluation import few_shot_accuracy
+from l2l_prune.experiments.models import CaviaMLP
 from l2l_prune.structured import Structured
 
 SCHEDULE = DSDSchedule(0.5, pretrain=1, prune=2, retrain=2)
@@ -128,7 +130,8 @@ def test_what_cannot_go_together_is_refused(net):
     joint = PrunedReptile(net, SCHEDULE, inner_optimizer=torch.optim.Adafactor)
     with pytest.raises(ValueError, match="Adafactor may step on several weights together"):
         few_shot_accuracy(joint, episodes(), **options)
-    with pytest.raises(ValueError, match="needs a PrunedReptile, got Linear"):
-        few_shot_accuracy(nn.Linear(1, 1), episodes(), **options)
+    cavia = CAVIA(CaviaMLP(), lr=0.1)
+    with pytest.raises(ValueError, match="needs a PrunedReptile, got CAVIA"):
+        few_shot_accuracy(cavia, episodes(), **options)
     with pytest.raises(ValueError, match="tasks_at_once must be >= 1"):
         few_shot_accuracy(joint, episodes(), **{**options, "tasks_at_once": 0})

@@ -449,3 +449,28 @@ def test_autocast_to_bfloat16_follows_the_plain_path(net, batch):
     start = torch.cat([p.detach().flatten() for p in net.parameters()])
     apart = (weights[True] - weights[False]).norm() / (weights[False] - start).norm()
     assert 0 < apart < 0.1
+
+
+def test_an_inner_optimizer_with_state_of_other_shapes_resumes(net, batch):
+    """Adafactor keeps rows and columns of squared gradients instead of one entry a weight."""
+    x, y = batch
+    factory = functools.partial(torch.optim.Adafactor)
+
+    def make(model):
+        return PrunedReptile(
+            model, DSDSchedule(0.5, pretrain=1, prune=2, retrain=1), inner_optimizer=factory
+        )
+
+    def iterate_once(reptile):
+        learner = reptile.clone()
+        learner.adapt(F.cross_entropy(learner(x), y))
+        reptile.collect(learner)
+        reptile.step()
+
+    resumed, whole = make(copy.deepcopy(net)), make(net)
+    iterate_once(whole)
+    resumed.load_state_dict(whole.state_dict())
+    iterate_once(whole)
+    iterate_once(resumed)
+    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from l2l_prune import _values
+
 
 class Episode(NamedTuple):
     """One few-shot task.
@@ -37,6 +39,7 @@ class EpisodeSampler:
         seed: Seed of the draws.
 
     Raises:
+        TypeError: If images or labels are no tensors (of integers), or a number is no integer.
         ValueError: If a number is out of range, lengths differ, or a class is too small.
 
     Example:
@@ -57,11 +60,17 @@ class EpisodeSampler:
         queries: int,
         seed: int = 0,
     ) -> None:
+        for name, given in (("images", images), ("labels", labels)):
+            _values.instance(name, given, Tensor, "a tensor")
+        if labels.is_floating_point() or labels.is_complex():
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        if labels.dim() != 1:
+            raise ValueError(f"labels must have one dimension, got {list(labels.shape)}")
         if len(images) != len(labels):
             raise ValueError(f"labels must be as many as images, got {len(labels)}, {len(images)}")
         for name, value, least in (("ways", ways, 1), ("shots", shots, 1), ("queries", queries, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
+            _values.count(name, value, least)
+        _values.count("seed", seed)
         classes, sizes = torch.unique(labels, return_counts=True)
         if ways > len(classes):
             raise ValueError(f"ways={ways}, but there are only {len(classes)} classes")
@@ -104,8 +113,15 @@ class EpisodeSampler:
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the draws from where :meth:`state_dict` was taken."""
-        self._generator.set_state(state["generator"])
+        """Go on with the draws from where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: If ``state`` is no such state.
+        """
+        try:
+            self._generator.set_state(state["generator"])
+        except (KeyError, TypeError, RuntimeError):
+            raise ValueError("this is not a state dict of an EpisodeSampler") from None
 
     def _gather(self, indices: Tensor) -> Tensor:
         images = self._images[indices.flatten()]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from l2l_prune import _values
 from l2l_prune.data.benchmarks import (
     BENCHMARKS,
     SPLITS,
@@ -43,6 +44,7 @@ def load_images(
         download: Let learn2learn download missing files.
 
     Raises:
+        TypeError: If ``max_classes`` is no integer.
         ValueError: If a name is unknown, ``max_classes`` is not possible, or a file is broken.
         FileNotFoundError: If a file is missing; the message says which and where it comes from.
     """
@@ -93,6 +95,7 @@ def _some_classes(data: Images, max_classes: int | None, seed: int) -> Images:
     if max_classes is None:
         return data
     classes = torch.unique(data.labels)
+    _values.count("max_classes", max_classes)
     if not 1 <= max_classes <= len(classes):
         raise ValueError(f"max_classes must be in [1, {len(classes)}], got {max_classes}")
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))

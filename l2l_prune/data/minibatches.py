@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from l2l_prune import _values
+
 
 def minibatches(
     x: Tensor, y: Tensor, *, batch_size: int, steps: int, generator: torch.Generator | None = None
@@ -27,6 +29,7 @@ def minibatches(
         ``(x, y)`` of ``batch_size`` examples.
 
     Raises:
+        TypeError: If a number is no integer.
         ValueError: If there are no examples, lengths differ, or a number is out of range.
 
     Example:
@@ -36,8 +39,8 @@ def minibatches(
     """
     if len(x) != len(y) or len(x) == 0:
         raise ValueError(f"x and y must hold equally many examples, got {len(x)} and {len(y)}")
-    if batch_size < 1 or steps < 0:
-        raise ValueError(f"need batch_size >= 1 and steps >= 0, got {batch_size} and {steps}")
+    _values.count("batch_size", batch_size, least=1)
+    _values.count("steps", steps)
     passes = -(-batch_size * steps // len(x))
     order = [torch.randperm(len(x), generator=generator) for _ in range(passes)]
     if order:

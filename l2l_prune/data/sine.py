@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from l2l_prune import _values
 from l2l_prune.data.episodes import Episode
 
 
@@ -18,6 +19,7 @@ class SineTasks:
         seed: Seed of the draws.
 
     Raises:
+        TypeError: If a number is no integer.
         ValueError: If a number is out of range.
 
     Source:
@@ -25,9 +27,8 @@ class SineTasks:
     """
 
     def __init__(self, *, shots: int = 10, queries: int = 10, seed: int = 0) -> None:
-        if shots < 1 or queries < 0:
-            raise ValueError(f"need shots >= 1 and queries >= 0, got {shots} and {queries}")
-        self.shots, self.queries = shots, queries
+        self.shots = _values.count("shots", shots, least=1)
+        self.queries = _values.count("queries", queries)
         self._generator = torch.Generator().manual_seed(seed)
 
     def sample(self) -> Episode:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
+from l2l_prune import _values
+from l2l_prune.experiments.check_config import check_types
 from l2l_prune.schedules import DSDSchedule, IHTSchedule, Schedule, Segment
 from l2l_prune.selection import Layers
 
@@ -57,6 +58,10 @@ class RunConfig:
         eval_every: Meta-iterations between points of the accuracy curves.
         curve_tasks: Tasks for each point of the curves, from each of training and test classes.
         final_tasks: Tasks for the accuracies at the end, from each of training and test classes.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is out of range, a name unknown, or settings do not go together.
     """
 
     name: str
@@ -95,16 +100,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.algorithm not in DEFAULTS:
             raise ValueError(f"algorithm must be one of {', '.join(DEFAULTS)}: {self.algorithm!r}")
-        if self.select not in ("last", "best"):
-            raise ValueError(f'select must be "last" or "best", got {self.select!r}')
-        if self.backbone not in ("conv4", "resnet12"):
-            raise ValueError(f'backbone must be "conv4" or "resnet12", got {self.backbone!r}')
-        if self.criterion not in ("magnitude", "random"):
-            raise ValueError(f'criterion must be "magnitude" or "random", got {self.criterion!r}')
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be a number >= 0, got {self.weight_decay}")
+        check_types({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
         special = self.dropout or self.weight_decay or self.structured
         if special and self.algorithm != "reptile":
             raise ValueError(
@@ -249,19 +245,24 @@ def make_config(
         **settings: Fields of :class:`RunConfig`; those that are ``None`` keep their default.
 
     Raises:
-        ValueError: If a name or number is not possible.
+        TypeError: If a value has the wrong type.
+        ValueError: If a name or number is not possible, or a setting unknown.
     """
     if algorithm not in DEFAULTS:
         raise ValueError(f"algorithm must be one of {', '.join(DEFAULTS)}, got {algorithm!r}")
+    known = {field.name for field in dataclasses.fields(RunConfig)}
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(f"there is no setting {', '.join(unknown)}; there are {sorted(known)}")
     chosen = dict(DEFAULTS[algorithm])
     if published:
         if algorithm not in PUBLISHED:
             raise ValueError(f"there are published settings for {', '.join(PUBLISHED)} only")
         chosen |= {**PUBLISHED[algorithm], "train_classes": None}
     default = chosen.pop("iterations", 400)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale must be a number > 0, got {scale}")
-    iterations = round(scale * (default if iterations is None else iterations))
+    whole = _values.count("iterations", default if iterations is None else iterations, least=1)
+    iterations = round(_values.number("scale", scale, above=0) * whole)
+    if iterations < 1:
+        raise ValueError(f"scale={scale} leaves nothing of {whole} iterations")
     chosen |= {name: value for name, value in settings.items() if value is not None}
     data, channels = chosen.get("data", "glyphs"), chosen.get("channels", RunConfig.channels)
     paper = published_phases(schedule, data, channels) if published else {}
@@ -311,17 +312,22 @@ def make_schedule(
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {kind!r}")
     if kind == "dense":
         return Schedule((Segment(iterations),))
-    if not 0 < sparsity < 1:
+    if _values.fraction("sparsity", sparsity) == 0:
         raise ValueError(f"sparsity must be in (0, 1), got {sparsity}")
+    given = {"pretrain": pretrain, "retrain": retrain}
+    _values.check_fractions({name: share for name, share in given.items() if share is not None})
     if kind == "dsd":
         pretrain = 0.3 if pretrain is None else pretrain
         retrain = 0.1 if retrain is None else retrain
         prune = round(1 - pretrain - retrain, 12)  # 0.6 and not 0.6000000000000001
+        if prune < 0:
+            raise ValueError(f"pretrain={pretrain} and retrain={retrain} are more than the run")
         return DSDSchedule.from_fractions(
             sparsity, iterations, pretrain=pretrain, prune=prune, retrain=retrain
         )
     pretrain = 0.2 if pretrain is None else pretrain
     retrain = 0.25 if retrain is None else retrain
+    _values.count("rounds", rounds)
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     round_share = (1 - pretrain) / rounds

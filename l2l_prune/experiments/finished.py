@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from l2l_prune import _values
 from l2l_prune.evaluation import paired_difference
 from l2l_prune.experiments.over_seeds import OverSeeds
 
@@ -108,9 +109,43 @@ class FinishedRun:
         algorithm, data, ways, size, shots = self.setting
         return f"{algorithm} on {data}, {ways}-way {shots}-shot, {size}"
 
+    def check(self) -> None:
+        """Touch all that a report reads, so that damage shows where it can still be named.
+
+        Raises:
+            KeyError: If something is missing.
+            TypeError: If something has another type.
+            ValueError: If something is no number.
+        """
+        numbers = [self.entry[part]["mean"] for part in ("train", "test")]
+        for point in self.entry["curve"]:
+            numbers += [point[key] for key in ("iteration", "sparsity", "train", "test")]
+        for value in (*numbers, self.entry["seconds"], self.seed):
+            _values.instance("a number of the results", value, (int, float), "a number")  # type: ignore[arg-type]
+        _ = (self.method, self.setting, self.phase_iterations("prune"))
+
     def phase_iterations(self, phase: str) -> int:
         """Meta-iterations in all segments of a phase."""
         return sum(s["iterations"] for s in self.segments if s["phase"] == phase)
+
+
+def read_runs(file: Path) -> list[dict[str, Any]]:
+    """The entries of a ``results.json``, each with all that a report reads of it.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    try:
+        runs: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["runs"]
+        for run in runs:
+            FinishedRun(run, file.parent, 0).check()
+        if not runs:
+            raise ValueError("it holds no run")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({type(error).__name__}: {error}): delete it and run it again"
+        ) from None
+    return runs
 
 
 def collect(folder: Path) -> list[FinishedRun]:
@@ -121,12 +156,7 @@ def collect(folder: Path) -> list[FinishedRun]:
     """
     entries: list[tuple[dict[str, Any], Path]] = []
     for file in sorted(folder.glob("*/results.json")):
-        try:
-            for entry in json.loads(file.read_text())["runs"]:
-                FinishedRun(entry, file.parent, 0).setting  # noqa: B018 - is it all there?
-                entries.append((entry, file.parent))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is damaged ({error!r}): run it again") from None
+        entries += [(entry, file.parent) for entry in read_runs(file)]
     if not entries:
         raise ValueError(f"there is no finished run in {folder}")
     lengths: dict[Hashable, Counter[int]] = defaultdict(Counter)

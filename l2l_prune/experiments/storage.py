@@ -12,6 +12,7 @@ from typing import Any
 import filelock
 
 from l2l_prune.experiments.config import RunConfig, file_name
+from l2l_prune.experiments.finished import read_runs
 
 
 @contextmanager
@@ -33,12 +34,12 @@ def finished_run(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     """The run's entry of ``results.json`` in its folder, or ``None`` if it has not ended.
 
     Raises:
-        ValueError: If the results are of other settings.
+        ValueError: If the results are of other settings, or damaged.
     """
     file = folder / "results.json"
     if not file.is_file():
         return None
-    run: dict[str, Any] = json.loads(file.read_text())["runs"][0]
+    run = read_runs(file)[0]
     if run["config"] != json.loads(json.dumps(config.to_json())):
         raise ValueError(f"{file} was made with other settings: choose another folder")
     return run

@@ -21,6 +21,7 @@ import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from rich.console import Console
 
+from l2l_prune import _values
 from l2l_prune.experiments.config import RunConfig, make_config
 from l2l_prune.experiments.results import write_results
 from l2l_prune.experiments.run import RunResult, run
@@ -40,6 +41,7 @@ def expand(base: dict[str, Any], grid: dict[str, Any] | list[dict[str, Any]]) ->
         several sparsities) only once.
 
     Raises:
+        TypeError: If a value has the wrong type.
         ValueError: If a setting is unknown or not possible.
 
     Example:
@@ -48,6 +50,8 @@ def expand(base: dict[str, Any], grid: dict[str, Any] | list[dict[str, Any]]) ->
         6
     """
     grids = grid if isinstance(grid, list) else [grid]
+    for name, table in (("base", base), *(("grid", one) for one in grids)):
+        _values.instance(name, table, dict, "a table")
     configs = [config for one in grids for config in _combinations(base, one)]
     unique = {run_name(config): config for config in configs}.values()
     return sorted(unique, key=lambda config: config.seed)
@@ -56,7 +60,10 @@ def expand(base: dict[str, Any], grid: dict[str, Any] | list[dict[str, Any]]) ->
 def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]:
     axes = {name: value if isinstance(value, list) else [value] for name, value in grid.items()}
     if "seeds" in axes:
-        axes["seed"] = list(range(*axes.pop("seeds")))
+        axes["seed"] = _seeds(grid)
+        del axes["seeds"]
+    if empty := sorted(name for name, values in axes.items() if not values):
+        raise ValueError(f"{', '.join(empty)} must not be empty: leave it out for its default")
     fields = {field.name for field in dataclasses.fields(RunConfig)} - {"name"}
     known = fields | set(inspect.signature(make_config).parameters) - {"settings"}
     given = base.keys() | axes.keys()
@@ -68,6 +75,17 @@ def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]
         make_config(**base | dict(zip(axes, values, strict=True)))
         for values in itertools.product(*axes.values())
     ]
+
+
+def _seeds(grid: dict[str, Any]) -> list[int]:
+    number = grid["seeds"]
+    if isinstance(number, list):
+        raise TypeError(
+            f"seeds must be an integer, got {number}: to list them write seed = {number}"
+        )
+    if "seed" in grid:
+        raise ValueError("give seeds or seed, not both")
+    return list(range(_values.count("seeds", number, least=1)))
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ import importlib
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from l2l_prune import _values
 from l2l_prune.pruner import Pruner
 from l2l_prune.reparam import dense_state_dict
 from l2l_prune.schedules import Schedule
@@ -47,7 +49,8 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
             dense keys, as ``torch.save`` of a state dict.
 
     Raises:
-        TypeError: If ``schedule`` is none.
+        TypeError: If ``schedule`` is none, or ``dense_weights`` no path.
+        FileNotFoundError: When the fit starts, if the folder of ``dense_weights`` is not there.
         ValueError: When the fit starts, if the module cannot be pruned as asked, or no optimizer
             holds a pruned weight.
 
@@ -67,9 +70,9 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         dense_weights: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(schedule, Schedule):
-            raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
-        self.schedule = schedule
+        self.schedule = _values.instance("schedule", schedule, Schedule, "a Schedule")
+        if dense_weights is not None:
+            _values.instance("dense_weights", dense_weights, (str, os.PathLike), "a path")  # type: ignore[arg-type]
         self.pruner: Pruner | None = None
         self._options: dict[str, Any] = {
             "layers": layers,
@@ -82,7 +85,16 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         self._handles: list[Any] = []
 
     def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
-        """Attach before Lightning restores weights, whose keys are those of a pruned model."""
+        """Attach before Lightning restores weights, whose keys are those of a pruned model.
+
+        Raises:
+            FileNotFoundError: If the folder of ``dense_weights`` is not there: said now, and not
+                after the training.
+        """
+        if self._dense_weights is not None:
+            folder = Path(self._dense_weights).absolute().parent
+            if not folder.is_dir():
+                raise FileNotFoundError(f"dense_weights: there is no folder {folder}")
         if self.pruner is None or self.pruner.model is not pl_module:
             self.pruner = Pruner(pl_module, self.schedule, **self._options)
             if self._restored is not None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from l2l_prune import _values
+
 try:
     import learn2learn as l2l
     from qpth.qp import QPFunction
@@ -30,6 +32,7 @@ class MetaOptNet(nn.Module):
         head: ``"svm"`` (Crammer and Singer, the paper's), ``"ridge"`` or ``"prototype"``.
 
     Raises:
+        TypeError: If ``features`` is no module.
         ValueError: If ``head`` is another name.
 
     Source:
@@ -38,6 +41,7 @@ class MetaOptNet(nn.Module):
 
     def __init__(self, features: nn.Module, head: str = "svm") -> None:
         super().__init__()
+        _values.instance("features", features, nn.Module, "a torch.nn.Module")
         if head not in HEADS:
             raise ValueError(f"head must be one of {sorted(HEADS)}, got {head!r}")
         self.features = features
@@ -60,6 +64,7 @@ class MetaOptNet(nn.Module):
             ``[queries, ways]``, or ``[tasks, queries, ways]``.
 
         Raises:
+            TypeError: If labels are no integers.
             ValueError: If the classes of an episode have unequal shots, or (SVM) the embedding is
                 not finite.
         """
@@ -157,6 +162,7 @@ def smoothed_cross_entropy(scores: Tensor, labels: Tensor, smoothing: float = 0.
         smoothing: In [0, 1). torch's own ``label_smoothing`` also gives the label its share of
             the rest, so the same number would mean less there.
     """
+    _values.fraction("smoothing", smoothing)
     ways = scores.shape[-1]
     return F.cross_entropy(
         scores.flatten(0, -2), labels.flatten(), label_smoothing=smoothing * ways / (ways - 1)
@@ -206,6 +212,8 @@ def published_lr_factor(progress: float) -> float:
 
 
 def _check_labels(labels: Tensor) -> None:
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"support_y must hold integers, got {labels.dtype}")
     shots = torch.bincount(labels).tolist() if len(labels) else []
     if len(set(shots)) != 1:
         raise ValueError(

@@ -1,0 +1,142 @@
+"""The command: options, files and folders; it ends with code 2, a line, and no traceback."""
+
+from __future__ import annotations
+
+import re
+from contextlib import ExitStack
+from unittest import mock
+
+from typer.testing import CliRunner
+
+from l2l_prune.cli import app
+from tests.bad_input.case import Case
+
+WORK = (
+    "l2l_prune.experiments.demo.run_demo",
+    "l2l_prune.experiments.demo.run_and_report",
+    "l2l_prune.experiments.compare.compare",
+    "l2l_prune.experiments.sweep.sweep",
+    "l2l_prune.data.glyphs.render_glyphs",
+)
+
+
+class Refused(Exception):
+    """What the command said before it ended with code 2."""
+
+
+def command(*words):
+    def act(scene):
+        with ExitStack() as stack:
+            for entry in WORK:  # a command that is not refused ends here, and not in minutes
+                stack.enter_context(mock.patch(entry, side_effect=AssertionError("it started")))
+            result = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, list(words))
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        if result.exit_code == 2:
+            raise Refused(" ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split()))
+        raise AssertionError(f"it ended with {result.exit_code}: {result.output}")
+
+    return act
+
+
+def file(name, content):
+    def scene(folder):
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return {}
+
+    return scene
+
+
+def folder_called(name):
+    def scene(folder):
+        (folder / name).mkdir()
+        return {}
+
+    return scene
+
+
+def told(name, words, line, scene=None):
+    more = {} if scene is None else {"scene": scene}
+    return Case(name, command(*line.split()), Refused, words, ours=False, **more)
+
+
+def config(name, words, text):
+    return told(name, words, "run --config run.toml", file("run.toml", text))
+
+
+def sweep(name, words, text):
+    return told(name, words, "sweep grid.toml", file("grid.toml", text))
+
+
+GRID = '[base]\nalgorithm = "reptile"\n[grid]\nschedule = ["dsd"]\n'
+CASES = [
+    told("an unknown command", "No such command 'train'", "train"),
+    told("an unknown option", "No such option.*--sparsty", "run --sparsty 0.5"),
+    told("an option without its value", "--sparsity", "run --sparsity"),
+    told(
+        "the command's unknown algorithm", "algorithm .*reptile.*'mamml'", "run --algorithm mamml"
+    ),
+    told("the command's unknown schedule", "schedule .*dense.*'sdd'", "run --schedule sdd"),
+    told("the command's unknown data", "data .*glyphs.*'cub'", "run --data cub"),
+    told("--sparsity 50%", "--sparsity", "run --sparsity 50%"),
+    told("--sparsity 50", r"--sparsity.*50\.0 is not in \(0, 1\)", "run --sparsity 50"),
+    told("--sparsity nan", "--sparsity.*nan", "run --sparsity nan"),
+    told("--sparsity of the demo", r"--sparsity.*1\.5", "demo --sparsity 1.5"),
+    told("--iterations many", "--iterations", "run --iterations many"),
+    told("--iterations 3", "--iterations", "run --iterations 3"),
+    told("--seeds 0", "--seeds", "run --seeds 0"),
+    told("--seed -1", "--seed", "run --seed -1"),
+    told("--jobs 0", "--jobs", "run --jobs 0"),
+    told("--ways 1", "--ways", "run --ways 1"),
+    told("--inner-lr -1", "inner_lr .*-1", "run --inner-lr -1"),
+    told("--meta-lr nan", "meta_lr .*nan", "run --meta-lr nan"),
+    told("--scale 0", "scale .*0", "run --scale 0"),
+    told("--select test", "select .*'test'", "run --select test"),
+    told("--backbone vgg", "backbone .*'vgg'", "run --backbone vgg"),
+    told("--published for anil", "published settings for", "run --published --algorithm anil"),
+    told("a benchmark without --data-root", "fc100 needs .*--data-root", "run --data fc100"),
+    told("--data-root that is empty", r"FC100_train\.pickle", "run --data fc100 --data-root ."),
+    told("--out a file", "--out.*a.txt.*is a file", "run --out a.txt", file("a.txt", "")),
+    told("--out below a file", "a.txt", "run --out a.txt/runs", file("a.txt", "")),
+    told("no such --config", "--config.*no.toml", "run --config no.toml"),
+    told(
+        "--config a folder", "--config.*here.*directory", "run --config here", folder_called("here")
+    ),
+    config("config with a slip", "run.toml.*line 1", "iterations = = 3"),
+    config("config not in UTF-8", "run.toml.*utf-8", b'algorithm = "r\xe9ptile"'),
+    config(
+        "config with an unknown key", "run.toml sets lerning_rate; there are", "lerning_rate = 1"
+    ),
+    config("config with a table", "run.toml sets run", "[run]\nways = 5"),
+    config("config with words for a number", "--iterations", 'iterations = "many"'),
+    config("config with a list for a number", "--ways", "ways = [2, 3]"),
+    config("config with half a seed", "--seeds", "seeds = 1.5"),
+    config("config with a yes for a number", "--ways", "ways = true"),
+    config("config with a word for yes", "--transductive", 'transductive = "maybe"'),
+    config("config with a number for a name", "algorithm.*5", "algorithm = 5"),
+    config("config with an unknown schedule", "schedule .*'sdd'", 'schedule = "sdd"'),
+    told("no such sweep", "no.toml", "sweep no.toml"),
+    told("sweep a folder", "here.*directory", "sweep here", folder_called("here")),
+    sweep("sweep with a slip", "grid.toml: Expected", "[base"),
+    sweep("sweep with another table", r"\[base\] and \[grid\]", GRID + "[run]\n"),
+    sweep("sweep of an empty file", "algorithm and schedule must be given", ""),
+    sweep("sweep without a table", r"\[base\] and \[grid\]", 'algorithm = "reptile"'),
+    sweep("sweep with a base that is no table", "base .*table.*3", "base = 3"),
+    sweep("sweep with no values", "sparsity .*empty", GRID + "sparsity = []"),
+    sweep("sweep with listed seeds", "seeds .*seed = ", GRID + "seeds = [0, 1]"),
+    sweep("sweep with words for a number", "ways .*'five'", GRID + 'ways = ["five"]'),
+    sweep("sweep over unknown data", "data .*'cub'", GRID + 'data = ["glyphs", "cub"]'),
+    told(
+        "an unknown cluster",
+        "--cluster.*'cloud' is neither local nor slurm",
+        "sweep grid.toml --cluster cloud",
+        file("grid.toml", GRID),
+    ),
+    told("an unknown table of the paper", "'table9'.*table1", "paper table9"),
+    told("--shots 0 of the paper", "--shots", "paper table1 --shots 0"),
+    told(
+        "report of an empty folder", "no finished run in here", "report here", folder_called("here")
+    ),
+    told("report of no folder", "no finished run in nowhere", "report nowhere"),
+    told("report of a file", "a.txt is a file", "report a.txt", file("a.txt", "")),
+]
