@@ -1,9 +1,12 @@
 """PrunedReptile on several processes that share the tasks, and that can be stopped at any time.
 
-    torchrun --standalone --nproc-per-node 2 examples/distributed/reptile.py checkpoint.pt
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    torchrun --standalone --nproc-per-node 2 --max-restarts 3 \\
+        examples/distributed/reptile.py checkpoint.pt
 
-Every 5 meta-iterations the first rank writes a checkpoint; after a crash the same command goes on
-from it. The tasks of a meta-iteration depend on its number and the rank alone, so such a run ends
+Every 5 meta-iterations the first rank writes a checkpoint. If a rank is killed, torchrun starts all
+of them again and they go on from it; so does the same command later. (Without the variable the
+restarted ranks may find the addresses of the dead ones in torchrun's store.) The tasks of a meta-iteration depend on its number and the rank alone, so such a run ends
 with the weights of one that was never stopped.
 """
 
