@@ -205,16 +205,21 @@ def _trace(model: nn.Module, example_inputs: Any) -> Any:
 
     modes = [(module, module.training) for module in model.modules()]
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    hooks = [(module, module._forward_hooks.copy()) for module in model.modules()]
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _try_inputs(model, example_inputs)
             return library.DependencyGraph().build_dependency(
                 model,
                 example_inputs=example_inputs,
                 customized_pruners={FiLM: FiLMChannels()},
                 verbose=False,
             )
+    except Exception:
+        for module, forward_hooks in hooks:  # torch-pruning leaves its own behind
+            module._forward_hooks = forward_hooks
+        _try_inputs(model, example_inputs)  # are they at fault?
+        raise
     finally:
         for module, training in modes:
             module.training = training
@@ -224,7 +229,7 @@ def _trace(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def _try_inputs(model: nn.Module, example_inputs: Any) -> None:
-    """A forward pass as torch-pruning makes it, to tell wrong inputs from what it does later."""
+    """A forward pass as torch-pruning makes it, to tell wrong inputs from its own trouble."""
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             if isinstance(example_inputs, dict):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import types
 from collections import OrderedDict
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -219,8 +219,8 @@ def _make_held_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.M
             base._load_from_state_dict(self, state_dict, prefix, *args)
 
         def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-            if name in names:  # torch's own refusal would say that the attribute exists already
-                setattr(self, name, parameter if parameter is None else parameter.data)
+            if name in names:  # torch's own words would be that the attribute exists already
+                _refuse_assignment(base, name)
             base.register_parameter(self, name, parameter)
 
         namespace["register_parameter"] = register
@@ -237,16 +237,20 @@ def _masked_property(base: type[nn.Module], name: str) -> property:
         return cast(Tensor, method.apply_mask(module))  # type: ignore[no-untyped-call]
 
     def write(module: nn.Module, value: object) -> None:
-        raise RuntimeError(
-            f"{base.__name__}.{name} is under an l2l_prune mask and cannot be "
-            f"assigned: write to '{name}_orig' (its name in functional_call and state dicts too), "
-            "or take the masks off first with Pruner.finalize()"
-        )
+        _refuse_assignment(base, name)
 
-    def refuse_delete(module: nn.Module) -> None:
-        write(module, None)
+    def delete(module: nn.Module) -> None:
+        _refuse_assignment(base, name)
 
-    return property(read, write, refuse_delete)
+    return property(read, write, delete)
+
+
+def _refuse_assignment(base: type[nn.Module], name: str) -> NoReturn:
+    raise RuntimeError(
+        f"{base.__name__}.{name} is under an l2l_prune mask and cannot be "
+        f"assigned: write to '{name}_orig' (its name in functional_call and state dicts too), "
+        "or take the masks off first with Pruner.finalize()"
+    )
 
 
 def _flat_weights_property() -> property:

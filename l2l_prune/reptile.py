@@ -263,7 +263,8 @@ class PrunedReptile(nn.Module):
         Raises:
             ValueError: If the state belongs to another model or schedule; nothing is changed then.
         """
-        _check_extra_state(state, dict(self.module.named_parameters()))
+        whole = isinstance(self.pruner, Pruner)  # cut tensors have the state's shapes only later
+        _check_extra_state(state, dict(self.module.named_parameters()), whole)
         self.pruner.load_state_dict(state["pruner"])
         self._workspaces.clear()
         self._inner_state = [copied_state(entry) for entry in state["inner_state"]]
@@ -297,7 +298,7 @@ class PrunedReptile(nn.Module):
             raise RuntimeError("PrunedReptile was finalized: make a new one to train on")
 
 
-def _check_extra_state(state: Any, parameters: dict[str, nn.Parameter]) -> None:
+def _check_extra_state(state: Any, parameters: dict[str, nn.Parameter], shapes: bool) -> None:
     keys = {"pruner", "inner_state", "collected", "tasks"}
     if not isinstance(state, dict) or set(state) != keys:
         raise ValueError("this is not a PrunedReptile state dict of this version")
@@ -308,6 +309,8 @@ def _check_extra_state(state: Any, parameters: dict[str, nn.Parameter]) -> None:
         raise ValueError(f"the checkpoint has {len(collected)} collected tensors of {tasks} tasks")
     if len(inner) not in (0, len(parameters)):
         raise ValueError(f"the checkpoint's inner_state is of {len(inner)} parameters")
+    if not shapes:
+        return
     for (name, parameter), total in zip(parameters.items(), collected, strict=False):
         if total.shape != parameter.shape:
             raise ValueError(f"the checkpoint's collected weights do not fit {name}")

@@ -228,6 +228,48 @@ def test_another_torch_pruning_call_on_top_is_refused(pruned):
         prune.l1_unstructured(pruned.fc, "weight", amount=0.5)
 
 
+def test_a_partial_state_dict_leaves_masked_weights_alone(pruned):
+    before = pruned.fc.weight_orig.clone()
+    missing, unexpected = pruned.load_state_dict({"fc.bias": torch.ones(3)}, strict=False)
+    assert "fc.weight_orig" in missing
+    assert not unexpected
+    assert torch.equal(pruned.fc.weight_orig, before)
+    assert torch.equal(pruned.fc.bias, torch.ones(3))
+
+
+def test_other_parameters_can_still_be_added(pruned):
+    pruned.fc.gain = nn.Parameter(torch.ones(3))
+    assert list(dict(pruned.fc.named_parameters())) == ["weight_orig", "bias", "gain"]
+
+
+def test_a_dense_weight_is_taken_where_others_of_its_module_are_missing():
+    net = nn.ModuleDict({"rnn": nn.LSTM(2, 3)})
+    Pruner(net, DSDSchedule(0.5, pretrain=1, prune=1, retrain=1), only=nn.LSTM)
+    given = torch.ones(12, 3)
+    _, unexpected = net.load_state_dict({"rnn.weight_hh_l0": given}, strict=False)
+    assert not unexpected
+    assert torch.equal(net["rnn"].weight_hh_l0, given)
+
+
+def test_dense_keys_are_those_of_the_model_without_masks(net):
+    keys = list(net.state_dict())
+    holder = nn.ModuleDict({"net": net})
+    pruner = Pruner(
+        holder, DSDSchedule(0.5, pretrain=1, prune=2, retrain=1), skip="net.conv1", dense_keys=True
+    )
+    for _ in range(4):
+        state = holder.state_dict()
+        assert list(state) == [f"net.{key}" for key in keys]
+        plain = type(net)()
+        plain.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
+        for name, module in plain.named_modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                assert torch.equal(module.weight, net.get_submodule(name).weight)
+        pruner.step()
+    pruner.finalize()
+    assert list(holder.state_dict()) == [f"net.{key}" for key in keys]
+
+
 def test_dense_and_pruned_state_dicts_do_not_mix_silently(net, pruned, batch):
     fresh = type(net)()
     dense = fresh.state_dict()

@@ -94,6 +94,30 @@ def test_paper_numbers():
     assert IHTSchedule.paper("mini-imagenet", sparsity=0.7).sparsity == 0.7
 
 
+def test_given_rates_replace_the_papers():
+    for kind in (DSDSchedule, IHTSchedule):
+        assert kind.paper("mini-imagenet", sparsity=0.15).sparsity == 0.15
+        assert kind.paper("mini-imagenet", sparsity={"fc": 0.2}).sparsity == (("fc", 0.2),)
+
+
+def test_counts_reach_every_sparse_segment_and_survive_scaling():
+    lengths = {"pretrain": 2, "prune": 6, "retrain": 2}
+    for schedule in (
+        DSDSchedule(0.5, **lengths, keep={"fc": 3}),
+        IHTSchedule(0.5, **lengths, rounds=2, keep={"fc": 3}),
+    ):
+        for same in (schedule, schedule.scaled(2 * schedule.iterations)):
+            assert all(s.keep == (("fc", 3),) for s in same.segments if s.sparse)
+    uneven = DSDSchedule(0.5, pretrain=1, prune=2, retrain=7).scaled(100)
+    assert (uneven.pretrain, uneven.prune, uneven.retrain) == (10, 20, 70)
+
+
+def test_the_shortest_runs():
+    one = {"pretrain": 0.0, "prune": 1.0, "retrain": 0.0}
+    assert DSDSchedule.from_fractions(0.5, 1, **one).prune == 1
+    assert IHTSchedule.from_fractions(0.5, 1, **one, rounds=1).prune == 1
+
+
 def test_scaled_keeps_the_shape():
     short = DSDSchedule.paper("mini-imagenet").scaled(1000)
     assert (short.pretrain, short.prune, short.retrain) == (300, 600, 100)

@@ -50,6 +50,12 @@ def removed(folder):
     return scene
 
 
+def replaced(folder):
+    scene = attached(folder)
+    scene["net"].fc.weight_mask = torch.ones(3, 16)
+    return scene
+
+
 def diverged(folder):
     scene = attached(folder, schedule=SCHEDULE)
     with torch.no_grad():
@@ -269,7 +275,7 @@ OPTIMIZERS = [
         "no optimizer added",
         lambda s: s.pruner.add_optimizer(None),
         TypeError,
-        "optimizer .*None",
+        "optimizer must be a torch Optimizer, got None",
         attached,
     ),
     Case(
@@ -317,6 +323,13 @@ MOMENTS = [
         RuntimeError,
         "conv2.weight was removed",
         removed,
+    ),
+    Case(
+        "a mask replaced",
+        lambda s: s.pruner.step(),
+        RuntimeError,
+        "mask of fc.weight is not the one of this Pruner",
+        replaced,
     ),
     Case(
         "a diverged net",

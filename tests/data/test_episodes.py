@@ -122,5 +122,5 @@ def test_minibatches_larger_than_the_task_and_none_at_all():
     ("n", "m", "batch_size", "steps"), [(0, 0, 1, 1), (2, 3, 1, 1), (2, 2, 0, 1), (2, 2, 1, -1)]
 )
 def test_bad_minibatches(n, m, batch_size, steps):
-    with pytest.raises(ValueError, match=r"x and y|batch_size"):
+    with pytest.raises(ValueError, match=r"x and y|batch_size|steps"):
         list(minibatches(torch.zeros(n), torch.zeros(m), batch_size=batch_size, steps=steps))

@@ -106,7 +106,7 @@ def test_all_classes_are_trained_on_outside_glyphs():
         (lambda: make_config("maml", "dsd", sparsity=1.0), "sparsity"),
         (lambda: make_config("maml", "dsd", backbone="resnet12"), "metaoptnet only"),
         (lambda: make_config("metaoptnet", "dsd", backbone="vgg"), "backbone must be"),
-        (lambda: make_config("maml", "dsd", iterations=0), "make the run longer"),
+        (lambda: make_config("maml", "dsd", iterations=2), "make the run longer"),
         (lambda: make_config("reptile", "dsd", criterion="worst"), "criterion must be"),
         (lambda: make_config("reptile", "dsd", dropout=1.0), "dropout must be in"),
         (lambda: make_config("reptile", "dsd", weight_decay=-1.0), "weight_decay must be"),
@@ -117,7 +117,10 @@ def test_all_classes_are_trained_on_outside_glyphs():
             "structured takes no criterion",
         ),
         (lambda: make_config("maml", "iht", rounds=0), "rounds must be at least 1"),
-        (lambda: make_config("maml", "dsd", pretrain=0.9, retrain=0.2), "prune"),
+        (
+            lambda: make_config("maml", "dsd", pretrain=0.9, retrain=0.2),
+            "pretrain=0.9 and retrain=0.2",
+        ),
     ],
 )
 def test_bad_input(make, words):
