@@ -18,6 +18,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_LARGEST_TOML = 1_000_000
+
 AlgorithmOption = Annotated[
     str, typer.Option(help=f"One of {', '.join(DEFAULTS)}.", rich_help_panel="What")
 ]
@@ -87,10 +89,16 @@ def read_toml(path: Path) -> dict[str, Any]:
         ValueError: If it cannot be read.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")
+        if path.stat().st_size > _LARGEST_TOML:
+            raise ValueError(f"more than {_LARGEST_TOML} bytes: no settings")
         values: dict[str, Any] = tomllib.loads(path.read_text())
         return values
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # also of text and numbers that Python refuses
         raise ValueError(f"{path}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -126,13 +134,14 @@ ConfigOption = Annotated[
 def plain_errors(out: Path) -> Iterator[None]:
     """What a user can mend is told in a line; Ctrl-C leaves quietly."""
     from l2l_prune.experiments.side_by_side import RunFailed
+    from l2l_prune.experiments.storage import in_words
 
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file, not a folder", param_hint="--out")
     try:
         yield
-    except (ValueError, FileNotFoundError, ImportError, RunFailed) as error:
-        typer.echo(f"l2l-prune: {error}", err=True)
+    except (ValueError, OSError, ImportError, MemoryError, RunFailed) as error:
+        typer.echo(f"l2l-prune: {in_words(error)}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         typer.echo(

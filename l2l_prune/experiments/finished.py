@@ -125,7 +125,7 @@ def collect(folder: Path) -> list[FinishedRun]:
             for entry in json.loads(file.read_text())["runs"]:
                 FinishedRun(entry, file.parent, 0).setting  # noqa: B018 - is it all there?
                 entries.append((entry, file.parent))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(f"{file} is damaged ({error!r}): run it again") from None
     if not entries:
         raise ValueError(f"there is no finished run in {folder}")

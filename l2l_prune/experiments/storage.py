@@ -11,6 +11,7 @@ from typing import Any
 
 import filelock
 
+from l2l_prune._files import remove_unfinished
 from l2l_prune.experiments.config import RunConfig, file_name
 
 
@@ -24,22 +25,34 @@ def locked_folder(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(folder / ".lock", timeout=0):
+            remove_unfinished(folder)
             yield
     except filelock.Timeout:
         raise ValueError(f"another l2l-prune is writing to {folder}: choose another") from None
+
+
+def in_words(error: Exception) -> str:
+    """What a user can mend, in a line: a file's name comes first, and no error number."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def finished_run(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     """The run's entry of ``results.json`` in its folder, or ``None`` if it has not ended.
 
     Raises:
-        ValueError: If the results are of other settings.
+        ValueError: If the results are of other settings, or damaged.
     """
     file = folder / "results.json"
     if not file.is_file():
         return None
-    run: dict[str, Any] = json.loads(file.read_text())["runs"][0]
-    if run["config"] != json.loads(json.dumps(config.to_json())):
+    try:
+        run: dict[str, Any] = json.loads(file.read_text())["runs"][0]
+        made_for = run["config"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}): delete it to run it again") from None
+    if made_for != json.loads(json.dumps(config.to_json())):
         raise ValueError(f"{file} was made with other settings: choose another folder")
     return run
 

@@ -12,6 +12,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from rich.console import Console
 
+from l2l_prune.experiments.checkpoint import remove_checkpoint
 from l2l_prune.experiments.config import RunConfig, make_config
 from l2l_prune.experiments.results import write_results
 from l2l_prune.experiments.run import RunResult, run
@@ -159,9 +161,10 @@ def run_into(
                 if isinstance(message, RunResult):
                     write_results(place, [config], [message])
                     outcome = Outcome(name, None, message.train.mean, message.test.mean)
-            (place / "checkpoint.pt").unlink(missing_ok=True)
+            remove_checkpoint(place / "checkpoint.pt")
     except Exception as error:
-        (place / "error.txt").write_text(traceback.format_exc())
+        with suppress(OSError):  # on a full disk, say: the outcome tells it too
+            (place / "error.txt").write_text(traceback.format_exc())
         return Outcome(name, f"{type(error).__name__}: {error}")
     return outcome
 

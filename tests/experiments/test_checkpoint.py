@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_is_refused_and_runs_no_code(damage, tmp_path):
         torch.save({"version": 1, "config": print, "state": Bomb()}, file)
     else:
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"run\.pt is damaged, or no checkpoint.*delete it"):
+    with pytest.raises(ValueError, match=r"run\.pt is damaged, or not of this program.*delete it"):
         load_checkpoint(file, settings())
     assert not Bomb.exploded
 
