@@ -11,7 +11,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,14 @@ import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from rich.console import Console
 
+from l2l_prune._values import count
 from l2l_prune.experiments.checkpoint import remove_checkpoint
 from l2l_prune.experiments.config import RunConfig, make_config
 from l2l_prune.experiments.results import write_results
 from l2l_prune.experiments.run import RunResult, run
 from l2l_prune.experiments.storage import finished_run, locked_folder, run_name
+
+MOST_RUNS = 100_000
 
 
 def expand(base: dict[str, Any], grid: dict[str, Any] | list[dict[str, Any]]) -> list[RunConfig]:
@@ -56,9 +59,15 @@ def expand(base: dict[str, Any], grid: dict[str, Any] | list[dict[str, Any]]) ->
 
 
 def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]:
-    axes = {name: value if isinstance(value, list) else [value] for name, value in grid.items()}
+    axes: dict[str, Sequence[Any]] = {
+        name: value if isinstance(value, list) else [value] for name, value in grid.items()
+    }
     if "seeds" in axes:
-        axes["seed"] = list(range(*axes.pop("seeds")))
+        (seeds,) = axes.pop("seeds")
+        axes["seed"] = range(count("seeds", seeds, least=1))
+    size = math.prod(len(values) for values in axes.values())
+    if size > MOST_RUNS:
+        raise ValueError(f"the grid has {size} runs, and {MOST_RUNS} are the most")
     fields = {field.name for field in dataclasses.fields(RunConfig)} - {"name"}
     known = fields | set(inspect.signature(make_config).parameters) - {"settings"}
     given = base.keys() | axes.keys()
@@ -118,6 +127,8 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     waiting = [c for c in configs if finished_run(folder / run_name(c), c) is None]
     ended = {run_name(c): Outcome(run_name(c), None) for c in configs if c not in waiting}
+    for name in ended:  # killed between its result and the end of its checkpoint
+        remove_checkpoint(folder / name / "checkpoint.pt")
     if ended:
         console.print(f"{len(ended)} of {len(configs)} runs had ended before")
     work = functools.partial(run_into, folder=folder, tensorboard=tensorboard)
