@@ -1,4 +1,4 @@
-"""Kill -9 at fifty moments: see kills.py. About a minute."""
+"""Kill -9 at fifty moments: see kills.py. About two minutes of one core."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_killed_runs_end_bit_for_bit_as_if_they_never_were():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     killed = json.loads(done.stdout.splitlines()[-1])
-    assert sum(killed.values()) >= int(kills) - 14
+    assert sum(killed.values()) == int(kills)
     assert killed.keys() >= {
         *("training", "masks", "checkpoint", "evaluation", "results", "report"),
-        "a second start",
+        "a later start",
     }
