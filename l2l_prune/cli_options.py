@@ -18,6 +18,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_LARGEST_TOML = 1_000_000
+
 AlgorithmOption = Annotated[
     str, typer.Option(help=f"One of {', '.join(DEFAULTS)}.", rich_help_panel="What")
 ]
@@ -96,10 +98,16 @@ def read_toml(path: Path) -> dict[str, Any]:
         ValueError: If it cannot be read.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")
+        if path.stat().st_size > _LARGEST_TOML:
+            raise ValueError(f"more than {_LARGEST_TOML} bytes: no settings")
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         return values
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # also of text and numbers that Python refuses
         raise ValueError(f"{path}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -144,14 +152,15 @@ def plain_errors(out: Path, hint: str = "--out") -> Iterator[None]:
         hint: The option or argument that gives it.
     """
     from l2l_prune.experiments.side_by_side import RunFailed
+    from l2l_prune.experiments.storage import in_words
 
     for place in (out, *out.parents):
         if place.exists() and not place.is_dir():
             raise typer.BadParameter(f"{place} is a file, not a folder", param_hint=hint)
     try:
         yield
-    except (ValueError, OSError, ImportError, RunFailed) as error:
-        typer.echo(f"l2l-prune: {error}", err=True)
+    except (ValueError, OSError, ImportError, MemoryError, RunFailed) as error:
+        typer.echo(f"l2l-prune: {in_words(error)}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         typer.echo(

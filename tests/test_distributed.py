@@ -214,7 +214,7 @@ def test_a_run_with_a_killed_rank_goes_on_from_its_checkpoint(tmp_path):
     done = torchrun(tmp_path, killed, KILL_ONE_RANK, restarts=1)
     assert done.returncode == 0, done.stderr
     assert "exitcode: -9" in done.stderr  # it was killed
-    assert done.stdout.split() == "5 pretrain 10 prune 15 prune 20 retrain".split()
+    assert done.stdout.split() == ["5", "pretrain", "10", "prune", "15", "prune", "20", "retrain"]
     expected, found = (torch.load(path, weights_only=True) for path in (whole, killed))
     assert all(
         torch.equal(value, found[name])

@@ -6,8 +6,9 @@
 
 Every 5 meta-iterations the first rank writes a checkpoint. If a rank is killed, torchrun starts all
 of them again and they go on from it; so does the same command later. (Without the variable the
-restarted ranks may find the addresses of the dead ones in torchrun's store.) The tasks of a meta-iteration depend on its number and the rank alone, so such a run ends
-with the weights of one that was never stopped.
+restarted ranks may find the addresses of the dead ones in torchrun's store.) The tasks of a
+meta-iteration depend on its number and the rank alone, so such a run ends with the weights of one
+that was never stopped.
 """
 
 import os

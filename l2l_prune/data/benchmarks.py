@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from l2l_prune._files import replace_file
 from l2l_prune.data.cache import cache_folder, locked
+from l2l_prune.data.safe_pickle import safe_loaders
 
 SPLITS = ("train", "validation", "test")
 _FORMAT = 1
@@ -95,7 +97,8 @@ def _open(name: str, split: str, root: Path, download: bool) -> Any:
 
     loader = getattr(datasets, BENCHMARKS[name].loader)
     if name != "omniglot":
-        return loader(str(root), mode=split, download=download)
+        with safe_loaders():
+            return loader(str(root), mode=split, download=download)
     steps = [transforms.Resize(28, interpolation=transforms.InterpolationMode.LANCZOS)]
     ink = transforms.Compose([*steps, transforms.PILToTensor(), lambda image: 255 - image])
     return _SortedOmniglot(loader(str(root), transform=ink, download=download))
@@ -191,11 +194,32 @@ def load_benchmark(name: str, split: str, root: Path, *, download: bool = False)
     key = _fingerprint(name, split, root)
     place = cache_folder() / f"{name}-{split}-{key}"
     with locked(place):
-        if not (place.with_suffix(".labels.npy").exists() and place.with_suffix(".npy").exists()):
+        decoded = _mapped(name, place)
+        if decoded is None:
             _decode(name, split, root, place, download)
-    # Copy-on-write: torch wants writable memory, the file must not change.
-    images = np.load(place.with_suffix(".npy"), mmap_mode="c")
-    labels = np.load(place.with_suffix(".labels.npy"))
+            decoded = _mapped(name, place)
+    if decoded is None:
+        raise ValueError(f"{place}.npy cannot be read back: is the disk in order?")
+    return decoded
+
+
+def _mapped(name: str, place: Path) -> Images | None:
+    """What an earlier call decoded, or ``None`` if it is not there or not whole."""
+    files = place.with_suffix(".npy"), place.with_suffix(".labels.npy")
+    if not all(file.exists() for file in files):
+        return None
+    try:
+        # Copy-on-write: torch wants writable memory, the file must not change.
+        images = np.load(files[0], mmap_mode="c")
+        labels = np.array(np.load(files[1], mmap_mode="r"))
+    except (ValueError, EOFError) as error:
+        warnings.warn(f"{place}.npy is damaged ({error}); decoding it again", stacklevel=4)
+        return None
+    benchmark = BENCHMARKS[name]
+    shape = (len(labels), benchmark.channels, benchmark.size, benchmark.size)
+    if images.shape != shape or images.dtype != np.uint8 or labels.dtype != np.int64:
+        warnings.warn(f"{place}.npy is not what it should be; decoding it again", stacklevel=4)
+        return None
     return Images(torch.from_numpy(images), torch.from_numpy(labels))
 
 
@@ -210,19 +234,20 @@ def _decode(name: str, split: str, root: Path, place: Path, download: bool) -> N
         else:
             chosen = np.arange(len(labels))
         shape = (len(chosen), benchmark.channels, benchmark.size, benchmark.size)
-        with replace_file(place.with_suffix(".npy")) as temporary:
-            images: Any = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
-                temporary, "w+", np.uint8, shape
-            )
-            for position, index in enumerate(chosen.tolist()):
-                images[position] = _as_uint8(data[index][0])
-            images.flush()
-            del images
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        # Not through a mapped file: a full disk would end the process by a signal.
+        with replace_file(place.with_suffix(".npy")) as temporary, temporary.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+            with safe_loaders():
+                for index in chosen.tolist():
+                    file.write(_pixels(data[index][0], shape[1:]))
     except ImportError as error:
         raise ImportError(f'{error}; {name} needs: pip install "l2l-prune[learn2learn]"') from None
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk, not the content
+            raise
         raise ValueError(
             f"{name} cannot be read from {files}: {type(error).__name__}: {error}; fetch it again "
             f"from {benchmark.source}"
@@ -241,11 +266,15 @@ def _labels(data: Any) -> Any:
     return labels
 
 
-def _as_uint8(image: Any) -> npt.NDArray[np.uint8]:
-    """``[C, H, W]`` of a PIL image or of a tensor in 0 .. 255."""
+def _pixels(image: Any, shape: tuple[int, ...]) -> bytes:
+    """uint8 ``[C, H, W]`` of a PIL image or of a tensor in 0 .. 255."""
     if isinstance(image, Tensor):
-        return np.asarray(image.to(torch.uint8))
-    return np.asarray(image.convert("RGB"), dtype=np.uint8).transpose(2, 0, 1)
+        pixels = np.asarray(image.to(torch.uint8))
+    else:
+        pixels = np.asarray(image.convert("RGB"), dtype=np.uint8).transpose(2, 0, 1)
+    if pixels.shape != shape:
+        raise ValueError(f"an image is {pixels.shape}, not {shape}")
+    return pixels.tobytes()
 
 
 def _fingerprint(name: str, split: str, root: Path) -> str:

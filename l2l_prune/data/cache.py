@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from l2l_prune._files import remove_unfinished
+
 
 def cache_folder(root: str | os.PathLike[str] | None = None) -> Path:
     """``root``, else ``L2L_PRUNE_CACHE``, else the user's cache folder; made if missing.
@@ -28,4 +30,5 @@ def locked(path: Path) -> Iterator[None]:
     import filelock
 
     with filelock.FileLock(f"{path}.lock"):
+        remove_unfinished(path.parent, path.name)
         yield

@@ -21,6 +21,7 @@ from l2l_prune.data.rendering import INSTANCES, SIZE, Rendered, render_glyphs
 
 _FORMAT = 1
 _SEED = 0
+_LARGEST = 100_000_000  # bytes, ten times what all characters take
 _BY_SCRIPT = {
     "train": ("latin", "symbol"),
     "validation": ("greek",),
@@ -171,6 +172,9 @@ def _read(path: Path, versions: dict[str, Any]) -> Rendered | None:
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > _LARGEST:
+                raise ValueError("it would take too much memory")
         with np.load(path, allow_pickle=False) as file:
             images = file["images"]
             characters, scripts = file["characters"].tolist(), file["scripts"].tolist()

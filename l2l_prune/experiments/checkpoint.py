@@ -1,53 +1,82 @@
-"""Checkpoints of runs: whole or not there, of one configuration, and without code in them."""
+"""Checkpoints of runs: the newest two, whole, of one configuration, and without code in them."""
 
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from l2l_prune._files import replace_file
+from l2l_prune._tensor_files import DamagedFile, load_tensors, save_tensors
 from l2l_prune.experiments.config import RunConfig
 
 _VERSION = 1
 
 
 def save_checkpoint(path: Path, config: RunConfig, state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors and plain values), replacing the file only when complete.
+    """Write ``state``, replacing the file only when complete; the one before is kept beside it.
 
     Args:
         path: The file; its folder must exist.
         config: The run's settings, which :func:`load_checkpoint` compares.
-        state: What to resume from.
+        state: What to resume from: tensors and plain values.
+
+    Raises:
+        OSError: If it cannot be written; the checkpoints that are there stay as they are.
     """
-    with replace_file(path) as temporary:
-        torch.save({"version": _VERSION, "config": _text(config), "state": state}, temporary)
+    document = {"version": _VERSION, "config": _text(config), "state": state}
+    save_tensors(document, path, backup=_previous(path))
 
 
 def load_checkpoint(path: Path, config: RunConfig) -> dict[str, Any] | None:
     """The state of an earlier run with the same settings, or ``None`` if there is no file.
 
+    Where the newest file is damaged, a warning says so, and it gives way to the one before it.
+
     Raises:
-        ValueError: If the file is damaged, or belongs to other settings.
+        ValueError: If all files are damaged, or one belongs to other settings.
+        OSError: If a file cannot be read.
     """
-    if not path.exists():
-        return None
+    damaged = []
+    for file in (path, _previous(path)):
+        if not file.exists():
+            continue
+        try:
+            made_for, state = _parts(file, load_tensors(file))
+        except DamagedFile as error:
+            damaged.append(str(error))
+            continue
+        if made_for != _text(config):
+            raise ValueError(f"{file} was made with other settings: choose another folder")
+        if damaged:
+            warnings.warn(f"{damaged[0]}: going on from the one before it", stacklevel=2)
+        if file != path:
+            os.replace(file, path)  # else the next one to be saved would push it out
+        return state
+    if damaged:
+        raise ValueError(f"{'; '.join(damaged)}: delete it to start the run again")
+    return None
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete the checkpoints of a run that has ended."""
+    for file in (_previous(path), path):
+        file.unlink(missing_ok=True)
+
+
+def _parts(file: Path, saved: Any) -> tuple[str, dict[str, Any]]:
     try:
-        saved = torch.load(path, weights_only=True)
-        if saved["version"] != _VERSION:
-            raise ValueError(f"its version is {saved['version']}, not {_VERSION}")
-        made_for, state = saved["config"], saved["state"]
-    except Exception as error:  # damaged files raise whatever the unpickler meets
-        # torch's own words would advise to load it without weights_only: not with a strange file.
-        raise ValueError(
-            f"{path} is damaged, or no checkpoint of this program ({type(error).__name__}): "
-            "delete it"
-        ) from None
-    if made_for != _text(config):
-        raise ValueError(f"{path} was made with other settings: choose another folder")
-    return dict(state)
+        version, made_for, state = saved["version"], saved["config"], dict(saved["state"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise DamagedFile(file, type(error).__name__) from None
+    if version != _VERSION:
+        raise DamagedFile(file, f"its version is {version}, not {_VERSION}")
+    return made_for, state
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(f"{path.name}.previous")
 
 
 def _text(config: RunConfig) -> str:

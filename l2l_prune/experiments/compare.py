@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 from l2l_prune._files import replace_file
 from l2l_prune.evaluation import paired_difference
+from l2l_prune.experiments.checkpoint import remove_checkpoint
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.over_seeds import OverSeeds, told
 from l2l_prune.experiments.results import write_results
@@ -50,7 +51,7 @@ def compare(
         place = folder / config.slug
         place.mkdir(exist_ok=True)
         write_results(place, [config], [result])
-        (checkpoints / f"{config.slug}.pt").unlink(missing_ok=True)
+        remove_checkpoint(checkpoints / f"{config.slug}.pt")
 
     checkpoints = folder / "checkpoints"
     run_side_by_side(

@@ -141,7 +141,7 @@ def read_runs(file: Path) -> list[dict[str, Any]]:
             FinishedRun(run, file.parent, 0).check()
         if not runs:
             raise ValueError("it holds no run")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{file} is damaged ({type(error).__name__}: {error}): delete it and run it again"
         ) from None

@@ -104,7 +104,7 @@ def _panels(
 
 
 def _page(markdown: str, folder: Path) -> str:
-    body = MarkdownIt("commonmark").enable("table").render(markdown)
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
 
     def inline(match: re.Match[str]) -> str:
         data = base64.b64encode((folder / match[1]).read_bytes()).decode()

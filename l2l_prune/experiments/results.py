@@ -13,6 +13,7 @@ from rich.table import Table
 
 import l2l_prune
 from l2l_prune._files import replace_file
+from l2l_prune._tensor_files import save_tensors
 from l2l_prune.evaluation import Mean, paired_difference, unpaired_difference
 from l2l_prune.experiments.config import RunConfig, file_name
 from l2l_prune.experiments.over_seeds import signed
@@ -73,8 +74,7 @@ def write_results(folder: Path, configs: list[RunConfig], results: list[RunResul
         "runs": [_as_json(c, r) for c, r in zip(configs, results, strict=True)],
     }
     for result in results:
-        with replace_file(folder / f"{file_name(result.name)}.pt") as path:
-            torch.save(result.weights, path)
+        save_tensors(result.weights, folder / f"{file_name(result.name)}.pt")
     _write_csv(results, folder / "curves.csv")
     accuracy_curves(configs, results, folder / "curves.png")
     with replace_file(folder / "results.json") as path:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -80,11 +83,14 @@ def run(
     """
     splits = ("train", "test", "validation") if config.select == "best" else ("train", "test")
     data = {split: _load(config, split) for split in splits}
+    _check_memory(config, data["train"].images.shape[1:])
     tasks = _sampler(data["train"], config, config.train_shots, config.train_queries, config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         algorithm = build(config, data["train"].images.shape[1:])
-    curve_episodes = {s: _episodes(data[s], config, config.curve_tasks, seed=1) for s in splits}
+    curve_episodes = {
+        s: list(_episodes(data[s], config, config.curve_tasks, seed=1)) for s in splits
+    }
     state = _State()
     saved = load_checkpoint(checkpoint, config) if checkpoint else None
     if saved:
@@ -164,9 +170,26 @@ def _load(config: RunConfig, split: str) -> Images:
     return load_images(config.data, split, root=config.data_root, max_classes=limit)
 
 
-def _episodes(data: Images, config: RunConfig, count: int, seed: int) -> list[Episode]:
+def _episodes(data: Images, config: RunConfig, count: int, seed: int) -> Iterator[Episode]:
+    """Drawn one by one: the paper's 10,000 evaluation tasks would fill 25 GB."""
     sampler = _sampler(data, config, config.shots, config.queries, seed)
-    return [sampler.sample() for _ in range(count)]
+    return itertools.islice(sampler, count)
+
+
+def _check_memory(config: RunConfig, image: torch.Size) -> None:
+    """Refuse tasks that do not fit, before they fill the memory one by one."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    examples = config.ways * max(
+        config.tasks * (config.train_shots + config.train_queries),
+        config.curve_tasks * (config.shots + config.queries),
+    )
+    size = 4 * math.prod(image) * examples
+    if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise ValueError(
+            f"{config.tasks} tasks, or {config.curve_tasks} for a point of the curves, of "
+            f"{config.ways} ways take {size / 1e9:.0f} GB, more than the machine has: ask for fewer"
+        )
 
 
 def _sampler(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -17,6 +20,9 @@ from rich.progress import Progress as Bars
 
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.run import Progress, RunResult, run
+from l2l_prune.experiments.storage import in_words
+
+_PATIENCE = 120  # seconds for a meta-iteration of a process that is to end
 
 
 class RunFailed(RuntimeError):
@@ -81,6 +87,8 @@ def run_side_by_side(
                         phase=phase,
                         numbers=numbers,
                     )
+                elif isinstance(message, Warning):
+                    console.print(f"{configs[number].title}: {message}", markup=False)
                 elif isinstance(message, RunResult):
                     results[number] = message
                     bars.update(tasks[number], phase="done", numbers=_numbers(message))
@@ -122,20 +130,37 @@ def _work(
     messages: Queue[tuple[int, Any]],
 ) -> None:
     torch.set_num_threads(1)
+    # The bars would write over what a process says by itself.
+    warnings.showwarning = lambda said, *args, **kw: messages.put((number, UserWarning(str(said))))
+    parent = multiprocessing.parent_process()
     try:
-        checkpoint = None
-        if checkpoints is not None:
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            checkpoint = checkpoints / f"{config.slug}.pt"
-        log_to = events / config.slug if events is not None else None
-        for message in run(config, checkpoint, events=log_to):
-            messages.put((number, _sendable(message)))
-    except (ValueError, FileNotFoundError, ImportError) as error:  # settings that cannot be
-        messages.put((number, str(error)))
+        with _own_checkpoint(config, checkpoints) as checkpoint:
+            log_to = events / config.slug if events is not None else None
+            for message in run(config, checkpoint, events=log_to):
+                if parent is not None and not parent.is_alive():
+                    return  # killed: its successor goes on from the checkpoint
+                messages.put((number, _sendable(message)))
+    except (ValueError, OSError, ImportError, MemoryError) as error:  # settings that cannot be
+        messages.put((number, in_words(error)))
     except Exception:
         messages.put((number, traceback.format_exc()))
     messages.close()
     messages.join_thread()
+
+
+@contextmanager
+def _own_checkpoint(config: RunConfig, folder: Path | None) -> Iterator[Path | None]:
+    """The run's checkpoint; waits for a process whose parent was killed to leave it."""
+    if folder is None:
+        yield None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / f"{config.slug}.pt"
+    try:
+        with filelock.FileLock(folder / f".{config.slug}.lock", timeout=_PATIENCE):
+            yield checkpoint
+    except filelock.Timeout:
+        raise ValueError(f"another process is still at work on {checkpoint}: try later") from None
 
 
 def _sendable(message: Progress | RunResult) -> Progress | RunResult:

@@ -11,6 +11,7 @@ from typing import Any
 
 import filelock
 
+from l2l_prune._files import remove_unfinished
 from l2l_prune.experiments.config import RunConfig, file_name
 from l2l_prune.experiments.finished import read_runs
 
@@ -25,9 +26,17 @@ def locked_folder(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(folder / ".lock", timeout=0):
+            remove_unfinished(folder)
             yield
     except filelock.Timeout:
         raise ValueError(f"another l2l-prune is writing to {folder}: choose another") from None
+
+
+def in_words(error: Exception) -> str:
+    """What a user can mend, in a line: a file's name comes first, and no error number."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def finished_run(folder: Path, config: RunConfig) -> dict[str, Any] | None:

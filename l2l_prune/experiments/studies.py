@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from l2l_prune._tensor_files import load_tensors
 from l2l_prune.data import EpisodeSampler, load_images
 from l2l_prune.experiments.algorithms.base import conv4
 from l2l_prune.experiments.config import RunConfig, file_name
@@ -184,7 +185,7 @@ def _bounds(
         config.data, "train", root=config.data_root, max_classes=config.train_classes
     )
     net = conv4(config, data.images.shape[1:])
-    net.load_state_dict(torch.load(weights, weights_only=True))
+    net.load_state_dict(load_tensors(weights))
     task = EpisodeSampler(
         data.images, data.labels, ways=config.ways, shots=config.train_shots, queries=0
     ).sample()

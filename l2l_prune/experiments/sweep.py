@@ -11,7 +11,8 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,13 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from rich.console import Console
 
 from l2l_prune import _values
+from l2l_prune.experiments.checkpoint import remove_checkpoint
 from l2l_prune.experiments.config import RunConfig, make_config
 from l2l_prune.experiments.results import write_results
 from l2l_prune.experiments.run import RunResult, run
 from l2l_prune.experiments.storage import finished_run, locked_folder, run_name
+
+MOST_RUNS = 100_000
 
 
 def expand(base: dict[str, Any], grid: dict[str, Any] | list[dict[str, Any]]) -> list[RunConfig]:
@@ -58,12 +62,17 @@ def expand(base: dict[str, Any], grid: dict[str, Any] | list[dict[str, Any]]) ->
 
 
 def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]:
-    axes = {name: value if isinstance(value, list) else [value] for name, value in grid.items()}
+    axes: dict[str, Sequence[Any]] = {
+        name: value if isinstance(value, list) else [value] for name, value in grid.items()
+    }
     if "seeds" in axes:
         axes["seed"] = _seeds(grid)
         del axes["seeds"]
     if empty := sorted(name for name, values in axes.items() if not values):
         raise ValueError(f"{', '.join(empty)} must not be empty: leave it out for its default")
+    size = math.prod(len(values) for values in axes.values())
+    if size > MOST_RUNS:
+        raise ValueError(f"the grid has {size} runs, and {MOST_RUNS} are the most")
     fields = {field.name for field in dataclasses.fields(RunConfig)} - {"name"}
     known = fields | set(inspect.signature(make_config).parameters) - {"settings"}
     given = base.keys() | axes.keys()
@@ -77,7 +86,7 @@ def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]
     ]
 
 
-def _seeds(grid: dict[str, Any]) -> list[int]:
+def _seeds(grid: dict[str, Any]) -> range:
     number = grid["seeds"]
     if isinstance(number, list):
         raise TypeError(
@@ -85,7 +94,7 @@ def _seeds(grid: dict[str, Any]) -> list[int]:
         )
     if "seed" in grid:
         raise ValueError("give seeds or seed, not both")
-    return list(range(_values.count("seeds", number, least=1)))
+    return range(_values.count("seeds", number, least=1))
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,8 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     waiting = [c for c in configs if finished_run(folder / run_name(c), c) is None]
     ended = {run_name(c): Outcome(run_name(c), None) for c in configs if c not in waiting}
+    for name in ended:  # killed between its result and the end of its checkpoint
+        remove_checkpoint(folder / name / "checkpoint.pt")
     if ended:
         console.print(f"{len(ended)} of {len(configs)} runs had ended before")
     work = functools.partial(run_into, folder=folder, tensorboard=tensorboard)
@@ -177,9 +188,10 @@ def run_into(
                 if isinstance(message, RunResult):
                     write_results(place, [config], [message])
                     outcome = Outcome(name, None, message.train.mean, message.test.mean)
-            (place / "checkpoint.pt").unlink(missing_ok=True)
+            remove_checkpoint(place / "checkpoint.pt")
     except Exception as error:
-        (place / "error.txt").write_text(traceback.format_exc())
+        with suppress(OSError):  # on a full disk, say: the outcome tells it too
+            (place / "error.txt").write_text(traceback.format_exc())
         return Outcome(name, f"{type(error).__name__}: {error}")
     return outcome
 

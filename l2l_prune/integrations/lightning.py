@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from l2l_prune import _values
+from l2l_prune._tensor_files import save_tensors
 from l2l_prune.pruner import Pruner
 from l2l_prune.reparam import dense_state_dict
 from l2l_prune.schedules import Schedule
@@ -123,7 +123,7 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         """Stop counting; write the dense weights if asked to."""
         self._unhook()
         if self._dense_weights is not None and trainer.is_global_zero:
-            torch.save(dense_state_dict(pl_module), self._dense_weights)
+            save_tensors(dense_state_dict(pl_module), Path(self._dense_weights))
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
         """Stop counting after a fit that failed or was interrupted."""

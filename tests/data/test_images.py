@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import os
 import pickle
 import re
+import resource
 import shutil
 import socket
+from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from l2l_prune.data import EpisodeSampler, Glyphs, load_images
 from l2l_prune.data.benchmarks import BENCHMARKS
 from l2l_prune.data.images import check_files
+from l2l_prune.data.safe_pickle import SafeUnpickler
 
 from . import benchmark_files as files
 from .benchmark_files import SPLITS
@@ -178,3 +186,120 @@ def test_half_a_copy_of_cifar_fs_is_refused(root):
 def test_bad_input(arguments, words):
     with pytest.raises(ValueError, match=words):
         load_images(*arguments)
+
+
+class Exploding:
+    """Unpickled by pickle itself, it makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("mini-imagenet", "mini-imagenet-cache-train.pkl"),
+        ("fc100", "FC100_train.pickle"),
+        ("tiered-imagenet", "tiered-imagenet/train_images_png.pkl"),
+        ("tiered-imagenet", "tiered-imagenet/train_labels.pkl"),
+    ],
+)
+def test_a_hostile_pickle_runs_no_code(name, file, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    COLOUR[name](root)
+    (root / file).write_bytes(pickle.dumps({"image_data": Exploding()}))
+    with pytest.raises(ValueError, match=r"asks for posix\.mkdir, which is no data"):
+        load_images(name, "train", root=root)
+    assert not (tmp_path / "exploded").exists()
+    # The file is as bad as it looks, and learn2learn has its own pickle again.
+    with (root / file).open("rb") as opened:
+        importlib.import_module("learn2learn.vision.datasets.fc100").pickle.load(opened)
+    assert (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("name", COLOUR)
+def test_bookkeeping_files_are_not_read(name, root, tmp_path, monkeypatch):
+    """learn2learn's MetaDataset would unpickle whatever lies there; nothing of ours asks it to."""
+    monkeypatch.chdir(tmp_path)
+    COLOUR[name](root)
+    for stem in (f"{name}-bookkeeping-train", "cifarfs-train-bookkeeping"):
+        (root / f"{stem}.pkl").write_bytes(pickle.dumps(Exploding()))
+    load_images(name, "train", root=root)
+    assert not (tmp_path / "exploded").exists()
+
+
+VALUES = {
+    "image_data": np.arange(24, dtype=np.uint8).reshape(2, 3, 4),
+    "fortran": np.asfortranarray(np.eye(3)),
+    "texts": np.array(["ab", "c"]),
+    "objects": np.array(["a", None], dtype=object),
+    "other order": np.arange(3, dtype=">i4"),
+    "records": np.zeros(2, dtype=[("a", "i4"), ("b", "f8")]),
+    "empty": np.zeros((0, 3)),
+    "numbers": [np.float32(3), np.int64(4), np.bool_(True)],
+    "bytes": [b"\xff\x00", b""],
+    "ordered": OrderedDict(a=1),
+}
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_the_safe_unpickler_reads_what_pickle_reads(protocol):
+    content = pickle.dumps(VALUES, protocol)
+    expected, found = pickle.loads(content), SafeUnpickler(io.BytesIO(content)).load()
+    for key, value in expected.items():
+        assert repr(found[key]) == repr(value)
+        assert type(found[key]) is type(value)
+        if isinstance(value, np.ndarray):
+            assert found[key].dtype == value.dtype
+            assert found[key].flags.f_contiguous == value.flags.f_contiguous
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02cnumpy\nndarray\n\x8a\x06\x00\x00\x00\x00\x00\x01\x85R.",
+        b"\x80\x02c__builtin__\nbytearray\n\x8a\x06\x00\x00\x00\x00\x00\x01\x85R.",
+        b"\x80\x02c__builtin__\nbytes\n\x8a\x06\x00\x00\x00\x00\x00\x01\x85R.",
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n"
+        b"\x8a\x06\x00\x00\x00\x00\x00\x01\x85U\x01b\x87R.",
+        b"\x80\x02Nr\xff\xff\xff\x7f.",  # the two billionth entry of its memo
+    ],
+    ids=["array", "bytearray", "bytes", "reconstruct", "memo"],
+)
+def test_small_pickles_take_little_memory(content):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.suppress(pickle.UnpicklingError, TypeError):
+        assert SafeUnpickler(io.BytesIO(content)).load() is None
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+@pytest.mark.parametrize(("size", "words"), [((20_000, 20_000), "bomb"), ((3, 84), "an image is")])
+def test_images_of_another_size_are_refused(size, words, root):
+    """Also the one that would unpack to 1.2 GB."""
+    files.write_tiered_imagenet(root)
+    buffer = io.BytesIO()
+    Image.new("1", size).save(buffer, "png")
+    with (root / "tiered-imagenet" / "train_images_png.pkl").open("wb") as file:
+        pickle.dump([buffer.getvalue()] * 24, file)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=words):
+        load_images("tiered-imagenet", "train", root=root)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "labels"])
+def test_a_damaged_copy_is_decoded_again(damage, root, tmp_path):
+    files.write_fc100(root)
+    before = load_images("fc100", "train", root=root)
+    (labels,) = (tmp_path / "cache").glob("*.labels.npy")
+    (images,) = set((tmp_path / "cache").glob("*.npy")) - {labels}
+    if damage == "truncated":
+        images.write_bytes(images.read_bytes()[:-1])
+    elif damage == "header":
+        images.write_bytes(images.read_bytes().replace(b"(24, 3,", b"(99, 3,"))
+    else:
+        np.save(labels, np.zeros(3, dtype=np.int64))
+    with pytest.warns(UserWarning, match="decoding it again"):
+        after = load_images("fc100", "train", root=root)
+    assert torch.equal(before.images, after.images)
+    assert torch.equal(before.labels, after.labels)

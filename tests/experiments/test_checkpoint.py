@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
 
+from l2l_prune.data import EpisodeSampler
 from l2l_prune.evaluation import Mean
 from l2l_prune.experiments import algorithms
+from l2l_prune.experiments import run as run_module
 from l2l_prune.experiments.checkpoint import load_checkpoint, save_checkpoint
 from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.run import Progress, run
@@ -84,7 +87,7 @@ def test_a_damaged_checkpoint_is_refused_and_runs_no_code(damage, tmp_path):
         torch.save({"version": 1, "config": print, "state": Bomb()}, file)
     else:
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"run\.pt is damaged, or no checkpoint.*delete it"):
+    with pytest.raises(ValueError, match=r"run\.pt is damaged, or not of this program.*delete it"):
         load_checkpoint(file, settings())
     assert not Bomb.exploded
 
@@ -98,3 +101,21 @@ class Bomb:
 
 def explode():
     Bomb.exploded = True
+
+
+def test_evaluation_tasks_are_drawn_one_by_one(monkeypatch):
+    """The paper's 10,000 tasks on mini-ImageNet would fill 25 GB at once."""
+    alive, most = weakref.WeakSet(), 0
+
+    class Watched(EpisodeSampler):
+        def sample(self):
+            nonlocal most
+            episode = super().sample()
+            alive.add(episode.support_x)
+            most = max(most, len(alive))
+            return episode
+
+    monkeypatch.setattr(run_module, "EpisodeSampler", Watched)
+    *_, result = run(settings(final_tasks=50))
+    assert len(result.test.values) == 50
+    assert most <= 2 * 2 + 3  # the curves' tasks, one of training, and the one before

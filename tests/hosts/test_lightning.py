@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import os
 import subprocess
 import sys
 
@@ -325,3 +326,15 @@ def test_ddp_on_two_processes(tmp_path):
     assert all(torch.equal(state[k], other[k]) for k in state)
     assert all(torch.equal(masks[k], other_masks[k]) for k in masks)
     assert sum(int((~m).sum()) for m in masks.values()) > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are tried on forked processes")
+@pytest.mark.parametrize("name", ["maml", "protonet"])
+def test_killed_fits_end_as_if_they_never_were(name):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.hosts.lightning_kills", name, "6"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

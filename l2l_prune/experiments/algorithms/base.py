@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ class Algorithm(ABC):
         """One meta-iteration: the outer step, and the pruner's."""
 
     @abstractmethod
-    def evaluate(self, episodes: Sequence[Episode]) -> Mean:
+    def evaluate(self, episodes: Iterable[Episode]) -> Mean:
         """Accuracy on each episode's queries; leaves everything as it was."""
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class MetaOptNetLearner(WithOuterOptimizer):
         for block, count in zip(self._drop_blocks(), state["blocks"], strict=True):
             block.num_batches_tracked = count
 
-    def evaluate(self, episodes: Sequence[Episode]) -> Mean:
+    def evaluate(self, episodes: Iterable[Episode]) -> Mean:
         counts = [block.num_batches_tracked for block in self._drop_blocks()]
         try:
             return super().evaluate(episodes)

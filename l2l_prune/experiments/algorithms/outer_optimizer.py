@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,7 +59,7 @@ class WithOuterOptimizer(Algorithm):
     def scores(self, episode: Episode) -> Tensor:
         """Class scores of the queries after learning from the support set."""
 
-    def evaluate(self, episodes: Sequence[Episode]) -> Mean:
+    def evaluate(self, episodes: Iterable[Episode]) -> Mean:
         with _kept_buffers(self.network):
             return accuracy(self.scores, episodes)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class Reptile(Algorithm):
             self._reptile.collect(learner)
         self._reptile.step()
 
-    def evaluate(self, episodes: Sequence[Episode]) -> Mean:
+    def evaluate(self, episodes: Iterable[Episode]) -> Mean:
         dropouts = [m for m in self._reptile.module.modules() if isinstance(m, nn.Dropout)]
         with eval_mode(*dropouts):
             return few_shot_accuracy(
