@@ -57,6 +57,8 @@ def load_tensors(path: Path) -> Any:
         DamagedFile: If the file is damaged or holds anything but tensors and plain values.
         OSError: If the file cannot be read.
     """
+    if path.is_dir():
+        raise DamagedFile(path, "a directory")
     data = path.read_bytes()  # once, so that what is checked is what is loaded
     try:
         _check_records(data)

@@ -99,7 +99,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     try:
         if path.exists() and not path.is_file():
-            raise ValueError("not a file")
+            raise ValueError("a directory or a device, not a file")
         if path.stat().st_size > _LARGEST_TOML:
             raise ValueError(f"more than {_LARGEST_TOML} bytes: no settings")
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -120,26 +120,19 @@ def _with_queries(episodes: Iterable[Episode]) -> Iterator[Episode]:
 
 def _accuracy(scored: Iterable[tuple[Tensor, Tensor]]) -> Mean:
     """From the labels and scores of each episode; they stay on their device until the end."""
-    accuracies = []
+    accuracies, beyond = [], []
     for labels, scores in scored:
-        _check_scores(scores, labels)
+        if scores.dim() != 2 or len(scores) != len(labels):  # would be compared without an error
+            raise ValueError(
+                f"scores must have the shape [{len(labels)}, classes], got {tuple(scores.shape)}"
+            )
         accuracies.append((scores.argmax(1) == labels).float().mean())
+        beyond.append(labels.max() - scores.shape[1])
     if not accuracies:
         raise ValueError("there are no episodes to evaluate on")
+    if (most := int(torch.stack(beyond).max())) >= 0:
+        raise ValueError(f"a query's label lies {most + 1} beyond the classes that have scores")
     return Mean(tuple(torch.stack(accuracies).double().tolist()))
-
-
-def _check_scores(scores: Tensor, labels: Tensor) -> None:
-    """Shapes that would be compared wrongly without an error, and labels that cannot be met."""
-    if scores.dim() != 2 or len(scores) != len(labels):
-        raise ValueError(
-            f"scores must have the shape [{len(labels)}, classes], got {tuple(scores.shape)}"
-        )
-    if int(labels.max()) >= scores.shape[1]:
-        raise ValueError(
-            f"a query has the label {int(labels.max())}, but there are scores of "
-            f"{scores.shape[1]} classes only"
-        )
 
 
 @torch.no_grad()
