@@ -5,6 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_LARGE = 2**22  # entries from which memory counts for more than passes over them
+_BITS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+
 
 def kept_count(numel: int, sparsity: float) -> int:
     """Number of weights ``k_l`` that survive in a tensor of ``numel`` (Equation 1).
@@ -49,14 +57,48 @@ def top_mask(scores: Tensor, keep: int) -> Tensor:
     if keep in (0, scores.numel()):
         return torch.full(scores.shape, keep > 0, dtype=torch.bool, device=scores.device)
     flat = scores.detach().reshape(-1)
+    threshold = _threshold(flat, keep)
+    mask = flat > threshold
+    left = keep - int(mask.count_nonzero())
+    for part, chosen in zip(torch.split(flat, _LARGE), torch.split(mask, _LARGE), strict=True):
+        ties = (part == threshold).nonzero().squeeze(1)[:left]  # in flat order
+        chosen[ties] = True
+        left -= len(ties)
+        if not left:
+            break
+    return mask.view(scores.shape)
+
+
+def _threshold(flat: Tensor, keep: int) -> Tensor | float:
+    """The ``keep``-th largest score."""
+    if flat.numel() > _LARGE:
+        return _bisected_threshold(flat, keep)
     # float32 holds every half and bfloat16 value exactly, and has kthvalue on all devices.
     if flat.dtype in (torch.float16, torch.bfloat16):
         flat = flat.float()
-    threshold = flat.kthvalue(flat.numel() - keep + 1).values
-    mask = flat > threshold
-    ties = (flat == threshold).nonzero().squeeze(1)  # in flat order
-    mask[ties[: keep - int(mask.sum())]] = True
-    return mask.view(scores.shape)
+    return flat.kthvalue(flat.numel() - keep + 1).values
+
+
+def _bisected_threshold(flat: Tensor, keep: int) -> float:
+    """The same by halving: at most a pass for each bit, in a byte an entry (kthvalue takes 12)."""
+    bits = _BITS[flat.dtype]
+
+    def place(value: float) -> int:  # of a number among all that the dtype has
+        number = int(torch.tensor(abs(value), dtype=flat.dtype).view(bits))
+        return -number if value < 0 else number
+
+    def value(place: int) -> float:
+        number = float(torch.tensor(abs(place), dtype=bits).view(flat.dtype))
+        return -number if place < 0 else number
+
+    low, high = (place(float(end)) for end in flat.aminmax())
+    while low < high:
+        middle = (low + high) // 2
+        if int((flat > value(middle)).count_nonzero()) < keep:
+            high = middle
+        else:
+            low = middle + 1
+    return value(low)
 
 
 def check_finite(scores: Tensor) -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from l2l_prune import masks
 from l2l_prune.criteria import magnitude
 from l2l_prune.masks import kept_count, top_mask
 
@@ -86,3 +90,52 @@ def test_weight_is_left_alone_and_needs_no_grad():
     mask = top_mask(magnitude(weight), 5)
     assert torch.equal(weight.detach(), before)
     assert not mask.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: torch.randn(n),
+        lambda n: torch.randn(n).abs(),
+        lambda n: torch.randint(-3, 4, (n,)) / 3,  # ties, and zeros of both signs
+        lambda n: -torch.rand(n) * 1e-40,  # subnormal in float32, zero in half
+        lambda n: torch.ones(n),
+        lambda n: torch.cat([torch.zeros(n - 2), torch.tensor([6e4, -6e4])]),
+    ],
+    ids=["normal", "magnitudes", "ties", "subnormal", "equal", "far apart"],
+)
+def test_halving_finds_what_sorting_finds(monkeypatch, make, dtype):
+    """The path of large tensors, on small ones."""
+    monkeypatch.setattr(masks, "_LARGE", 16)
+    scores = make(101).to(dtype)
+    for keep in (1, 2, 50, 99, 100):
+        order = sorted(range(101), key=lambda i: (-float(scores[i]), i))
+        expected = torch.zeros(101, dtype=torch.bool)
+        expected[order[:keep]] = True
+        assert torch.equal(top_mask(scores, keep), expected), keep
+
+
+PEAK = """
+import resource, sys, torch
+from l2l_prune.masks import top_mask
+torch.set_num_threads(1)
+kind, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+make = torch.rand if kind == "random" else torch.ones
+scores = make(30_000_000, dtype=dtype)
+top_mask(torch.rand(5_000_000), 100)  # what torch itself loads
+start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+mask = top_mask(scores.abs(), 15_000_000)
+assert int(mask.count_nonzero()) == 15_000_000
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start
+print(1024 * peak / scores.nbytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux only")
+@pytest.mark.parametrize(("kind", "dtype"), [("random", "float32"), ("equal", "float32")])
+def test_memory_for_a_large_layer_stays_below_three_times_its_size(kind, dtype):
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, kind, dtype], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 3
