@@ -32,6 +32,8 @@ def instance(name: str, value: object, kind: type[Wanted], called: str) -> Wante
 
 def flag(name: str, value: object) -> bool:
     """``value``, if it is True or False: a word like ``"no"`` would count as true."""
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        value = bool(value)
     return instance(name, value, bool, "True or False")
 
 

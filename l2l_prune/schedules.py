@@ -71,7 +71,7 @@ class Segment:
         _set(self, "iterations", count("iterations", self.iterations))
         _set(self, "sparsity", frozen_sparsity("sparsity", self.sparsity))
         _set(self, "keep", frozen_counts("keep", self.keep))
-        flag("sparse", self.sparse)
+        _set(self, "sparse", flag("sparse", self.sparse))
         _set(self, "round", count("round", self.round))
         instance("phase", self.phase, str, "a string")
         _set(self, "phase", self.phase or ("sparse" if self.sparse else "dense"))
