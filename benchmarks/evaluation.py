@@ -10,23 +10,20 @@ import functools
 import torch
 
 from benchmarks.timing import interleaved, rows, show
-from l2l_prune import PrunedReptile, Schedule, Segment
+from benchmarks.workload import SPARSE, WAYS, colours, conv4
+from l2l_prune import PrunedReptile
 from l2l_prune.data import EpisodeSampler
 from l2l_prune.evaluation import few_shot_accuracy
-from l2l_prune.experiments.models import Conv4
 
 TASKS = 20
-SPARSE = Schedule((Segment(10**6, sparse=True, sparsity=0.5),))
 
 
 def main(rounds: int) -> None:
     table = []
     for size, channels in ((28, 8), (28, 16), (28, 32), (28, 64), (84, 16)):
-        colours, pooling = (1, "stride") if size == 28 else (3, "max")
-        net = Conv4(5, channels, colours, size, pooling).to(memory_format=torch.channels_last)
-        reptile = PrunedReptile(net, SPARSE)
-        images = torch.rand(160, colours, size, size)
-        sampler = EpisodeSampler(images, torch.arange(160) // 16, ways=5, shots=1, queries=15)
+        reptile = PrunedReptile(conv4(size, channels), SPARSE)
+        images = torch.rand(160, colours(size), size, size)
+        sampler = EpisodeSampler(images, torch.arange(160) // 16, ways=WAYS, shots=1, queries=15)
         episodes = [sampler.sample() for _ in range(TASKS)]
         variants = {
             name: functools.partial(
@@ -38,7 +35,3 @@ def main(rounds: int) -> None:
         table += rows(times, "one by one", f"{size}x{size}", str(channels))
     headers = ("images", "channels", "evaluation", "seconds", "ratio", "middle half")
     show(__doc__.split("\n")[0], headers, table)
-
-
-if __name__ == "__main__":
-    main(6)

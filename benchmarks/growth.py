@@ -6,18 +6,15 @@ as many minibatches: what the library adds or saves; it should not grow.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from benchmarks.timing import interleaved, rows, show
-from l2l_prune import PrunedReptile, Schedule, Segment
-
-STEPS, BATCH = 8, 10
-DENSE = Schedule((Segment(10**6),))
-SPARSE = Schedule((Segment(10**6, sparse=True, sparsity=0.5),))
+from benchmarks.workload import DENSE, SPARSE, STEPS, WAYS, meta_iteration, minibatch, passes
+from l2l_prune import PrunedReptile, Schedule
 
 
 def network(channels: int, layers: int) -> nn.Module:
@@ -29,34 +26,19 @@ def network(channels: int, layers: int) -> nn.Module:
             nn.BatchNorm2d(channels),
             nn.ReLU(),
         ]
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 5)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, WAYS)]
     return nn.Sequential(*blocks, *head).to(memory_format=torch.channels_last)
 
 
 def variants(channels: int, layers: int, tasks: int) -> dict[str, Callable[[], None]]:
-    x, y = torch.rand(BATCH, 1, 28, 28), torch.arange(BATCH) % 5
-    plain = network(channels, layers)
-
-    def passes() -> None:
-        for _ in range(tasks * STEPS):
-            plain.zero_grad()
-            F.cross_entropy(plain(x), y).backward()
+    batches = [minibatch(28)] * STEPS
 
     def reptile(schedule: Schedule) -> Callable[[], None]:
         meta = PrunedReptile(network(channels, layers), schedule, meta_lr=0.1)
-
-        def iteration() -> None:
-            for _ in range(tasks):
-                learner = meta.clone()
-                for _ in range(STEPS):
-                    learner.adapt(F.cross_entropy(learner(x), y))
-                meta.collect(learner)
-            meta.step()
-
-        return iteration
+        return functools.partial(meta_iteration, meta, [batches] * tasks)
 
     return {
-        "forward + backward": passes,
+        "forward + backward": functools.partial(passes, network(channels, layers), batches * tasks),
         "PrunedReptile, dense": reptile(DENSE),
         "PrunedReptile, 50% masked": reptile(SPARSE),
     }
@@ -75,7 +57,3 @@ def main(rounds: int) -> None:
             table += rows(times, "forward + backward", what, *map(str, case))
     headers = ("growing", "channels", "layers", "tasks", "variant", "seconds", "ratio", "middle")
     show(__doc__.split("\n")[0], headers, table)
-
-
-if __name__ == "__main__":
-    main(2)

@@ -17,12 +17,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.timing import Times, interleaved, rows, show
-from l2l_prune import Pruner, Schedule, Segment
+from benchmarks.workload import DENSE, SPARSE
+from l2l_prune import Pruner
 from l2l_prune.experiments.models import Conv4
 from l2l_prune.masks import top_mask
-
-DENSE = Schedule((Segment(10**6),))
-SPARSE = Schedule((Segment(10**6, sparse=True, sparsity=0.5),))
 
 
 def maml(model: nn.Module, x: torch.Tensor, y: torch.Tensor, end: Callable[[], None]) -> None:
@@ -107,7 +105,3 @@ def mask_time() -> None:
 def main(rounds: int) -> None:
     overhead(rounds)
     mask_time()
-
-
-if __name__ == "__main__":
-    main(6)

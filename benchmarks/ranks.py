@@ -12,46 +12,30 @@ import time
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
-from torch.nn import functional as F
 
 from benchmarks.timing import Times, rows, show
-from l2l_prune import PrunedReptile, Schedule, Segment
-from l2l_prune.experiments.models import Conv4
+from benchmarks.workload import SPARSE, STEPS, conv4, meta_iteration, minibatch
+from l2l_prune import PrunedReptile
 
-TASKS, STEPS, BATCH = 4, 8, 10
-SPARSE = Schedule((Segment(10**6, sparse=True, sparsity=0.5),))
+TASKS = 4
 
 
 def work(rank: int, size: int, rounds: int, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(0)
-    colours, pooling = (1, "stride") if size == 28 else (3, "max")
-    x, y = torch.rand(BATCH, colours, size, size), torch.arange(BATCH) % 5
-
-    def network() -> Conv4:
-        net = Conv4(5, 64, colours, size, pooling)
-        return net.to(memory_format=torch.channels_last)
-
-    def iterate(meta: PrunedReptile, tasks: int, threads: int) -> None:
-        torch.set_num_threads(threads)
-        for _ in range(tasks):
-            learner = meta.clone()
-            for _ in range(STEPS):
-                learner.adapt(F.cross_entropy(learner(x), y))
-            meta.collect(learner)
-        meta.step()
-
-    shared = PrunedReptile(network(), SPARSE, group=dist.group.WORLD)
-    own = PrunedReptile(network(), SPARSE)
+    batches = [minibatch(size)] * STEPS
+    shared = PrunedReptile(conv4(size), SPARSE, group=dist.group.WORLD)
+    own = PrunedReptile(conv4(size), SPARSE)
     times: Times = {"1 process x 1 thread": [], "1 x 2": [], "2 x 1": []}
     for number in range(rounds + 1):
         for name, taken in times.items():
             dist.barrier()
             started = time.perf_counter()
+            torch.set_num_threads(2 if name == "1 x 2" else 1)
             if name == "2 x 1":
-                iterate(shared, TASKS // 2, 1)
+                meta_iteration(shared, [batches] * (TASKS // 2))
             elif rank == 0:  # the other rank sleeps at the barrier
-                iterate(own, TASKS, 2 if name == "1 x 2" else 1)
+                meta_iteration(own, [batches] * TASKS)
             dist.barrier()
             if number:
                 taken.append(time.perf_counter() - started)
@@ -72,7 +56,3 @@ def main(rounds: int) -> None:
         )
         table.append((f"{size}x{size}", "2 x 1 to 1 x 2", "", f"{ratio:.2f}", ""))
     show(__doc__.split("\n")[0], ("images", "variant", "seconds", "ratio", "middle half"), table)
-
-
-if __name__ == "__main__":
-    main(6)

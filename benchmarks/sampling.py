@@ -14,14 +14,13 @@ from pathlib import Path
 import learn2learn as l2l
 import numpy as np
 import torch
-from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from benchmarks.timing import interleaved, rows, show
+from benchmarks.workload import BATCH, STEPS, WAYS, colours, conv4, passes
 from l2l_prune.data import EpisodeSampler, Glyphs, minibatches
-from l2l_prune.experiments.models import Conv4
 
-TASKS, WAYS, SHOTS, STEPS, BATCH = 5, 5, 15, 8, 10
+TASKS, SHOTS = 5, 15
 
 
 def mapped_colour_images(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,16 +33,15 @@ def mapped_colour_images(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(np.load(folder / "images.npy", mmap_mode="r+")), torch.arange(64)
 
 
-def passes(images: torch.Tensor) -> Callable[[], None]:
-    channels, size = images.shape[1], images.shape[-1]
-    net = Conv4(WAYS, 64, channels, size, "stride" if size == 28 else "max")
-    x, y = torch.rand(WAYS * SHOTS, channels, size, size), torch.arange(WAYS).repeat(SHOTS)
+def training(images: torch.Tensor) -> Callable[[], None]:
+    size = images.shape[-1]
+    net = conv4(size, memory_format=torch.contiguous_format)
+    x = torch.rand(WAYS * SHOTS, colours(size), size, size)
+    y = torch.arange(WAYS).repeat(SHOTS)
 
     def forward_and_backward() -> None:
         for _ in range(TASKS):
-            for batch_x, batch_y in minibatches(x, y, batch_size=BATCH, steps=STEPS):
-                net.zero_grad()
-                F.cross_entropy(net(batch_x), batch_y).backward()
+            passes(net, minibatches(x, y, batch_size=BATCH, steps=STEPS))
 
     return forward_and_backward
 
@@ -85,14 +83,10 @@ def main(rounds: int) -> None:
         }
         for name, (images, labels) in sets.items():
             variants = {
-                "passes": passes(images),
+                "passes": training(images),
                 "our sampler": ours(images, labels),
                 "learn2learn's Taskset": taskset(images, labels),
             }
             table += rows(interleaved(variants, rounds), "passes", name)
     headers = ("images", "5 tasks", "seconds", "ratio", "middle half")
     show(__doc__.split("\n")[0], headers, table)
-
-
-if __name__ == "__main__":
-    main(6)

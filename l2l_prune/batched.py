@@ -56,9 +56,9 @@ class BatchedLearners:
     """
 
     def __init__(self, reptile: PrunedReptile, tasks: int) -> None:
-        workspace = reptile.clone().release(reptile)
         if reptile.structured:
             raise ValueError("structured learners adapt one at a time: set tasks_at_once=1")
+        workspace = reptile.clone().release(reptile)
         if type(workspace.optimizer) not in ELEMENTWISE:
             raise ValueError(
                 f"{type(workspace.optimizer).__name__} may step on several weights together: set "

@@ -52,8 +52,7 @@ class Workspace:
             Optimizer,
             "a torch Optimizer",
         )
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        if not held <= {id(p) for p in given}:
+        if not optimizer_state.held_ids(self.optimizer) <= {id(p) for p in given}:
             raise ValueError("inner_optimizer must step on the parameters that it is given only")
         if isinstance(self.optimizer, LBFGS):
             raise ValueError("inner_optimizer must step on one loss; L-BFGS needs a closure")

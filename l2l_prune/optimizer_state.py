@@ -39,9 +39,14 @@ def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Opt
     return optimizers  # type: ignore[return-value]
 
 
+def held_ids(optimizer: Optimizer) -> set[int]:
+    """The ``id()`` of each parameter that an optimizer steps on."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def holds(optimizer: Optimizer, weights: Iterable[Tensor | None]) -> bool:
     """Whether an optimizer steps on any of ``weights``."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = held_ids(optimizer)
     return any(id(weight) in held for weight in weights)
 
 

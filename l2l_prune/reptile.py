@@ -240,7 +240,7 @@ class PrunedReptile(nn.Module):
         self._collected, self._tasks = [], 0
         segment = self.pruner.segment
         self.pruner.step()
-        if isinstance(self.pruner, ChannelPruner) and self.pruner.segment is not segment:
+        if self.structured and self.pruner.segment is not segment:
             self._workspaces.clear()  # their shapes are those of the old segment
 
     def finalize(self) -> nn.Module:
@@ -263,8 +263,9 @@ class PrunedReptile(nn.Module):
         Raises:
             ValueError: If the state belongs to another model or schedule; nothing is changed then.
         """
-        whole = isinstance(self.pruner, Pruner)  # cut tensors have the state's shapes only later
-        _check_extra_state(state, dict(self.module.named_parameters()), whole)
+        # Cut tensors have the state's shapes only later.
+        parameters = dict(self.module.named_parameters())
+        _check_extra_state(state, parameters, shapes=not self.structured)
         self.pruner.load_state_dict(state["pruner"])
         self._workspaces.clear()
         self._inner_state = [copied_state(entry) for entry in state["inner_state"]]

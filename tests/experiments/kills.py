@@ -14,13 +14,10 @@ import functools
 import io
 import itertools
 import json
-import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
-import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -40,6 +37,7 @@ from l2l_prune.experiments.report import write_report
 from l2l_prune.experiments.results import write_results
 from l2l_prune.pruner import Pruner
 from l2l_prune.structured import ChannelPruner
+from tests.forks import Calls, ended
 
 PHASES = {
     "training": (Reptile.train, WithOuterOptimizer.train),
@@ -61,25 +59,6 @@ CASES["reptile-channels"] = ("reptile", "dsd", {"structured": True})
 CASES["reptile-best"] = ("reptile", "iht", {"select": "best", "dropout": 0.2})
 
 
-class Calls:
-    """Counts calls; notes when the functions of a phase run, or kills its process at one."""
-
-    def __init__(self, kill_at=None):
-        self.count, self.kill_at = 0, kill_at
-        self.inside = {f.__code__: phase for phase, fs in PHASES.items() for f in fs}
-        self.windows, self.open = {phase: [] for phase in PHASES}, {}
-
-    def __call__(self, frame, event, argument):
-        if event == "call" or event == "c_call":
-            self.count += 1
-            if self.count == self.kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-        if event == "call" and frame.f_code in self.inside:
-            self.open[frame] = self.count
-        elif event == "return" and frame in self.open:
-            self.windows[self.inside[frame.f_code]].append((self.open.pop(frame), self.count))
-
-
 def repeated_command(config, folder):
     """What ``l2l-prune paper`` does with a run: train it or go on, write results and report."""
     with warnings.catch_warnings():
@@ -92,25 +71,15 @@ def repeated_command(config, folder):
 def attempt(config, folder, kill_at=None, count=True):
     """One start in a forked process; the calls' number and windows, or None if it was killed."""
     note = folder / "calls.json"
-    child = os.fork()
-    if child == 0:
-        try:
-            random.seed(0)  # a fork of Python has another state, which no run may depend on
-            calls = Calls(kill_at)
-            sys.setprofile(calls if count else None)
-            repeated_command(config, folder)
-            sys.setprofile(None)
-            note.write_text(json.dumps([calls.count, calls.windows]))
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL, status
-        return None
-    assert os.WEXITSTATUS(status) == 0, f"{folder}: the run failed, see above"
-    return json.loads(note.read_text())
+    calls = Calls(kill_at, PHASES)
+
+    def work():
+        random.seed(0)  # a fork of Python has another state, which no run may depend on
+        repeated_command(config, folder)
+        sys.setprofile(None)
+        note.write_text(json.dumps([calls.count, calls.windows]))
+
+    return json.loads(note.read_text()) if ended(work, calls if count else None) else None
 
 
 def build_that_tells_its_end(build):

@@ -1,19 +1,16 @@
 """Lightning fits that are killed with SIGKILL and fitted again with ``ckpt_path="last"``.
 
 A process of its own, ``python -m tests.hosts.lightning_kills NAME KILLS``, from which the fits are
-forked; see tests/experiments/kills.py. Epochs of one task each, since Lightning itself does not
+forked; see tests/forks.py. Epochs of one task each, since Lightning itself does not
 rewind a loader within an epoch.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
-import traceback
 import warnings
 from pathlib import Path
 
@@ -21,37 +18,21 @@ import pytorch_lightning as pl
 import torch
 
 from l2l_prune.integrations.lightning import PruningCallback
+from tests.forks import Calls, ended
 
 from .test_lightning import MODULES, SCHEDULE, loader, trainer
 
 
 def fit(name, folder, kill_at=None):
     """Fit in a forked process; the calls that it took, or None if it was killed."""
-    child = os.fork()
-    if child == 0:
-        try:
-            count = 0
+    calls = Calls(kill_at)
 
-            def profile(frame, event, argument):
-                nonlocal count
-                if event in ("call", "c_call"):
-                    count += 1
-                    if count == kill_at:
-                        os.kill(os.getpid(), signal.SIGKILL)
+    def work():
+        _fit(name, folder)
+        sys.setprofile(None)
+        (folder / "calls").write_text(str(calls.count))
 
-            sys.setprofile(profile)
-            _fit(name, folder)
-            sys.setprofile(None)
-            (folder / "calls").write_text(str(count))
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return None
-    assert os.WEXITSTATUS(status) == 0
-    return int((folder / "calls").read_text())
+    return int((folder / "calls").read_text()) if ended(work, calls) else None
 
 
 def _fit(name, folder):

@@ -1,0 +1,56 @@
+"""What the benchmarks time: networks, forward and backward passes, Reptile's meta-iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from l2l_prune import PrunedReptile, Schedule, Segment
+from l2l_prune.experiments.models import Conv4
+
+WAYS, STEPS, BATCH = 5, 8, 10
+DENSE = Schedule((Segment(10**6),))
+SPARSE = Schedule((Segment(10**6, sparse=True, sparsity=0.5),))
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def colours(size: int) -> int:
+    """Channels of the images: 28x28 are grey, larger ones have colours."""
+    return 1 if size == 28 else 3
+
+
+def conv4(
+    size: int, channels: int = 64, memory_format: torch.memory_format = torch.channels_last
+) -> Conv4:
+    """The paper's network for images of ``size``."""
+    pooling = "stride" if size == 28 else "max"
+    net = Conv4(WAYS, channels, colours(size), size, pooling)
+    return net.to(memory_format=memory_format)
+
+
+def minibatch(size: int) -> tuple[Tensor, Tensor]:
+    """Random images and their labels."""
+    return torch.rand(BATCH, colours(size), size, size), torch.arange(BATCH) % WAYS
+
+
+def passes(net: nn.Module, batches: Batches) -> None:
+    """A forward and a backward pass of each minibatch, and nothing else."""
+    for x, y in batches:
+        net.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+
+
+def meta_iteration(meta: PrunedReptile, tasks: Iterable[Batches], autocast: bool = False) -> None:
+    """A learner for each task is adapted to its minibatches; then the meta-step."""
+    for batches in tasks:
+        learner = meta.clone()
+        for x, y in batches:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = F.cross_entropy(learner(x), y)
+            learner.adapt(loss)
+        meta.collect(learner)
+    meta.step()
