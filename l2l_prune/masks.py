@@ -71,7 +71,7 @@ def top_mask(scores: Tensor, keep: int) -> Tensor:
 
 def _threshold(flat: Tensor, keep: int) -> Tensor | float:
     """The ``keep``-th largest score."""
-    if flat.numel() > _LARGE:
+    if flat.numel() > _LARGE and flat.dtype in _BITS:
         return _bisected_threshold(flat, keep)
     # float32 holds every half and bfloat16 value exactly, and has kthvalue on all devices.
     if flat.dtype in (torch.float16, torch.bfloat16):

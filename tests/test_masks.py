@@ -116,6 +116,12 @@ def test_halving_finds_what_sorting_finds(monkeypatch, make, dtype):
         assert torch.equal(top_mask(scores, keep), expected), keep
 
 
+def test_large_integer_scores(monkeypatch):
+    monkeypatch.setattr(masks, "_LARGE", 4)
+    scores = torch.tensor([5, 1, 4, 2, 4, 9])  # a criterion may count
+    assert top_mask(scores, 3).tolist() == [True, False, True, False, False, True]
+
+
 PEAK = """
 import resource, sys, torch
 from l2l_prune.masks import top_mask
