@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -104,6 +105,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
         [sys.executable, "-W", "ignore", "-m", "l2l_prune", "run", *arguments],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
+        start_new_session=True,
     )
     checkpoint = tmp_path / "out" / "checkpoints" / "dsd-seed0.pt"
     deadline = time.monotonic() + 600
@@ -111,11 +113,13 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGSTOP)  # else it may end before the next one is refused
     refused = command(*arguments, folder=tmp_path)
     assert refused.returncode == 2
     assert "another l2l-prune is writing to out" in refused.stderr
     process.kill()  # alone: its worker finds itself without a parent
     process.wait()
+    os.killpg(process.pid, signal.SIGCONT)
     assert not (tmp_path / "out" / "results.json").exists()
 
     resumed = command(*arguments, folder=tmp_path)
