@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
+
+hypothesis.settings.register_profile("nightly", max_examples=5000, deadline=None, print_blob=True)
 
 
 class SmallNet(nn.Module):
