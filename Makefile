@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-peers support lint install
+.PHONY: demo test test-peers support lint docs dist install
 
 demo: install
 	$(BIN)/l2l-prune demo
@@ -29,6 +29,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+docs: install
+	$(BIN)/mkdocs build --strict
+
+dist: install
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 install: $(INSTALLED)
 

@@ -53,3 +53,32 @@ def core(session: nox.Session, torch: str, numpy: str) -> None:
         *(session.posargs or PATHS),
         env={"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
     )
+
+
+@nox.session(python=["3.11", "3.13"])
+def wheel(session: nox.Session) -> None:
+    """The wheel alone in a clean environment: it imports, prunes, and shows its types."""
+    dist = Path(session.create_tmp())
+    session.install("build", "mypy>=1.13", "pyright")
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(dist), ".")
+    session.install("--force-reinstall", *(str(path) for path in dist.glob("*.whl")))
+    consumer = dist / "consumer.py"
+    consumer.write_text(CONSUMER)
+    session.chdir(dist)  # so that the checkout is not what is imported
+    session.run("python", "consumer.py")
+    session.run("mypy", "--strict", "consumer.py")
+    session.run("pyright", "consumer.py")
+
+
+CONSUMER = """
+import torch
+from l2l_prune import DSDSchedule, Pruner
+
+model = torch.nn.Linear(4, 2)
+pruner = Pruner(model, DSDSchedule(0.5, pretrain=1, prune=1, retrain=1))
+pruner.step()
+sparsity: float = pruner.sparsity
+masks: dict[str, torch.Tensor] = pruner.masks
+assert sparsity == 0.5 and int(masks["weight"].sum()) == 4
+assert int((model.weight == 0).sum()) == 4
+"""
