@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -47,3 +47,153 @@ def random(generator: torch.Generator) -> Criterion:
         return torch.rand(weight.shape, generator=generator).to(weight.device)
 
     return scores
+
+
+def snip(weight: Tensor) -> Tensor:
+    """``|w * g|``: how much the loss changes when a weight is cut off, to first order.
+
+    ``g`` is the weight's ``grad`` when the mask is due: the meta-gradient that the outer step has
+    just used (for :class:`~l2l_prune.PrunedReptile` its direction, old minus mean adapted weights).
+
+    Raises:
+        ValueError: If the weight has no gradient.
+
+    Source:
+        Lee, Ajanthan and Torr, *SNIP: Single-shot Network Pruning based on Connection
+        Sensitivity*, ICLR 2019, Equation 6 (its division by the sum changes no order).
+    """
+    return (weight * _gradient(weight, "snip")).abs()
+
+
+def taylor(weight: Tensor) -> Tensor:
+    """``(w * g)**2``: the squared first-order change of the loss; ``g`` as in :func:`snip`.
+
+    It ranks single weights as :func:`snip` does; sums over a ``Block`` pattern differ.
+
+    Raises:
+        ValueError: If the weight has no gradient.
+
+    Source:
+        Molchanov et al., *Importance Estimation for Neural Network Pruning*, CVPR 2019, Equation 8.
+    """
+    return (weight * _gradient(weight, "taylor")).square()
+
+
+def grasp(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Criterion:
+    """``w * (H g)``: keeps the weights whose removal would cost most gradient flow.
+
+    Args:
+        loss: Computes the (meta-)loss of the model as it is, a scalar, on the same data at every
+            call.
+        parameters: All parameters that the loss is differentiated by; those that it does not
+            reach do not count.
+
+    Raises:
+        ValueError: On use, if a weight is none of ``parameters``.
+
+    Source:
+        Wang, Zhang and Grosse, *Picking Winning Tickets Before Training by Preserving Gradient
+        Flow*, ICLR 2020, Equation 8 (which removes the largest of ``-w * (H g)``).
+    """
+    held = list(parameters)
+
+    def scores(weight: Tensor) -> Tensor:
+        _position(weight, held, "grasp")
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(loss(), held, create_graph=True, allow_unused=True)
+            flow = sum(
+                ((g * g.detach()).sum() for g in gradients if g is not None), torch.zeros(())
+            )
+            (product,) = torch.autograd.grad(flow, weight, allow_unused=True)
+        if product is None:  # a loss that is linear in this weight
+            product = torch.zeros_like(weight)
+        return weight.detach() * product
+
+    return scores
+
+
+class Movement:
+    """``-sum w * g`` over the outer steps: weights that move away from 0 stay.
+
+    Gradients reach the criterion as a step hook, of a torch optimizer or of
+    :class:`~l2l_prune.PrunedReptile`::
+
+        movement = Movement(model.parameters())
+        optimizer.register_step_pre_hook(movement.observe)
+        pruner = Pruner(model, schedule, optimizer, criterion=movement)
+
+    While a weight is pruned its gradient is 0, and its sum stays as it was.
+
+    Args:
+        parameters: The parameters to watch.
+
+    Source:
+        Sanh, Wolf and Rush, *Movement Pruning: Adaptive Sparsity by Fine-Tuning*, NeurIPS 2020,
+        Section 4.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._parameters: Sequence[Tensor] = list(parameters)
+        self._sums = [torch.zeros_like(p) for p in self._parameters]
+        self._seen = 0
+
+    @torch.no_grad()
+    def observe(self, source: Any = None, args: Any = (), kwargs: Any = None) -> None:
+        """Add a step's ``-w * g``; call it before the step, as a step pre-hook is.
+
+        Raises:
+            ValueError: If the optimizer steps with a closure, which finds the gradient only later.
+        """
+        if len(args) > 1 or (kwargs or {}).get("closure") is not None:
+            raise ValueError("movement cannot watch an optimizer that steps with a closure")
+        for number, parameter in enumerate(self._parameters):
+            if parameter.grad is not None:
+                total = self._sums[number].to(parameter)
+                self._sums[number] = total.addcmul_(parameter, parameter.grad, value=-1)
+        self._seen += 1
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The scores of one weight.
+
+        Raises:
+            ValueError: If it is none of the watched parameters, or no step was observed yet.
+        """
+        number = _position(weight, self._parameters, "movement")
+        if not self._seen:
+            raise ValueError(
+                "movement has observed no step: register its observe as a step pre-hook, and "
+                "begin with a dense phase"
+            )
+        return self._sums[number]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far, to resume from."""
+        return {"seen": self._seen, "sums": [total.clone() for total in self._sums]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it is of other parameters.
+        """
+        shapes = [tuple(p.shape) for p in self._parameters]
+        if [tuple(total.shape) for total in state["sums"]] != shapes:
+            raise ValueError("the checkpoint's movement is of other parameters")
+        self._seen = state["seen"]
+        self._sums = [total.clone() for total in state["sums"]]
+
+
+def _gradient(weight: Tensor, name: str) -> Tensor:
+    if weight.grad is None:
+        raise ValueError(
+            f"{name} needs gradients when a mask is due: begin with a dense phase, and call step() "
+            "between backward() and zero_grad()"
+        )
+    return weight.grad
+
+
+def _position(weight: Tensor, parameters: Sequence[Tensor], name: str) -> int:
+    for number, parameter in enumerate(parameters):
+        if parameter is weight:
+            return number
+    raise ValueError(f"{name} was made for other parameters: give it those of the pruned model")

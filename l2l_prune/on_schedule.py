@@ -36,6 +36,11 @@ class OnSchedule:
         """Its name: ``"pretrain"``, ``"prune"`` or ``"retrain"`` in DSD and IHT."""
         return self.segment.phase
 
+    @property
+    def mask_due(self) -> bool:
+        """Whether the next :meth:`step` enters another segment."""
+        return self.schedule.index(self._iteration + 1) != self._position
+
     def _place(self) -> str:
         """The place in words, as the head of a summary."""
         done = f"iteration {self._iteration} of {self.schedule.iterations}"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from l2l_prune import _values, optimizer_state
 from l2l_prune._values import told
+from l2l_prune.allocation import Allocation, global_count, global_masks
 from l2l_prune.criteria import Criterion, magnitude
+from l2l_prune.masks import check_finite
 from l2l_prune.on_schedule import OnSchedule
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.reparam import attach, detach, held_names, held_tensors, set_mask
@@ -26,6 +31,8 @@ from l2l_prune.selection import (
 )
 
 _STATE_VERSION = 2
+
+StepHook: TypeAlias = Callable[["Pruner"], None]
 
 
 class Pruner(OnSchedule):
@@ -51,6 +58,8 @@ class Pruner(OnSchedule):
             magnitude; see :mod:`l2l_prune.criteria`.
         pattern: Where pruned weights may lie: anywhere by default, ``NByM(2, 4)`` or
             ``Block(rows, columns)`` of :mod:`l2l_prune.patterns`.
+        allocation: ``"layerwise"``: each tensor is pruned at the schedule's sparsity. ``"global"``:
+            all are ranked together, and layers lose as much as their scores say.
         regrow_state: Second moments (Adam, RMSprop, ...) of weights that are released.
             ``"match"``: as large as the largest kept one of the tensor, and at the first step at
             least as large as the gradient asks, so that regrown weights do not jump. ``"keep"``:
@@ -89,6 +98,7 @@ class Pruner(OnSchedule):
         skip: Rule | Iterable[Rule] | None = None,
         criterion: Criterion = magnitude,
         pattern: Pattern = UNSTRUCTURED,
+        allocation: Allocation = "layerwise",
         regrow_state: Literal["match", "keep"] = "match",
         dense_keys: bool = False,
     ) -> None:
@@ -100,12 +110,22 @@ class Pruner(OnSchedule):
             raise TypeError(f"criterion must be a function of a weight, got {told(criterion)}")
         _values.instance("pattern", pattern, Pattern, "a Pattern")  # type: ignore[type-abstract]
         _values.flag("dense_keys", dense_keys)
+        if allocation not in ("layerwise", "global"):
+            raise ValueError(f'allocation must be "layerwise" or "global", got {allocation!r}')
+        if allocation == "global" and pattern != UNSTRUCTURED:
+            raise ValueError('allocation="global" goes without pattern: that counts layer by layer')
         self.model = model
         self._criterion, self._pattern = criterion, pattern
         self._regrow_state = regrow_state
         self._tensors = select(model, layers=layers, only=only, skip=skip)
         self._rates = learning_rates(model, self._tensors)
-        self._counts = [segment_counts(self._tensors, s, pattern) for s in schedule.segments]
+        self._counts = (  # by segment: what each tensor keeps, or what all keep together
+            [[global_count(self._tensors, s)] for s in schedule.segments]
+            if allocation == "global"
+            else [segment_counts(self._tensors, s, pattern) for s in schedule.segments]
+        )
+        self._global = allocation == "global"
+        self._step_hooks: dict[int, StepHook] = OrderedDict()
         self._optimizers = optimizer_state.as_optimizers(optimizer)
         weights = [tensor.module._parameters[tensor.name] for tensor in self._tensors]
         for given in self._optimizers:
@@ -141,6 +161,16 @@ class Pruner(OnSchedule):
     def masks(self) -> dict[str, Tensor]:
         """Boolean mask of each selected tensor by its dense name; True stays."""
         return {t.full_name: m for t, m in zip(self._tensors, self._masks, strict=True)}
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The stored parameter (``weight_orig``) of each selected tensor by its dense name."""
+        return dict(zip((t.full_name for t in self._tensors), self._originals(), strict=True))
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether any mask with the right count of each tensor would do: no pattern, not global."""
+        return not self._global and self._pattern == UNSTRUCTURED
 
     @property
     def finalized(self) -> bool:
@@ -219,6 +249,61 @@ class Pruner(OnSchedule):
             self._position = position
             self._put_masks(masks)
         self._iteration += 1
+        for hook in list(self._step_hooks.values()):
+            hook(self)
+
+    def register_step_hook(self, hook: StepHook) -> RemovableHandle:
+        """Call ``hook(pruner)`` at the end of each :meth:`step`, as torch's optimizers do.
+
+        Returns:
+            A handle; its ``remove()`` takes the hook off.
+        """
+        handle = RemovableHandle(self._step_hooks)
+        self._step_hooks[handle.id] = hook
+        return handle
+
+    @torch.no_grad()
+    def replace_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Change masks within a sparse segment; weights and optimizer state follow as in a step.
+
+        Args:
+            masks: Boolean tensors by dense name; those of tensors that are not named stay.
+
+        Raises:
+            RuntimeError: In a dense segment, or after :meth:`finalize`.
+            ValueError: If a name, shape or count does not fit; nothing is changed then.
+        """
+        self._check_attached()
+        if not self.sparse:
+            raise RuntimeError("there are no masks to replace in a dense segment")
+        new = self.masks
+        for name, mask in masks.items():
+            if name not in new:
+                raise ValueError(f"{name!r} is none of the pruned tensors: {', '.join(new)}")
+            if mask.dtype != torch.bool or mask.shape != new[name].shape:
+                raise ValueError(
+                    f"the mask of {name} must be boolean and of shape {tuple(new[name].shape)}"
+                )
+            new[name] = mask.to(new[name].device)
+        self._check_counts(new, self._position, "replaced")
+        self._put_masks(list(new.values()))
+
+    @contextmanager
+    def opened_masks(self) -> Iterator[None]:
+        """Within it all masks are ones, so that gradients reach pruned entries, which are 0.
+
+        The function of the model is the same. Take gradients within, but no steps.
+        """
+        self._check_attached()
+        held = [(t.module._buffers, f"{t.name}_mask") for t in self._tensors]
+        masks = [buffers[name] for buffers, name in held]
+        try:
+            for (buffers, name), mask in zip(held, masks, strict=True):
+                buffers[name] = torch.ones_like(mask)  # type: ignore[arg-type]
+            yield
+        finally:
+            for (buffers, name), mask in zip(held, masks, strict=True):
+                buffers[name] = mask
 
     @torch.no_grad()
     def project(self) -> None:
@@ -276,12 +361,8 @@ class Pruner(OnSchedule):
         tensors = {t.full_name: t for t in self._tensors}
         _check_state(state, self.schedule, str(self._pattern), tensors)
         position = self.schedule.index(state["iteration"])
-        for name, keep in zip(tensors, self._counts[position], strict=True):
-            if (kept := int(state["masks"][name].sum())) != keep:
-                raise ValueError(
-                    f"the checkpoint's mask of {name} keeps {kept} weights, but the schedule keeps "
-                    f"{keep} at iteration {state['iteration']}"
-                )
+        in_order = {name: state["masks"][name] for name in tensors}
+        self._check_counts(in_order, position, f"iteration {state['iteration']}'s")
         self._iteration, self._position = state["iteration"], position
         self._set_masks([self._restored(t, state["masks"]) for t in self._tensors])
         self._regrown = {
@@ -299,10 +380,25 @@ class Pruner(OnSchedule):
         original, _ = held_tensors(tensor.module, tensor.name)
         return saved[tensor.full_name].to(original.device, copy=True)
 
+    def _check_counts(self, masks: Mapping[str, Tensor], position: int, whose: str) -> None:
+        kept = {name: int(mask.sum()) for name, mask in masks.items()}
+        if self._global:
+            kept = {"all tensors": sum(kept.values())}
+        for (name, found), keep in zip(kept.items(), self._counts[position], strict=True):
+            if found != keep:
+                raise ValueError(
+                    f"{whose} mask of {name} keeps {found} weights, but the schedule keeps {keep}"
+                )
+
     def _new_masks(self, position: int, weights: list[Tensor]) -> list[Tensor]:
+        if not self.schedule.segments[position].sparse:
+            keeps = [weight.numel() for weight in weights]
+        elif self._global:
+            keeps = [0] * len(weights)  # to be found below: all scores are needed
+        else:
+            keeps = self._counts[position]
         masks = []
-        counts = self._counts[position]
-        for tensor, weight, keep in zip(self._tensors, weights, counts, strict=True):
+        for tensor, weight, keep in zip(self._tensors, weights, keeps, strict=True):
             place = f"cannot prune {tensor.full_name} at iteration {self._iteration}"
             if not bool(torch.isfinite(weight).all()):
                 raise ValueError(
@@ -312,17 +408,14 @@ class Pruner(OnSchedule):
             if keep == weight.numel():  # dense: nothing to choose
                 masks.append(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
                 continue
-            scores = self._criterion(weight)
-            if not isinstance(scores, Tensor) or scores.shape != weight.shape:
-                raise ValueError(f"{place}: criterion must give a score for each of its weights")
-            if scores.dtype == torch.bool or scores.is_complex():
-                raise TypeError(
-                    f"{place}: criterion must give real numbers as scores, got {scores.dtype}"
-                )
             try:
-                masks.append(self._pattern.mask(scores, keep))
-            except ValueError as error:
-                raise ValueError(f"{place} by the scores of criterion: {error}") from None
+                scores = _scores(self._criterion, weight)
+                check_finite(scores)
+                masks.append(scores if self._global else self._pattern.mask(scores, keep))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{place} by the scores of criterion: {error}") from None
+        if self._global and self.schedule.segments[position].sparse:
+            return global_masks(masks, *self._counts[position])
         return masks
 
     def _put_masks(self, masks: list[Tensor]) -> None:
@@ -433,6 +526,15 @@ def _check_state(
                 raise ValueError(
                     f"the checkpoint's {called} of {name} does not fit its shape {tuple(shape)}"
                 )
+
+
+def _scores(criterion: Criterion, weight: Tensor) -> Tensor:
+    scores = criterion(weight)
+    if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+        raise ValueError("it must give a score for each of its weights")
+    if scores.dtype == torch.bool or scores.is_complex():
+        raise TypeError(f"it must give real numbers as scores, got {scores.dtype}")
+    return scores
 
 
 def _share(kept: int, total: int) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from l2l_prune import _values, ranks
+from l2l_prune.allocation import Allocation
 from l2l_prune.criteria import Criterion, magnitude
 from l2l_prune.inner_loop import OptimizerFactory, Workspace, adam, copied_state
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
@@ -17,6 +20,8 @@ from l2l_prune.pruner import Pruner
 from l2l_prune.schedules import Schedule
 from l2l_prune.selection import Layers, Rule
 from l2l_prune.structured import ChannelPruner, Structured
+
+StepPreHook: TypeAlias = Callable[["PrunedReptile", tuple[()], dict[str, Any]], None]
 
 
 class PrunedReptile(nn.Module):
@@ -43,7 +48,7 @@ class PrunedReptile(nn.Module):
             as the authors and learn2learn's example do; else each task starts afresh.
         foml: First-order MAML: move by the last inner step only, instead of by all.
         layers: As in :class:`~l2l_prune.Pruner`, likewise ``only``, ``skip``,
-            ``criterion`` and ``pattern``.
+            ``criterion``, ``pattern`` and ``allocation``.
         structured: Cut out whole channels instead of masking weights, so that sparse phases run on
             a small network: see :class:`~l2l_prune.structured.ChannelPruner`. Of the arguments
             before it, only ``skip`` goes with this, as names of layers.
@@ -86,6 +91,7 @@ class PrunedReptile(nn.Module):
         skip: Rule | Iterable[Rule] | None = None,
         criterion: Criterion = magnitude,
         pattern: Pattern = UNSTRUCTURED,
+        allocation: Allocation = "layerwise",
         structured: Structured | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -116,12 +122,14 @@ class PrunedReptile(nn.Module):
                 skip=skip,
                 criterion=criterion,
                 pattern=pattern,
+                allocation=allocation,
             )
         else:
-            if (only, layers, criterion, pattern) != (None, "all", magnitude, UNSTRUCTURED):
+            given = (only, layers, criterion, pattern, allocation)
+            if given != (None, "all", magnitude, UNSTRUCTURED, "layerwise"):
                 raise ValueError(
-                    "structured goes without only, layers, criterion and pattern: it cuts out "
-                    "whole channels of all layers but those of skip="
+                    "structured goes without only, layers, criterion, pattern and allocation: it "
+                    "cuts out whole channels of all layers but those of skip="
                 )
             self.pruner = ChannelPruner(
                 model,
@@ -141,6 +149,7 @@ class PrunedReptile(nn.Module):
         self._inner_state: list[dict[str, Any]] = []
         self._collected: list[Tensor] = []  # sum over tasks, one tensor a parameter
         self._tasks = 0
+        self._step_pre_hooks: dict[int, StepPreHook] = OrderedDict()
 
     @property
     def schedule(self) -> Schedule:
@@ -233,6 +242,11 @@ class PrunedReptile(nn.Module):
             self._tasks = ranks.sum_over_ranks(self._collected, self._tasks, self._group)
         parameters = [p.detach() for p in self.module.parameters()]
         torch._foreach_div_(self._collected, self._tasks)
+        observed = bool(self._step_pre_hooks) or self.pruner.mask_due
+        if observed:
+            self._show_gradients()
+            for hook in list(self._step_pre_hooks.values()):
+                hook(self, (), {})
         if self.foml:
             torch._foreach_add_(parameters, self._collected, alpha=self.meta_lr)
         else:
@@ -240,8 +254,28 @@ class PrunedReptile(nn.Module):
         self._collected, self._tasks = [], 0
         segment = self.pruner.segment
         self.pruner.step()
+        if observed:
+            for parameter in self.module.parameters():
+                parameter.grad = None
         if self.structured and self.pruner.segment is not segment:
             self._workspaces.clear()  # their shapes are those of the old segment
+
+    def register_step_pre_hook(self, hook: StepPreHook) -> RemovableHandle:
+        """Call ``hook(reptile, args, kwargs)`` in each :meth:`step` before the weights move.
+
+        As with torch's optimizers the gradients are there then: Reptile's meta-gradient, old minus
+        mean adapted weights, is in the parameters' ``grad`` (criteria find it there, too).
+
+        Returns:
+            A handle; its ``remove()`` takes the hook off.
+        """
+        handle = RemovableHandle(self._step_pre_hooks)
+        self._step_pre_hooks[handle.id] = hook
+        return handle
+
+    def forget_inner_state(self) -> None:
+        """Start the inner optimizer's carried state afresh."""
+        self._inner_state = []
 
     def finalize(self) -> nn.Module:
         """Take the masks off and return the plain model (see :meth:`Pruner.finalize`)."""
@@ -282,6 +316,11 @@ class PrunedReptile(nn.Module):
                 if isinstance(value, Tensor) and value.dim():  # Adam's step count stays
                     state[key] = fn(value)
         return self
+
+    def _show_gradients(self) -> None:
+        """Reptile's meta-gradient as ``grad``: Nichol et al., 2018, Section 2."""
+        for parameter, mean in zip(self.module.parameters(), self._collected, strict=True):
+            parameter.grad = -mean if self.foml else parameter.detach() - mean
 
     def _released(self, learner: Learner) -> Workspace:
         if not isinstance(learner, Learner):

@@ -38,6 +38,15 @@ class LayerTensor:
         """Dense name in the model: ``"features.conv2.weight"``."""
         return f"{self.path}.{self.name}" if self.path else self.name
 
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape, under a mask or not."""
+        parameters = self.module._parameters
+        weight = parameters.get(self.name)
+        weight = parameters[f"{self.name}_orig"] if weight is None else weight
+        assert weight is not None
+        return weight.shape
+
     def named_by(self, pattern: str) -> bool:
         """Whether a module name, tensor name or ``fnmatch`` pattern means this tensor."""
         return fnmatchcase(self.path, pattern) or fnmatchcase(self.full_name, pattern)
@@ -175,7 +184,7 @@ def segment_counts(
         ValueError: If the segment names a layer that is not selected, keeps more weights than
             a layer has, would prune a layer away, or the pattern does not fit a layer.
     """
-    counts = [_numel(tensor) for tensor in tensors]
+    counts = [tensor.shape.numel() for tensor in tensors]
     if not segment.sparse:
         return counts
     keep, rates = dict(segment.keep or ()), segment.sparsity
@@ -305,7 +314,7 @@ def _lookup(tensor: LayerTensor, table: Mapping[str, float]) -> float | None:
 
 
 def _in_pattern(tensor: LayerTensor, keep: int, pattern: Pattern) -> int:
-    shape = _shape(tensor)
+    shape = tensor.shape
     if keep in (0, shape.numel()):  # nothing to arrange
         return keep
     try:
@@ -315,18 +324,6 @@ def _in_pattern(tensor: LayerTensor, keep: int, pattern: Pattern) -> int:
             f"{tensor.full_name} of shape {tuple(shape)} cannot take the pattern {pattern}: "
             f"{error}; leave it out with skip="
         ) from None
-
-
-def _numel(tensor: LayerTensor) -> int:
-    return _shape(tensor).numel()
-
-
-def _shape(tensor: LayerTensor) -> torch.Size:
-    parameters = tensor.module._parameters
-    weight = parameters.get(tensor.name)
-    weight = parameters[f"{tensor.name}_orig"] if weight is None else weight
-    assert weight is not None
-    return weight.shape
 
 
 def _already_pruned(module: nn.Module, name: str) -> bool:

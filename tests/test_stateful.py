@@ -266,8 +266,10 @@ class Training(RuleBasedStateMachine):
             meta_lr_final=0.5,
             inner_optimizer=torch.optim.SGD,
         )
-        self.oracle.attach(segments)
         plain = self.oracle.net
+        optimizer = self.oracle.optimizer  # has no part in Reptile: its momentum stays
+        self.oracle.optimizer = torch.optim.SGD(plain.parameters())
+        self.oracle.attach(segments)
         self.copy_statistics()
         total = [torch.zeros_like(p) for p in plain.parameters()]
         for _ in range(2):
@@ -290,10 +292,9 @@ class Training(RuleBasedStateMachine):
                 parameter.lerp_(mean, 0.5)
         before = segment_at(segments, 0)
         self.oracle.iteration = 1
-        optimizer, self.oracle.optimizer = self.oracle.optimizer, torch.optim.SGD([total[0]])
         if segment_at(segments, 1) != before:
             self.oracle.make_masks()
-        self.oracle.optimizer = optimizer  # the outer optimizer has no part in Reptile
+        self.oracle.optimizer = optimizer
         assert reptile.finalize() is self.net
         self.oracle.detach()
 

@@ -215,6 +215,9 @@ PUBLISHED_SINE: dict[str, Any] = {
 """CAVIA's settings for :class:`~l2l_prune.data.SineTasks` with ``CaviaMLP()``: the defaults of the
 authors' regression script."""
 
+_INSTANCES = {"glyphs": 20, "omniglot": 20}
+"""Examples of a class, where MetaOptNet's published 15 shots and 6 queries do not fit."""
+
 
 def make_config(
     algorithm: str,
@@ -273,6 +276,9 @@ def make_config(
         chosen["train_shots"] = chosen.get("shots", RunConfig.shots)
     if data != "glyphs":
         chosen.setdefault("train_classes", None)
+    if published and data in _INSTANCES and settings.get("train_queries") is None:
+        room = _INSTANCES[data] - chosen.get("train_shots", RunConfig.train_shots)
+        chosen["train_queries"] = min(chosen.get("train_queries", 0), max(room, 0))
     if settings.get("final_tasks") and not settings.get("curve_tasks"):
         usual = chosen.get("curve_tasks", RunConfig.curve_tasks)
         chosen["curve_tasks"] = min(usual, settings["final_tasks"])  # no more on the way

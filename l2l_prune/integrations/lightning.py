@@ -14,6 +14,9 @@ from torch.optim import Optimizer
 
 from l2l_prune import _values
 from l2l_prune._tensor_files import save_tensors
+from l2l_prune.allocation import Allocation
+from l2l_prune.criteria import Criterion, magnitude
+from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.pruner import Pruner
 from l2l_prune.reparam import dense_state_dict
 from l2l_prune.schedules import Schedule
@@ -40,10 +43,14 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
 
     Args:
         schedule: When to prune, and how much, in optimizer steps.
-        layers: As in :class:`~l2l_prune.Pruner`, likewise ``only``, ``skip`` and
-            ``regrow_state``; names start at the LightningModule.
+        layers: As in :class:`~l2l_prune.Pruner`, likewise ``only``, ``skip``,
+            ``criterion``, ``pattern``, ``allocation`` and ``regrow_state``; names start at the
+            LightningModule.
         only: See ``layers``.
         skip: See ``layers``.
+        criterion: See ``layers``.
+        pattern: See ``layers``.
+        allocation: See ``layers``.
         regrow_state: See ``layers``.
         dense_weights: If given, at the end of the fit the weights are written to this file under
             dense keys, as ``torch.save`` of a state dict.
@@ -66,6 +73,9 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         layers: Layers = "all",
         only: Rule | Iterable[Rule] | None = None,
         skip: Rule | Iterable[Rule] | None = None,
+        criterion: Criterion = magnitude,
+        pattern: Pattern = UNSTRUCTURED,
+        allocation: Allocation = "layerwise",
         regrow_state: Literal["match", "keep"] = "match",
         dense_weights: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -78,6 +88,9 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
             "layers": layers,
             "only": only,
             "skip": skip,
+            "criterion": criterion,
+            "pattern": pattern,
+            "allocation": allocation,
             "regrow_state": regrow_state,
         }
         self._dense_weights = dense_weights

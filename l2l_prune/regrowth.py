@@ -1,0 +1,147 @@
+"""Masks that move within a sparse phase: the smallest weights go, others grow (SET, RigL)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2l_prune import _values
+from l2l_prune.masks import top_mask
+from l2l_prune.pruner import Pruner
+
+
+class Regrowth:
+    """Every ``interval`` iterations of a sparse segment some weights are exchanged.
+
+    In each tensor the smallest of the kept weights are dropped and as many of the others grow from
+    0: those with the largest gradient (RigL) if ``loss`` is given, else random ones (SET). The
+    fraction falls over the segment by half a cosine. One line after the Pruner is made::
+
+        regrowth = Regrowth(pruner, interval=100, loss=lambda: loss_of(model))
+
+    Args:
+        pruner: A :class:`~l2l_prune.Pruner`: ``reptile.pruner`` for Reptile.
+        interval: Meta-iterations between exchanges, >= 1.
+        fraction: Fraction of the kept weights that is exchanged at the segment's start, in [0, 1).
+        loss: Computes the (meta-)loss, a scalar; its gradient is taken with respect to all
+            weights, the pruned ones at 0 included.
+        generator: Source of SET's random numbers, on the CPU; a new one with seed 0 by default.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is out of range, or the pruner holds masks by pattern or globally.
+
+    Source:
+        SET: Mocanu et al., Nature Communications 2018, Algorithm 2 (here with RigL's schedule).
+        RigL: Evci et al., *Rigging the Lottery*, ICML 2020, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        pruner: Pruner,
+        *,
+        interval: int,
+        fraction: float = 0.3,
+        loss: Callable[[], Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self._pruner = _values.instance("pruner", pruner, Pruner, "a Pruner")
+        if not pruner.layerwise:
+            raise ValueError("Regrowth counts layer by layer: use no pattern and no global masks")
+        self._interval = _values.count("interval", interval, least=1)
+        self._fraction = _values.fraction("fraction", fraction)
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss must be a function without arguments, got {_values.told(loss)}")
+        if generator is not None:
+            _values.instance("generator", generator, torch.Generator, "a torch.Generator")
+        self._loss = loss
+        self._generator = generator or torch.Generator().manual_seed(0)
+        pruner.register_step_hook(self._after_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random numbers' state, to resume from beside the Pruner's own."""
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._generator.set_state(state["generator"])
+
+    @torch.no_grad()
+    def _after_step(self, pruner: Pruner) -> None:
+        start, stop = self._span()
+        done = pruner.iteration - start
+        if not pruner.sparse or done <= 0 or done % self._interval or pruner.iteration >= stop:
+            return
+        fraction = self._fraction / 2 * (1 + math.cos(math.pi * done / (stop - start)))
+        scores = self._growth_scores()
+        pruner.replace_masks(
+            {
+                name: exchanged(weight, pruner.masks[name], scores[name], fraction)
+                for name, weight in pruner.weights.items()
+            }
+        )
+
+    def _span(self) -> tuple[int, int]:
+        """First iteration of the segment in force, and the one after its last."""
+        for start, stop, _ in self._pruner.schedule.spans():
+            if start <= self._pruner.iteration < stop:
+                return start, stop
+        return self._pruner.iteration, self._pruner.iteration
+
+    def _growth_scores(self) -> dict[str, Tensor]:
+        weights = self._pruner.weights
+        if self._loss is not None:
+            return {n: g.abs() for n, g in dense_gradients(self._pruner, self._loss).items()}
+        return {
+            name: torch.rand(weight.shape, generator=self._generator).to(weight.device)
+            for name, weight in weights.items()
+        }
+
+
+def exchanged(weight: Tensor, mask: Tensor, growth: Tensor, fraction: float) -> Tensor:
+    """The mask after one exchange, with as many True entries as before.
+
+    Args:
+        weight: The weights; those outside the mask are 0.
+        mask: Boolean tensor of the same shape; True is kept.
+        growth: Scores of the same shape, >= 0: the largest outside what stays grow, so that a
+            weight may also come back at once, as it was.
+        fraction: Fraction of the kept weights to exchange, in [0, 1].
+
+    Example:
+        >>> weight, mask = torch.tensor([3.0, 1.0, 0.0, 0.0]), torch.tensor([1, 1, 0, 0]).bool()
+        >>> exchanged(weight, mask, torch.tensor([9.0, 0.0, 1.0, 2.0]), 0.5).tolist()
+        [True, False, False, True]
+    """
+    kept = int(mask.sum())
+    number = round(fraction * kept)
+    magnitude = weight.detach().abs().masked_fill(~mask, -1)
+    stays = top_mask(magnitude, kept - number)
+    grows = top_mask(growth.detach().masked_fill(stays, -1), number)
+    return stays | grows
+
+
+def dense_gradients(pruner: Pruner, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Gradients of ``loss`` for all entries of the pruned weights, those that are cut off included.
+
+    The masks are opened for the time of one forward and backward pass; since the pruned entries
+    are 0, the loss is the same.
+
+    Args:
+        pruner: In a sparse segment.
+        loss: Computes a scalar from the pruned model.
+
+    Returns:
+        A gradient for each tensor by its dense name; zeros where the loss does not depend on it.
+    """
+    weights = pruner.weights
+    with pruner.opened_masks(), torch.enable_grad():
+        gradients = torch.autograd.grad(loss(), list(weights.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(weight) if gradient is None else gradient
+        for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
+    }
