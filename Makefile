@@ -8,8 +8,9 @@ INSTALLED = $(VENV)/.installed
 demo: install
 	$(BIN)/l2l-prune demo
 
+# A file of tests stays in one process; each takes one thread, so that two do not wait for each other.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The hosts' own tests with the plugin attached; HIGHER=DIR adds those of a checkout of higher, and
 # CAVIA=DIR or METAOPTNET=DIR runs the public scripts with the diffs of docs/guides/.

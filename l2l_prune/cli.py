@@ -118,6 +118,13 @@ def run(
             rich_help_panel="Settings",
         ),
     ] = "last",
+    criterion: Annotated[
+        str | None,
+        setting("Weights to keep: by magnitude, random, snip, taylor, grasp or movement.", None),
+    ] = None,
+    allocation: Annotated[
+        str | None, setting("Pruned weights among layers: layerwise, erk or global.", None)
+    ] = None,
     iterations: Annotated[int | None, setting("Meta-iterations.", 20)] = None,
     ways: Annotated[int | None, setting("Classes of a task.", 2)] = None,
     shots: Annotated[int | None, setting("Support examples of a class at evaluation.")] = None,
@@ -150,6 +157,8 @@ def run(
     check_sparsity(sparsity)
     out = out or Path("runs") / "-".join((algorithm, *schedule))
     settings: dict[str, Any] = {
+        "criterion": criterion,
+        "allocation": allocation,
         "iterations": iterations,
         "sparsity": sparsity,
         "published": published,
@@ -188,7 +197,7 @@ def run(
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(help="TOML file with the tables [base] and [grid].")],
+    file: Annotated[Path, typer.Argument(help=r"TOML file with the tables \[base] and \[grid].")],
     out: Annotated[Path, typer.Option(help="Folder; each run gets one in it.")] = Path(
         "runs/sweep"
     ),

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from l2l_prune.data import DATA_SETS
-from l2l_prune.experiments.config import DEFAULTS, SCHEDULES
+from l2l_prune.experiments.config import DEFAULTS
+from l2l_prune.experiments.methods import METHODS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,7 +27,7 @@ AlgorithmOption = Annotated[
 ScheduleOption = Annotated[
     list[str],
     typer.Option(
-        help=f"One of {', '.join(SCHEDULES)}; repeat the option to compare.",
+        help=f"One of {', '.join(METHODS)}; repeat the option to compare.",
         rich_help_panel="What",
     ),
 ]
@@ -171,7 +172,7 @@ def plain_errors(out: Path, hint: str = "--out") -> Iterator[None]:
 
 def baseline_first(schedule: str) -> int:
     """Sort key: dense before the pruned ones."""
-    return SCHEDULES.index(schedule) if schedule in SCHEDULES else -1  # refused by make_config
+    return list(METHODS).index(schedule) if schedule in METHODS else -1  # refused by make_config
 
 
 def check_sparsity(sparsity: float | None) -> None:

@@ -113,7 +113,9 @@ def test_grasp_is_weight_times_hessian_times_gradient():
 
     def of_vector(vector):
         parts = vector.split([s.numel() for s in shapes])
-        named = {n: p.view(s) for (n, _), p, s in zip(net.named_parameters(), parts, shapes)}
+        named = {
+            n: p.view(s) for (n, _), p, s in zip(net.named_parameters(), parts, shapes, strict=True)
+        }
         return F.mse_loss(torch.func.functional_call(net, named, (x,)), y)
 
     vector = torch.cat([p.detach().flatten() for p in parameters])

@@ -29,7 +29,9 @@ _ONE_OF = {
     "data": DATA_SETS,
     "backbone": ("conv4", "resnet12"),
     "layers": ("all", "authors"),
-    "criterion": ("magnitude", "random"),
+    "criterion": ("magnitude", "random", "snip", "taylor", "grasp", "movement"),
+    "allocation": ("layerwise", "erk", "global"),
+    "regrow": (None, "random", "gradient"),
     "select": ("last", "best"),
 }
 
@@ -49,11 +51,13 @@ def check_types(settings: dict[str, Any]) -> None:
         raise ValueError("name must not be empty: tables and files are called by it")
     for name, least in _LEAST.items():
         _values.count(name, settings[name], least)
-    if settings["train_classes"] is not None:
-        _values.count("train_classes", settings["train_classes"], least=1)
+    for name, least in (("train_classes", 1), ("rewind", 0)):
+        if settings[name] is not None:
+            _values.count(name, settings[name], least)
     for name, names in _ONE_OF.items():
         if settings[name] not in names:
-            raise ValueError(f"{name} must be one of {', '.join(names)}, got {settings[name]!r}")
+            known = ", ".join(str(each) for each in names if each is not None)
+            raise ValueError(f"{name} must be one of {known}, got {settings[name]!r}")
     if settings["data_root"] is not None:
         _values.instance("data_root", settings["data_root"], str, "a string")
     _values.number("inner_lr", settings["inner_lr"], above=0)

@@ -9,10 +9,12 @@ from typing import Any
 
 from l2l_prune import _values
 from l2l_prune.experiments.check_config import check_types
-from l2l_prune.schedules import DSDSchedule, IHTSchedule, Schedule, Segment
+from l2l_prune.experiments.methods import METHODS, make_schedule, published_phases
+from l2l_prune.schedules import Schedule
 from l2l_prune.selection import Layers
 
-SCHEDULES = ("dense", "dsd", "iht")
+_NO_THIRD_DERIVATIVE = ("maml", "metasgd", "cavia", "metaoptnet")
+"""Batch normalisation has derivatives up to the second order, the SVM of the first."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,14 @@ class RunConfig:
         weight_decay: Decoupled weight decay of the inner steps in training and evaluation (Reptile
             only), >= 0.
         layers: Which layers are pruned, as in :class:`~l2l_prune.Pruner`.
-        criterion: What is pruned: the smallest weights by ``"magnitude"``, or ``"random"`` ones.
+        criterion: By what weights are kept: ``"magnitude"``, ``"random"``, ``"snip"``,
+            ``"taylor"``, ``"grasp"`` or ``"movement"``, see :mod:`l2l_prune.criteria`.
+        allocation: How pruned weights are shared among layers: ``"layerwise"``, ``"erk"`` or
+            ``"global"``, see :mod:`l2l_prune.allocation`.
+        rewind: If given, sparse phases restart from the weights of this iteration, see
+            :class:`~l2l_prune.rewinding.Rewind`.
+        regrow: If given, masks move within sparse phases: ``"random"`` (SET) or ``"gradient"``
+            (RigL) weights grow, see :class:`~l2l_prune.regrowth.Regrowth`.
         structured: Cut out whole channels instead, of all layers, by their L2 norm (Reptile only).
         tasks: Tasks in a meta-iteration.
         inner_steps: Inner steps in training.
@@ -83,6 +92,9 @@ class RunConfig:
     weight_decay: float = 0.0
     layers: Layers = "authors"
     criterion: str = "magnitude"
+    allocation: str = "layerwise"
+    rewind: int | None = None
+    regrow: str | None = None
     structured: bool = False
     tasks: int = 5
     inner_steps: int = 5
@@ -106,8 +118,16 @@ class RunConfig:
             raise ValueError(
                 "dropout, weight_decay and structured go with the algorithm reptile only"
             )
-        if self.structured and self.criterion != "magnitude":
-            raise ValueError("structured takes no criterion")
+        masks = (self.criterion, self.allocation, self.rewind, self.regrow)
+        if self.structured and masks != ("magnitude", "layerwise", None, None):
+            raise ValueError("structured takes no criterion, allocation, rewind or regrow")
+        if self.criterion == "grasp" and self.algorithm in _NO_THIRD_DERIVATIVE:
+            raise ValueError(
+                f"criterion grasp does not go with {self.algorithm}, whose meta-gradient cannot be "
+                "differentiated once more"
+            )
+        if self.regrow and self.allocation == "global":
+            raise ValueError("regrow counts layer by layer: it goes without allocation global")
         if self.backbone == "resnet12" and self.algorithm != "metaoptnet":
             raise ValueError("backbone resnet12 goes with the algorithm metaoptnet only")
 
@@ -151,6 +171,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "fomaml": _LEARN2LEARN,
     "anil": _LEARN2LEARN,
     "metasgd": _LEARN2LEARN,
+    "sparsemaml": _LEARN2LEARN,
     "protonet": {**_LEARN2LEARN, "meta_lr": 1e-3},
     "cavia": {
         **_LEARN2LEARN,
@@ -236,9 +257,11 @@ def make_config(
 
     Args:
         algorithm: A key of :data:`DEFAULTS`.
-        schedule: ``"dense"``, ``"dsd"`` or ``"iht"``.
+        schedule: A key of :data:`~l2l_prune.experiments.methods.METHODS`, which may set more than
+            the schedule.
         iterations: Meta-iterations, 400 (or the published number) by default.
-        sparsity: As in :func:`make_schedule`, likewise ``pretrain``, ``retrain`` and ``rounds``.
+        sparsity: As in :func:`~l2l_prune.experiments.methods.make_schedule`, likewise
+            ``pretrain``, ``retrain`` and ``rounds``.
         pretrain: See ``sparsity``.
         retrain: See ``sparsity``.
         rounds: See ``sparsity``.
@@ -272,6 +295,7 @@ def make_config(
     given = {"sparsity": sparsity, "pretrain": pretrain, "retrain": retrain, "rounds": rounds}
     phases = {name: value for name, value in given.items() if value is not None}
     pruning = make_schedule(schedule, iterations, **(paper | phases))
+    chosen = {**METHODS[schedule].settings, **chosen}
     if algorithm not in ("reptile", "metaoptnet") and settings.get("train_shots") is None:
         chosen["train_shots"] = chosen.get("shots", RunConfig.shots)
     if data != "glyphs":
@@ -291,79 +315,6 @@ def make_config(
     )
 
 
-def make_schedule(
-    kind: str,
-    iterations: int,
-    sparsity: float = 0.5,
-    *,
-    pretrain: float | None = None,
-    retrain: float | None = None,
-    rounds: int = 4,
-) -> Schedule:
-    """A schedule of ``iterations``, with the paper's fractions where nothing else is given.
-
-    Args:
-        kind: ``"dense"``, ``"dsd"`` or ``"iht"``.
-        iterations: Meta-iterations in all, >= 1.
-        sparsity: Fraction pruned in the sparse phases, in (0, 1).
-        pretrain: Pre-training as a fraction of the run: 0.3 (DSD) or 0.2 (IHT) by default.
-        retrain: Retraining as a fraction of the run (DSD, default 0.1) or of each round (IHT,
-            default 0.25); what is left over is sparse.
-        rounds: Rounds of IHT, >= 1.
-
-    Raises:
-        ValueError: If ``kind`` is none of :data:`SCHEDULES`, or a number is not possible.
-    """
-    if kind not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {kind!r}")
-    if kind == "dense":
-        return Schedule((Segment(iterations),))
-    if _values.fraction("sparsity", sparsity) == 0:
-        raise ValueError(f"sparsity must be in (0, 1), got {sparsity}")
-    given = {"pretrain": pretrain, "retrain": retrain}
-    _values.check_fractions({name: share for name, share in given.items() if share is not None})
-    if kind == "dsd":
-        pretrain = 0.3 if pretrain is None else pretrain
-        retrain = 0.1 if retrain is None else retrain
-        prune = round(1 - pretrain - retrain, 12)  # 0.6 and not 0.6000000000000001
-        if prune < 0:
-            raise ValueError(f"pretrain={pretrain} and retrain={retrain} are more than the run")
-        return DSDSchedule.from_fractions(
-            sparsity, iterations, pretrain=pretrain, prune=prune, retrain=retrain
-        )
-    pretrain = 0.2 if pretrain is None else pretrain
-    retrain = 0.25 if retrain is None else retrain
-    _values.count("rounds", rounds)
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
-    round_share = (1 - pretrain) / rounds
-    return IHTSchedule.from_fractions(
-        sparsity,
-        iterations,
-        pretrain=pretrain,
-        prune=round_share * (1 - retrain),
-        retrain=round_share * retrain,
-        rounds=rounds,
-    )
-
-
-def published_phases(schedule: str, data: str, channels: int) -> dict[str, Any]:
-    """Arguments of :func:`make_schedule` as in Section 5.1; empty where the paper has none."""
-    if schedule == "dense":
-        return {}
-    try:
-        if schedule == "iht":
-            return {"sparsity": IHTSchedule.paper(data, channels=channels).sparsity}
-        paper = DSDSchedule.paper(data, channels=channels)
-    except ValueError:  # not one of the paper's data sets or widths
-        return {}
-    return {
-        "sparsity": paper.sparsity,
-        "pretrain": paper.pretrain / paper.iterations,
-        "retrain": paper.retrain / paper.iterations,
-    }
-
-
 def file_name(name: str) -> str:
     """A method's name for files: ``"DSD, random"`` gives ``"dsd-random"``."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower())
@@ -371,14 +322,17 @@ def file_name(name: str) -> str:
 
 def _name(schedule: str, phases: dict[str, Any], settings: dict[str, Any]) -> str:
     """The schedule, and all by which a method can differ from its default."""
-    parts = [{"dense": "dense", "dsd": "DSD", "iht": "IHT"}[schedule]]
+    method = METHODS[schedule]
+    parts = [method.title]
     for phase in ("pretrain", "retrain"):
         if phase in phases:
             parts.append(f"{phase} {100 * phases[phase]:g}%" if phases[phase] else f"no {phase}")
     if "rounds" in phases:
         parts.append(f"{phases['rounds']} rounds")
-    if settings.get("criterion") == "random" and schedule != "dense":
-        parts.append("random")
+    usual = {"criterion": "magnitude", "allocation": "layerwise", **method.settings}
+    for name in ("criterion", "allocation"):
+        if settings.get(name, usual[name]) != usual[name] and schedule != "dense":
+            parts.append(settings[name])
     if settings.get("structured") and schedule != "dense":
         parts.append("channels")
     if settings.get("dropout"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from l2l_prune.experiments.config import RunConfig, make_config, make_schedule
+from l2l_prune.experiments.config import RunConfig, make_config
+from l2l_prune.experiments.methods import make_schedule
 from l2l_prune.experiments.paper import experiment
 from l2l_prune.experiments.report import write_report
 from l2l_prune.experiments.storage import finished_run

@@ -161,13 +161,22 @@ def test_queries_scored_alone_do_not_see_each_other(algorithm):
 
 @pytest.mark.parametrize(
     "options",
-    [{"criterion": "random"}, {"dropout": 0.3}, {"weight_decay": 5.0}, {"structured": True}],
-    ids=["random", "dropout", "decay", "channels"],
+    [
+        {"dropout": 0.3},
+        {"weight_decay": 5.0},
+        {"structured": True},
+        *({"criterion": name} for name in ("random", "snip", "grasp", "movement")),
+        {"allocation": "erk"},
+        {"allocation": "global"},
+        *({"schedule": kind} for kind in ("cubic", "cyclic", "lottery", "set", "rigl")),
+    ],
+    ids=lambda options: next(iter(options.values())),
 )
 def test_controls_and_rivals_act_and_resume_exactly(options):
     if "structured" in options:
         pytest.importorskip("torch_pruning")
     config, plain = small("reptile", **options), small("reptile")
+    assert config.name != plain.name
     learner, other, twin = start(config), start(plain), start(config)
     episodes = [sampler().sample() for _ in range(2)]
     for iteration in range(12):
@@ -187,6 +196,45 @@ def test_controls_and_rivals_act_and_resume_exactly(options):
         assert len(weights[0]) < 0.6 * len(weights[1])
     if "weight_decay" in options:
         assert weights[0].norm() < weights[1].norm()
+
+
+@pytest.mark.parametrize("schedule", ["lottery", "set", "rigl"])
+@pytest.mark.parametrize("criterion", [None, "grasp", "movement"])
+def test_rivals_with_an_outer_optimizer_resume_exactly(schedule, criterion):
+    if criterion and schedule != "lottery":
+        pytest.skip("they begin sparse: there is no gradient yet")
+    config = small("fomaml" if criterion == "grasp" else "maml", schedule, criterion=criterion)
+    learner, twin = start(config), start(config)
+    episodes = [sampler().sample() for _ in range(2)]
+    for iteration in range(16):
+        if iteration in (4, 13):
+            twin.load_state_dict(copy.deepcopy(learner.state_dict()))
+        for one in (learner, *([twin] if iteration >= 4 else [])):
+            one.train(episodes)
+    pairs = zip(learner.pruner.model.parameters(), twin.pruner.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert learner.pruner.sparsity == pytest.approx(0.4, abs=0.01)
+
+
+def test_a_lottery_ticket_of_a_run_starts_from_the_first_weights():
+    learner = start(small("reptile", "lottery"))
+    first = {n: p.detach().clone() for n, p in learner.pruner.model.named_parameters()}
+    episodes = [sampler().sample() for _ in range(2)]
+    for _ in range(10):  # half of the run
+        learner.train(episodes)
+    for name, weight in learner.pruner.weights.items():
+        assert torch.equal(weight, first[f"{name}_orig"] * learner.pruner.masks[name])
+
+
+@pytest.mark.parametrize("schedule", ["set", "rigl"])
+def test_masks_of_a_run_move(schedule):
+    learner = start(small("reptile", schedule))
+    episodes = [sampler().sample() for _ in range(2)]
+    seen = set()
+    for _ in range(10):
+        seen.add(tuple(learner.pruner.masks["classifier.weight"].flatten().tolist()))
+        learner.train(episodes)
+    assert len(seen) > 3
 
 
 def test_dropout_is_off_at_evaluation():

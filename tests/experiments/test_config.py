@@ -5,7 +5,8 @@ import json
 import pytest
 
 from l2l_prune import DSDSchedule, IHTSchedule
-from l2l_prune.experiments.config import DEFAULTS, PUBLISHED, RunConfig, make_config, make_schedule
+from l2l_prune.experiments.config import DEFAULTS, PUBLISHED, RunConfig, make_config
+from l2l_prune.experiments.methods import METHODS, make_schedule
 
 
 @pytest.mark.parametrize("algorithm", DEFAULTS)
@@ -38,7 +39,9 @@ def test_published_settings():
         assert config.schedule.iterations == PUBLISHED[algorithm]["iterations"]
     cavia = make_config("cavia", "dsd", published=True)
     assert (cavia.inner_lr, cavia.meta_lr, cavia.inner_steps, cavia.tasks) == (1.0, 1e-3, 2, 16)
-    metaoptnet = make_config("metaoptnet", "dsd", published=True)
+    glyphs = make_config("metaoptnet", "dsd", published=True)
+    assert glyphs.train_shots + glyphs.train_queries == 20  # all that there are of a class
+    metaoptnet = make_config("metaoptnet", "dsd", published=True, data="mini-imagenet")
     assert (metaoptnet.train_shots, metaoptnet.train_queries, metaoptnet.tasks) == (15, 6, 8)
     with pytest.raises(ValueError, match="published settings for reptile, cavia, metaoptnet only"):
         make_config("maml", "dsd", published=True)
@@ -72,6 +75,19 @@ def test_phases_of_the_ablations():
         ].from_fractions(0.5, 1000)
 
 
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("iterations", [20, 137, 1000])
+def test_every_method_fills_the_run_and_ends_as_it_should(kind, iterations):
+    schedule = make_schedule(kind, iterations, 0.4)
+    assert schedule.iterations == iterations
+    last = schedule.segments[schedule.index(iterations - 1)]
+    assert last.sparse == (kind not in ("dense", "dsd", "iht"))
+    if last.sparse:
+        assert last.sparsity == 0.4
+    rates = [segment.sparsity for segment in schedule.segments if segment.sparse]
+    assert max(rates, default=0) == (0.4 if kind != "dense" else 0)
+
+
 def test_names_tell_methods_apart():
     def name(schedule="dsd", **options):
         return make_config("reptile", schedule, iterations=1000, **options).name
@@ -79,6 +95,8 @@ def test_names_tell_methods_apart():
     assert name() == "DSD"
     assert name(retrain=0.0, criterion="random") == "DSD, no retrain, random"
     assert name("iht", pretrain=0.1, rounds=8) == "IHT, pretrain 10%, 8 rounds"
+    assert name("rigl") == "RigL"
+    assert name("rigl", criterion="magnitude", allocation="erk") == "RigL, magnitude, erk"
     assert name("dense", retrain=0.0, criterion="random") == "dense"  # nothing is pruned
     assert name("dense", dropout=0.1, weight_decay=2.0) == "dense, dropout 0.1, decay 2"
     assert make_config("reptile", "dsd", dropout=0.1).slug == "dsd-dropout-0.1-seed0"
@@ -116,6 +134,15 @@ def test_all_classes_are_trained_on_outside_glyphs():
             lambda: make_config("reptile", "dsd", structured=True, criterion="random"),
             "structured takes no criterion",
         ),
+        (lambda: make_config("reptile", "set", structured=True), "structured takes no criterion"),
+        (lambda: make_config("reptile", "set", allocation="global"), "without allocation global"),
+        (lambda: make_config("reptile", "dsd", regrow="all"), "one of random, gradient, got 'all'"),
+        (lambda: make_config("reptile", "dsd", rewind=-1), "rewind must be >= 0"),
+        (lambda: make_config("maml", "dsd", criterion="grasp"), "grasp does not go with maml"),
+        (lambda: make_config("maml", "rigl", retrain=0.1), "schedule rigl takes no retrain"),
+        (lambda: make_config("maml", "one-shot", rounds=2), "schedule one-shot takes no rounds"),
+        (lambda: make_config("maml", "cubic", iterations=4), "a ramp does not fit into 3"),
+        (lambda: make_config("maml", "lottery", pretrain=1.0), "leaves no iteration out of 400"),
         (lambda: make_config("maml", "iht", rounds=0), "rounds must be at least 1"),
         (
             lambda: make_config("maml", "dsd", pretrain=0.9, retrain=0.2),

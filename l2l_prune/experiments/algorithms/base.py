@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from l2l_prune import criteria
-from l2l_prune.criteria import Criterion
 from l2l_prune.data import Episode
 from l2l_prune.evaluation import Mean
 from l2l_prune.experiments.config import RunConfig
@@ -53,11 +51,6 @@ def conv4(config: RunConfig, image_shape: Sequence[int]) -> Conv4:
     pooling = "max" if size > 28 else "stride"
     net = Conv4(config.ways, config.channels, channels, size, pooling, config.dropout)
     return net.to(memory_format=torch.channels_last)  # faster convolutions, the same numbers
-
-
-def make_criterion(config: RunConfig, generator: torch.Generator) -> Criterion:
-    """The run's criterion; ``generator`` is for random masks."""
-    return criteria.random(generator) if config.criterion == "random" else criteria.magnitude
 
 
 class OwnRandomness:

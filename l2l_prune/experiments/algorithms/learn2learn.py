@@ -1,4 +1,4 @@
-"""MAML and its like, ANIL and ProtoNet of learn2learn, and CAVIA."""
+"""MAML and its like, ANIL and ProtoNet of learn2learn, CAVIA and sparse-MAML."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from l2l_prune.experiments.algorithms.base import (
 from l2l_prune.experiments.algorithms.outer_optimizer import WithOuterOptimizer
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.models import CaviaConv4
+from l2l_prune.sparse_maml import SparseMAML
 
 
 class GradientBased(WithOuterOptimizer):
-    """MAML, FOMAML, Meta-SGD and CAVIA: clone, adapt, score."""
+    """MAML, FOMAML, Meta-SGD, CAVIA and sparse-MAML: clone, adapt, score."""
 
     def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
         self._config = config
@@ -40,8 +41,11 @@ class GradientBased(WithOuterOptimizer):
             channels, size = image_shape[0], image_shape[-1]
             net: nn.Module = CaviaConv4(config.ways, config.channels, channels, size)
             return net, CAVIA(net, config.inner_lr)
-        l2l = _learn2learn()
         net = conv4(config, image_shape)
+        if config.algorithm == "sparsemaml":
+            generator = torch.Generator().manual_seed(config.seed)
+            return net, SparseMAML(net, config.inner_lr, generator=generator)
+        l2l = _learn2learn()
         if config.algorithm == "metasgd":
             return net, l2l.algorithms.MetaSGD(net, lr=config.inner_lr)
         first_order = config.algorithm == "fomaml"

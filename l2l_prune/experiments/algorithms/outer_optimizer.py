@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from l2l_prune.data import Episode
 from l2l_prune.evaluation import Mean, accuracy
-from l2l_prune.experiments.algorithms.base import (
-    Algorithm,
-    make_criterion,
-)
+from l2l_prune.experiments.algorithms.base import Algorithm
+from l2l_prune.experiments.algorithms.masks import Masks
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.pruner import Pruner
 
@@ -28,8 +26,10 @@ class WithOuterOptimizer(Algorithm):
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     clamp: float | None = None
+    _tasks: Sequence[Episode] = ()
 
     def train(self, tasks: Sequence[Episode]) -> None:
+        self._tasks = tasks
         self.optimizer.zero_grad()
         for loss in self.losses(tasks):
             (loss / len(tasks)).backward()  # type: ignore[no-untyped-call]
@@ -42,14 +42,13 @@ class WithOuterOptimizer(Algorithm):
             self.scheduler.step()
 
     def _prune(self, model: nn.Module, config: RunConfig) -> None:
-        self._masks = torch.Generator().manual_seed(config.seed)
-        self.pruner = Pruner(
-            model,
-            config.schedule,
-            self.optimizer,
-            layers=config.layers,
-            criterion=make_criterion(config, self._masks),
-        )
+        self._masks = Masks(config, model, self._mean_loss)
+        self.pruner = Pruner(model, self._masks.schedule, self.optimizer, **self._masks.options)
+        self._masks.follow(self.pruner, self.optimizer)
+
+    def _mean_loss(self) -> Tensor:
+        """The meta-loss on the tasks of the current meta-iteration."""
+        return sum(self.losses(self._tasks), torch.zeros(())) / len(self._tasks)
 
     @abstractmethod
     def losses(self, tasks: Sequence[Episode]) -> Iterator[Tensor]:
@@ -69,7 +68,7 @@ class WithOuterOptimizer(Algorithm):
             "model": self.trained.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "pruner": self.pruner.state_dict(),
-            "masks": self._masks.get_state(),
+            "masks": self._masks.state_dict(),
             "scheduler": scheduler,
         }
 
@@ -77,7 +76,7 @@ class WithOuterOptimizer(Algorithm):
         self.trained.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.pruner.load_state_dict(state["pruner"])
-        self._masks.set_state(state["masks"])
+        self._masks.load_state_dict(state["masks"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
 

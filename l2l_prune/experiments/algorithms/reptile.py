@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from l2l_prune.data import Episode
@@ -18,8 +19,8 @@ from l2l_prune.experiments.algorithms.base import (
     OwnRandomness,
     conv4,
     eval_mode,
-    make_criterion,
 )
+from l2l_prune.experiments.algorithms.masks import Masks
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.inner_loop import adam
 from l2l_prune.reptile import PrunedReptile
@@ -33,30 +34,40 @@ class Reptile(Algorithm):
         self._config = config
         self._batches = torch.Generator().manual_seed(config.seed)
         self._dropout = OwnRandomness(config.seed)
-        self._masks = torch.Generator().manual_seed(config.seed)
+        net = conv4(config, image_shape)
+        self._tasks: Sequence[Episode] = ()
+        self._masks = Masks(config, net, self._mean_loss)
+        structured = {"structured": Structured(torch.zeros(2, *image_shape))}
         self._reptile = PrunedReptile(
-            conv4(config, image_shape),
-            config.schedule,
+            net,
+            self._masks.schedule,
             inner_lr=config.inner_lr,
             meta_lr=config.meta_lr,
             inner_optimizer=functools.partial(adam, weight_decay=config.weight_decay),
-            **self._what_is_pruned(config, image_shape),
+            **(structured if config.structured else self._masks.options),
         )
+        self._masks.follow(self._reptile, self._reptile)
         self.pruner = self._reptile.pruner
         # Where vmap was faster in benchmarks/evaluation.py; wider networks fill the cores by one.
         narrow = config.channels <= 32 and image_shape[-1] <= 28 and not config.structured
         self._tasks_at_once = 20 if narrow else 1
 
-    def _what_is_pruned(self, config: RunConfig, image_shape: Sequence[int]) -> dict[str, Any]:
-        if config.structured:
-            return {"structured": Structured(torch.zeros(2, *image_shape))}
-        return {"layers": config.layers, "criterion": make_criterion(config, self._masks)}
+    def _mean_loss(self) -> Tensor:
+        """The meta-model's loss on the support sets of the current meta-iteration."""
+        net, total = self._reptile.module, torch.zeros(())
+        for task in self._tasks:
+            buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}  # stay as are
+            total = total + F.cross_entropy(
+                functional_call(net, buffers, (task.support_x,)), task.support_y
+            )
+        return total / len(self._tasks)
 
     def train(self, tasks: Sequence[Episode]) -> None:
         with self._dropout.drawn():
             self._train(tasks)
 
     def _train(self, tasks: Sequence[Episode]) -> None:
+        self._tasks = tasks
         for task in tasks:
             learner = self._reptile.clone()
             for x, y in minibatches(
@@ -88,14 +99,14 @@ class Reptile(Algorithm):
             "reptile": self._reptile.state_dict(),
             "batches": self._batches.get_state(),
             "dropout": self._dropout.state,
-            "masks": self._masks.get_state(),
+            "masks": self._masks.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._reptile.load_state_dict(state["reptile"])
         self._batches.set_state(state["batches"])
         self._dropout.state = state["dropout"]
-        self._masks.set_state(state["masks"])
+        self._masks.load_state_dict(state["masks"])
 
     def finalize(self) -> nn.Module:
         return self._reptile.finalize()

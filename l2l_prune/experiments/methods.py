@@ -1,0 +1,177 @@
+"""The pruning methods that runs compare: by name a schedule, and how its masks come about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from l2l_prune import _values
+from l2l_prune.other_schedules import cubic, cyclic, one_shot
+from l2l_prune.schedules import DSDSchedule, IHTSchedule, Schedule, Segment
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the comparison.
+
+    Attributes:
+        title: Its name for people.
+        make: Its schedule from iterations, sparsity and those phases that it takes.
+        takes: The arguments of :func:`make_schedule` that have a meaning for it.
+        settings: What else it sets in :class:`~l2l_prune.experiments.config.RunConfig`.
+    """
+
+    title: str
+    make: Callable[..., Schedule]
+    takes: tuple[str, ...] = ("pretrain",)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def _dense(iterations: int, sparsity: float) -> Schedule:
+    return Schedule((Segment(iterations),))
+
+
+def _dsd(
+    iterations: int, sparsity: float, pretrain: float = 0.3, retrain: float = 0.1
+) -> DSDSchedule:
+    prune = round(1 - pretrain - retrain, 12)  # 0.6 and not 0.6000000000000001
+    if prune < 0:
+        raise ValueError(f"pretrain={pretrain} and retrain={retrain} are more than the run")
+    return DSDSchedule.from_fractions(
+        sparsity, iterations, pretrain=pretrain, prune=prune, retrain=retrain
+    )
+
+
+def _iht(
+    iterations: int, sparsity: float, pretrain: float = 0.2, retrain: float = 0.25, rounds: int = 4
+) -> IHTSchedule:
+    _values.count("rounds", rounds)
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    round_share = (1 - pretrain) / rounds
+    return IHTSchedule.from_fractions(
+        sparsity,
+        iterations,
+        pretrain=pretrain,
+        prune=round_share * (1 - retrain),
+        retrain=round_share * retrain,
+        rounds=rounds,
+    )
+
+
+def _one_shot(iterations: int, sparsity: float, pretrain: float = 0.3) -> Schedule:
+    dense = _dense_start(iterations, pretrain)
+    return one_shot(sparsity, pretrain=dense, prune=iterations - dense)
+
+
+def _lottery(iterations: int, sparsity: float, pretrain: float = 0.5) -> Schedule:
+    return _one_shot(iterations, sparsity, pretrain)
+
+
+def _from_scratch(iterations: int, sparsity: float, pretrain: float = 0.0) -> Schedule:
+    return _one_shot(iterations, sparsity, pretrain)
+
+
+def _cubic(iterations: int, sparsity: float, pretrain: float = 0.2) -> Schedule:
+    """The ramp takes half of what follows pre-training, in up to 10 steps."""
+    dense = _dense_start(iterations, pretrain)
+    return cubic(sparsity, pretrain=dense, **_ramp(iterations - dense, 10))
+
+
+def _cyclic(iterations: int, sparsity: float, pretrain: float = 0.2, rounds: int = 4) -> Schedule:
+    """Each cycle is a ramp of up to 5 steps, and as long at the full sparsity."""
+    cycles = _values.count("rounds", rounds, least=1)
+    length = (iterations - _dense_start(iterations, pretrain)) // cycles
+    return cyclic(
+        sparsity, pretrain=iterations - cycles * length, cycles=cycles, **_ramp(length, 5)
+    )
+
+
+def _dense_start(iterations: int, pretrain: float) -> int:
+    dense = round(pretrain * iterations)
+    if dense >= iterations:
+        raise ValueError(f"pretrain={pretrain} leaves no iteration out of {iterations} to prune in")
+    return dense
+
+
+def _ramp(iterations: int, most_steps: int) -> dict[str, int]:
+    if iterations < 4:
+        raise ValueError(f"a ramp does not fit into {iterations} iterations: make the run longer")
+    steps = min(most_steps, iterations // 2)
+    interval = iterations // (2 * steps)
+    return {"steps": steps, "interval": interval, "hold": iterations - steps * interval}
+
+
+METHODS: dict[str, Method] = {
+    "dense": Method("dense", _dense, ()),
+    "dsd": Method("DSD", _dsd, ("pretrain", "retrain")),
+    "iht": Method("IHT", _iht, ("pretrain", "retrain", "rounds")),
+    "one-shot": Method("one-shot", _one_shot),
+    "cubic": Method("cubic", _cubic),
+    "cyclic": Method("cyclic", _cyclic, ("pretrain", "rounds")),
+    "lottery": Method("lottery", _lottery, settings={"rewind": 0}),
+    "set": Method("SET", _from_scratch, settings={"criterion": "random", "regrow": "random"}),
+    "rigl": Method("RigL", _from_scratch, settings={"criterion": "random", "regrow": "gradient"}),
+}
+"""The paper's three first; what the others are is told in docs/methods.md."""
+
+
+def make_schedule(
+    kind: str,
+    iterations: int,
+    sparsity: float = 0.5,
+    *,
+    pretrain: float | None = None,
+    retrain: float | None = None,
+    rounds: int | None = None,
+) -> Schedule:
+    """A schedule of ``iterations``, with the method's usual fractions where nothing else is given.
+
+    Args:
+        kind: A key of :data:`METHODS`.
+        iterations: Meta-iterations in all, >= 1.
+        sparsity: Fraction pruned in the sparse phases, in (0, 1).
+        pretrain: Pre-training as a fraction of the run: 0.3 (DSD, one-shot), 0.2 (IHT, cubic,
+            cyclic), 0.5 (lottery) or 0 (SET, RigL) by default.
+        retrain: Retraining as a fraction of the run (DSD, default 0.1) or of each round (IHT,
+            default 0.25); what is left over is sparse.
+        rounds: Rounds of IHT, or cycles of cyclic, >= 1, 4 by default.
+
+    Raises:
+        ValueError: If ``kind`` is none of :data:`METHODS`, a number is not possible, or the method
+            does not take it (dense takes none, and ignores all).
+    """
+    if kind not in METHODS:
+        raise ValueError(f"schedule must be one of {', '.join(METHODS)}, got {kind!r}")
+    method = METHODS[kind]
+    if kind == "dense":
+        return method.make(iterations, 0.0)
+    if _values.fraction("sparsity", sparsity) == 0:
+        raise ValueError(f"sparsity must be in (0, 1), got {sparsity}")
+    given = {"pretrain": pretrain, "retrain": retrain, "rounds": rounds}
+    phases = {name: value for name, value in given.items() if value is not None}
+    if unknown := sorted(phases.keys() - set(method.takes)):
+        raise ValueError(f"schedule {kind} takes no {', '.join(unknown)}")
+    shares = {name: value for name, value in phases.items() if name != "rounds"}
+    _values.check_fractions(shares)
+    return method.make(iterations, sparsity, **phases)
+
+
+def published_phases(schedule: str, data: str, channels: int) -> dict[str, Any]:
+    """Arguments of :func:`make_schedule` as in Section 5.1; empty where the paper has none."""
+    try:
+        if schedule == "iht":
+            return {"sparsity": IHTSchedule.paper(data, channels=channels).sparsity}
+        paper = DSDSchedule.paper(data, channels=channels)
+    except ValueError:  # not one of the paper's data sets or widths
+        return {}
+    if schedule == "dense":
+        return {}
+    if schedule != "dsd":
+        return {"sparsity": paper.sparsity}
+    return {
+        "sparsity": paper.sparsity,
+        "pretrain": paper.pretrain / paper.iterations,
+        "retrain": paper.retrain / paper.iterations,
+    }
