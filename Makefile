@@ -1,5 +1,6 @@
 PYTHON ?= python3.11
 VENV ?= .venv
+DIST ?= dist
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
@@ -35,9 +36,9 @@ docs: install
 	$(BIN)/mkdocs build --strict
 
 dist: install
-	rm -rf dist
-	$(BIN)/python -m build
-	$(BIN)/twine check --strict dist/*
+	rm -rf $(DIST)
+	$(BIN)/python -m build --outdir $(DIST)
+	$(BIN)/twine check --strict $(DIST)/*
 
 install: $(INSTALLED)
 

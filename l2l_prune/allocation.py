@@ -46,7 +46,7 @@ def erk(
         TypeError: If ``model`` is no module, or ``sparsity`` no number.
         ValueError: If ``sparsity`` is out of range, or nothing can be pruned.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(100, 50), nn.Linear(50, 5))
         >>> {name: round(rate, 3) for name, rate in erk(net, 0.5).items()}
         {'0.weight': 0.525, '1.weight': 0.0}
@@ -109,7 +109,7 @@ def global_masks(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
     Raises:
         ValueError: If scores hold NaN or infinity.
 
-    Example:
+    Examples:
         >>> masks = global_masks([torch.tensor([5.0, 4.0]), torch.tensor([1.0, 0.0])], 3)
         >>> [mask.tolist() for mask in masks]
         [[True, True], [True, False]]

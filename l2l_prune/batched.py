@@ -45,7 +45,7 @@ class BatchedLearners:
         ValueError: If channels are cut out (``structured``), or the inner optimizer does not step
             on each weight by itself.
 
-    Example:
+    Examples:
         >>> from l2l_prune import DSDSchedule
         >>> schedule = DSDSchedule(0.5, pretrain=1, prune=1, retrain=1)
         >>> reptile, x = PrunedReptile(torch.nn.Linear(4, 2), schedule), torch.ones(3, 10, 4)

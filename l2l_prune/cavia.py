@@ -118,7 +118,7 @@ class CAVIA(nn.Module):
         ValueError: If the model has no context layer, or they disagree in size, or ``lr`` is not
             a positive number.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(ConcatContext(5), nn.Linear(1 + 5, 40), nn.ReLU(), nn.Linear(40, 1))
         >>> cavia, x = CAVIA(net, lr=1.0), torch.ones(3, 1)
         >>> learner = cavia.clone()

@@ -36,7 +36,7 @@ def random(generator: torch.Generator) -> Criterion:
     Raises:
         TypeError: If ``generator`` is none, a seed for instance.
 
-    Example:
+    Examples:
         >>> scores = random(torch.Generator().manual_seed(0))
         >>> scores(torch.zeros(2, 3)).shape
         torch.Size([2, 3])

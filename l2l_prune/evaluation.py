@@ -36,7 +36,7 @@ class Mean:
     Raises:
         ValueError: If there are none.
 
-    Example:
+    Examples:
         >>> str(Mean((0.4, 0.6)))
         '50.0 ± 19.6'
     """

@@ -24,7 +24,7 @@ def kept_count(numel: int, sparsity: float) -> int:
     Returns:
         ``numel - round(sparsity * numel)``.
 
-    Example:
+    Examples:
         >>> kept_count(10, 0.3)
         7
     """
@@ -45,7 +45,7 @@ def top_mask(scores: Tensor, keep: int) -> Tensor:
         TypeError: If ``scores`` is complex.
         ValueError: If ``keep`` is out of range, or ``scores`` holds NaN or infinity.
 
-    Example:
+    Examples:
         >>> top_mask(torch.tensor([3.0, -1.0, 1.0, 2.0]).abs(), 3).tolist()
         [True, True, False, True]
     """

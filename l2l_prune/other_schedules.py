@@ -18,7 +18,7 @@ def one_shot(sparsity: float, *, pretrain: int, prune: int) -> Schedule:
         TypeError: If a number of iterations is not an integer.
         ValueError: If a value is out of range, or there are no iterations at all.
 
-    Example:
+    Examples:
         >>> [s.label for s in one_shot(0.5, pretrain=2, prune=3).segments]
         ['pretrain', 'prune']
     """
@@ -56,7 +56,7 @@ def cubic(
         TypeError: If a number of iterations is not an integer.
         ValueError: If a value is out of range.
 
-    Example:
+    Examples:
         >>> ramp = cubic(0.8, pretrain=10, steps=4, interval=5, hold=20)
         >>> [round(segment.sparsity, 4) for segment in ramp.segments]
         [0.0, 0.0, 0.4625, 0.7, 0.7875, 0.8]

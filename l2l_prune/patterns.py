@@ -66,7 +66,7 @@ class NByM(Pattern):
     Source:
         Mishra et al., *Accelerating Sparse Deep Neural Networks*, 2021 (2:4).
 
-    Example:
+    Examples:
         >>> NByM(2, 4).mask(torch.tensor([[3.0, 1.0, 2.0, 0.0]]), 2).tolist()
         [[True, False, True, False]]
     """
@@ -120,7 +120,7 @@ class Block(Pattern):
     Source:
         Narang et al., *Block-Sparse Recurrent Neural Networks*, 2017.
 
-    Example:
+    Examples:
         >>> Block(1, 2).mask(torch.tensor([[3.0, 1.0, 2.0, 0.5]]), 2).tolist()
         [[True, True, False, False]]
     """

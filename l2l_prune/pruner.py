@@ -73,7 +73,7 @@ class Pruner(OnSchedule):
         ValueError: If nothing can be pruned, a name or number does not fit the model, a selected
             weight cannot be pruned correctly, or ``optimizer`` holds none of them.
 
-    Example:
+    Examples:
         >>> from l2l_prune import DSDSchedule
         >>> model = torch.nn.Linear(4, 2)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -112,7 +112,7 @@ def exchanged(weight: Tensor, mask: Tensor, growth: Tensor, fraction: float) -> 
             weight may also come back at once, as it was.
         fraction: Fraction of the kept weights to exchange, in [0, 1].
 
-    Example:
+    Examples:
         >>> weight, mask = torch.tensor([3.0, 1.0, 0.0, 0.0]), torch.tensor([1, 1, 0, 0]).bool()
         >>> exchanged(weight, mask, torch.tensor([9.0, 0.0, 1.0, 2.0]), 0.5).tolist()
         [True, False, False, True]

@@ -166,7 +166,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         TypeError: If ``model`` is no module.
 
-    Example:
+    Examples:
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1))
         >>> attach(net[0], "weight")
         >>> list(dense_state_dict(net))

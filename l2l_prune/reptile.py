@@ -61,7 +61,7 @@ class PrunedReptile(nn.Module):
         TypeError: If an argument has the wrong type.
         ValueError: If a number is out of range, or the model cannot be pruned as asked.
 
-    Example:
+    Examples:
         >>> from l2l_prune import DSDSchedule
         >>> net, x = torch.nn.Linear(4, 2), torch.ones(3, 4)
         >>> reptile = PrunedReptile(net, DSDSchedule(0.5, pretrain=1, prune=1, retrain=1))

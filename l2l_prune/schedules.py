@@ -102,7 +102,7 @@ class Schedule:
         TypeError: If ``segments`` holds something that is not a :class:`Segment`.
         ValueError: If the segments sum to zero iterations.
 
-    Example:
+    Examples:
         >>> schedule = Schedule([Segment(10), Segment(5, sparse=True, sparsity=0.5)])
         >>> schedule.iterations
         15
@@ -242,7 +242,7 @@ class DSDSchedule(Schedule):
         TypeError: If a number of iterations is not an integer.
         ValueError: If a value is out of range, or there are no iterations at all.
 
-    Example:
+    Examples:
         >>> DSDSchedule(sparsity=0.3, pretrain=30_000, prune=60_000, retrain=10_000).iterations
         100000
     """
@@ -313,7 +313,7 @@ class DSDSchedule(Schedule):
             ValueError: If the fractions do not sum to 1, or a phase with a positive fraction
                 would get no iteration.
 
-        Example:
+        Examples:
             >>> DSDSchedule.from_fractions(0.5, 1000).prune
             600
         """
@@ -352,7 +352,7 @@ class IHTSchedule(Schedule):
             with a per-layer mapping.
         ValueError: If a value is out of range, or there are no iterations at all.
 
-    Example:
+    Examples:
         >>> ramp = IHTSchedule(0.4, pretrain=2, prune=3, retrain=1, rounds=4, initial_sparsity=0.1)
         >>> [round(s.sparsity, 3) for s in ramp.segments if s.sparse]
         [0.1, 0.2, 0.3, 0.4]
@@ -460,7 +460,7 @@ class IHTSchedule(Schedule):
         Raises:
             ValueError: If the fractions do not sum to 1, or do not fit into ``total``.
 
-        Example:
+        Examples:
             >>> IHTSchedule.from_fractions(0.4, 1000).prune
             150
         """

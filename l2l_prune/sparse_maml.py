@@ -42,7 +42,7 @@ class SparseMAML(nn.Module):
         TypeError: If an argument has the wrong type.
         ValueError: If a number is out of range, or the model has no parameters.
 
-    Example:
+    Examples:
         >>> maml, x = SparseMAML(nn.Linear(4, 2), lr=0.1), torch.ones(3, 4)
         >>> learner = maml.clone()
         >>> learner.adapt(learner(x).square().mean())

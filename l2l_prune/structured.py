@@ -90,7 +90,7 @@ class ChannelPruner(OnSchedule):
         ValueError: If the network cannot be shrunk, a name matches nothing, or a segment would
             leave a layer no channel.
 
-    Example:
+    Examples:
         >>> from l2l_prune import DSDSchedule
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> schedule = DSDSchedule(0.5, pretrain=1, prune=1, retrain=1)

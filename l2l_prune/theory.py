@@ -156,7 +156,7 @@ def parameter_counts(
         only: See ``layers``.
         skip: See ``layers``.
 
-    Example:
+    Examples:
         >>> from l2l_prune import DSDSchedule
         >>> parameter_counts(nn.Linear(10, 2), DSDSchedule(0.5, pretrain=1, prune=1, retrain=1))
         (12, 22)

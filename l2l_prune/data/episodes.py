@@ -42,7 +42,7 @@ class EpisodeSampler:
         TypeError: If images or labels are no tensors (of integers), or a number is no integer.
         ValueError: If a number is out of range, lengths differ, or a class is too small.
 
-    Example:
+    Examples:
         >>> sampler = EpisodeSampler(
         ...     torch.zeros(4, 1, 8, 8), torch.tensor([0, 0, 1, 1]), ways=2, shots=1, queries=1
         ... )

@@ -32,7 +32,7 @@ def minibatches(
         TypeError: If a number is no integer.
         ValueError: If there are no examples, lengths differ, or a number is out of range.
 
-    Example:
+    Examples:
         >>> x, y = torch.arange(3.0), torch.arange(3)
         >>> [len(batch) for batch, _ in minibatches(x, y, batch_size=2, steps=3)]
         [2, 2, 2]

@@ -22,7 +22,7 @@ class SafeUnpickler(pickle._Unpickler):
     Raises:
         pickle.UnpicklingError: At any other class or function.
 
-    Example:
+    Examples:
         >>> import io
         >>> SafeUnpickler(io.BytesIO(pickle.dumps({"labels": [1, 2]}))).load()
         {'labels': [1, 2]}

@@ -26,7 +26,7 @@ class Conv4(nn.Module):
             ``"max"``: 2x2 max-pooling after each block, as for mini-ImageNet.
         dropout: Rate of dropout after each block, in [0, 1); none in the paper.
 
-    Example:
+    Examples:
         >>> Conv4(ways=5, channels=8)(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 5])
     """

@@ -57,7 +57,7 @@ def finished_run(folder: Path, config: RunConfig) -> dict[str, Any] | None:
 def run_name(config: RunConfig) -> str:
     """A folder name that tells the run's settings apart from all others and says the main ones.
 
-    Example:
+    Examples:
         >>> from l2l_prune.experiments.config import make_config
         >>> run_name(make_config("reptile", "dsd"))[:-9]
         'reptile-dsd-50-64ch-1shot-seed0'

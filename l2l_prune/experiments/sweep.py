@@ -48,7 +48,7 @@ def expand(base: dict[str, Any], grid: dict[str, Any] | list[dict[str, Any]]) ->
         TypeError: If a value has the wrong type.
         ValueError: If a setting is unknown or not possible.
 
-    Example:
+    Examples:
         >>> grid = {"schedule": ["dense", "dsd"], "sparsity": [0.3, 0.5], "seeds": 2}
         >>> len(expand({"algorithm": "reptile"}, grid))
         6

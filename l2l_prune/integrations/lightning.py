@@ -61,7 +61,7 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         ValueError: When the fit starts, if the module cannot be pruned as asked, or no optimizer
             holds a pruned weight.
 
-    Example:
+    Examples:
         ``Trainer(callbacks=[PruningCallback(DSDSchedule(0.3, pretrain=300, prune=600,
         retrain=100))])``
     """

@@ -203,7 +203,7 @@ def published_lr_factor(progress: float) -> float:
     Args:
         progress: Fraction of the training that is done, in [0, 1].
 
-    Example:
+    Examples:
         >>> [published_lr_factor(epoch / 60) for epoch in (0, 20, 40, 50)]
         [1.0, 0.06, 0.012, 0.0024]
     """

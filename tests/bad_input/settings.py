@@ -46,7 +46,9 @@ CONFIG = [
     made("layers of nobody", "layers .*'first'", layers="first"),
     made("an unknown data set of a run", "data .*glyphs.*'cub'", data="cub"),
     made("resnet12 in Reptile", "resnet12 goes with .*metaoptnet", backbone="resnet12"),
-    made("a criterion of nobody", "criterion .*'taylor'", criterion="taylor"),
+    made("a criterion of nobody", "criterion .*'worst'", criterion="worst"),
+    made("an allocation of nobody", "allocation .*'fair'", allocation="fair"),
+    made("regrowth of nobody", "regrow .*'all'", regrow="all"),
     made("the best on test tasks", "select .*'test'", select="test"),
     Case("a config at a rate", lambda s: RunConfig("x", 0.5), TypeError, "schedule .*0.5"),
     Case(

@@ -1,0 +1,110 @@
+"""Every Python block and every command of README and docs runs, or is at least understood."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+NEEDS = {
+    "learn2learn": "learn2learn",
+    "higher": "higher",
+    "pytorch_lightning": "pytorch_lightning",
+    "structured": "torch_pruning",
+    "integrations.metaoptnet": "qpth",
+}
+TINY = ["--iterations", "20", "--eval-tasks", "2", "--channels", "4", "--jobs", "1", "--seeds", "1"]
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def named(page):
+    return str(page.relative_to(ROOT))
+
+
+COMMANDS = [
+    (named(page), line[2:])
+    for page in PAGES
+    for block in blocks(page, "console")
+    for line in block.splitlines()
+    if line.startswith("$ l2l-prune ")
+]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=named)
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+    text = "\n".join(blocks(page, "python"))
+    for word, package in NEEDS.items():
+        if re.search(rf"^\s*(import|from) \S*{re.escape(word)}", text, re.MULTILINE):
+            pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    namespace = {}
+    for number, block in enumerate(blocks(page, "python")):
+        exec(compile(block, f"{named(page)}, block {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=lambda value: value)
+def test_commands_run(page, command, tmp_path, monkeypatch):
+    """``run`` on a tiny scale; of longer commands the options are read."""
+    pytest.importorskip("learn2learn")
+    from l2l_prune.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    _, verb, *words = shlex.split(command, comments=True)
+    words = [word for word in words if word != "..."]
+    if verb == "run" and "--data-root" not in words:
+        words += [*TINY, *(["--backbone", "conv4"] if "metaoptnet" in words else [])]
+        result = CliRunner().invoke(app, [verb, *words, "--out", "out"])
+        assert result.exit_code == 0, result.output
+        assert list(Path("out").rglob("results.json"))
+    elif verb == "run":  # the data are not here, which is what it says
+        result = CliRunner().invoke(app, [verb, *words])
+        assert result.exit_code == 2
+        assert "DIR" in result.output
+    else:
+        result = CliRunner().invoke(app, [verb, *words, "--help"])
+        assert result.exit_code == 0, result.output
+
+
+def test_grids_of_the_docs_are_grids(tmp_path):
+    from l2l_prune.cli_options import read_toml
+    from l2l_prune.experiments.sweep import expand
+
+    found = [(p, b) for p in PAGES for b in blocks(p, "toml") if "[grid]" in b]
+    assert len(found) == 2
+    for _, block in found:
+        (tmp_path / "grid.toml").write_text(block)
+        values = read_toml(tmp_path / "grid.toml")
+        assert len(expand(values["base"], [values["grid"]])) > 3
+
+
+def test_described_outputs_are_what_is_printed():
+    """The table of docs/guides/schedule.md."""
+    page = ROOT / "docs" / "guides" / "schedule.md"
+    first = blocks(page, "python")[0].replace("print(schedule.describe())", "")
+    namespace = {}
+    exec(first, namespace)
+    lines = [line.split() for line in namespace["schedule"].describe().splitlines()]
+    assert lines == [line.split() for line in blocks(page, "text")[0].splitlines()]
+
+
+def test_the_site_builds_strictly(tmp_path):
+    pytest.importorskip("mkdocs")
+    import subprocess
+
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("index.html")}
+    assert {"index.html", "guides/maml/index.html", "api/core/index.html"} <= pages
+    shown = (tmp_path / "api/core/index.html").read_text()
+    assert "regrow_state" in shown
