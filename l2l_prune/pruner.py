@@ -14,11 +14,12 @@ from torch.utils.hooks import RemovableHandle
 
 from l2l_prune import _values, optimizer_state
 from l2l_prune._values import told
-from l2l_prune.allocation import Allocation, global_count, global_masks
+from l2l_prune.allocation import Allocation, global_count
 from l2l_prune.criteria import Criterion, magnitude
-from l2l_prune.masks import check_finite
+from l2l_prune.mask_choice import choose_globally, choose_layerwise
 from l2l_prune.on_schedule import OnSchedule
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
+from l2l_prune.pruner_state import STATE_VERSION, check_state
 from l2l_prune.reparam import attach, detach, held_names, held_tensors, set_mask
 from l2l_prune.schedules import Schedule
 from l2l_prune.selection import (
@@ -29,8 +30,6 @@ from l2l_prune.selection import (
     segment_counts,
     select,
 )
-
-_STATE_VERSION = 2
 
 StepHook: TypeAlias = Callable[["Pruner"], None]
 
@@ -339,7 +338,7 @@ class Pruner(OnSchedule):
         Holds only tensors and plain values, so ``torch.load(weights_only=True)`` reads it.
         """
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "schedule": self.schedule.to_dict(),
             "pattern": str(self._pattern),
             "iteration": self._iteration,
@@ -359,7 +358,7 @@ class Pruner(OnSchedule):
         """
         self._check_attached(masks=False)
         tensors = {t.full_name: t for t in self._tensors}
-        _check_state(state, self.schedule, str(self._pattern), tensors)
+        check_state(state, self.schedule, str(self._pattern), tensors)
         position = self.schedule.index(state["iteration"])
         in_order = {name: state["masks"][name] for name in tensors}
         self._check_counts(in_order, position, f"iteration {state['iteration']}'s")
@@ -391,32 +390,15 @@ class Pruner(OnSchedule):
                 )
 
     def _new_masks(self, position: int, weights: list[Tensor]) -> list[Tensor]:
-        if not self.schedule.segments[position].sparse:
-            keeps = [weight.numel() for weight in weights]
-        elif self._global:
-            keeps = [0] * len(weights)  # to be found below: all scores are needed
-        else:
-            keeps = self._counts[position]
-        masks = []
-        for tensor, weight, keep in zip(self._tensors, weights, keeps, strict=True):
-            place = f"cannot prune {tensor.full_name} at iteration {self._iteration}"
-            if not bool(torch.isfinite(weight).all()):
-                raise ValueError(
-                    f"{place}: the weights hold NaN or infinity, the training has diverged before "
-                    "(lower the learning rate, clip gradients)"
-                )
-            if keep == weight.numel():  # dense: nothing to choose
-                masks.append(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
-                continue
-            try:
-                scores = _scores(self._criterion, weight)
-                check_finite(scores)
-                masks.append(scores if self._global else self._pattern.mask(scores, keep))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{place} by the scores of criterion: {error}") from None
-        if self._global and self.schedule.segments[position].sparse:
-            return global_masks(masks, *self._counts[position])
-        return masks
+        choice = choose_layerwise if not self._global else choose_globally
+        return choice(
+            self._tensors,
+            weights,
+            self._counts[position],
+            self._criterion,
+            self._pattern,
+            f"at iteration {self._iteration}",
+        )
 
     def _put_masks(self, masks: list[Tensor]) -> None:
         """Change masks in the course of training: weights, momentum and second moments follow."""
@@ -493,48 +475,6 @@ class Pruner(OnSchedule):
                     f"{self._iteration}: load Pruner.state_dict() together with the model's"
                 )
         self._remember_buffers()
-
-
-def _check_state(
-    state: dict[str, Any], schedule: Schedule, pattern: str, tensors: dict[str, LayerTensor]
-) -> None:
-    """All that can be told without the counts of the segments."""
-    keys = {"version", "schedule", "pattern", "iteration", "masks", "regrown"}
-    if not isinstance(state, dict) or set(state) != keys or state["version"] != _STATE_VERSION:
-        raise ValueError("this is not a Pruner state dict of this version")
-    if type(state["iteration"]) is not int or state["iteration"] < 0:
-        raise ValueError(f"the checkpoint's iteration is {state['iteration']!r}")
-    if state["schedule"] != schedule.to_dict():
-        raise ValueError(
-            f"the checkpoint belongs to another schedule: {state['schedule']}, "
-            f"but this Pruner has {schedule.to_dict()}"
-        )
-    if state["pattern"] != pattern:
-        raise ValueError(f"the checkpoint has masks of {state['pattern']}, this Pruner {pattern}")
-    for entry in ("masks", "regrown"):
-        if not isinstance(state[entry], dict):
-            raise ValueError(f"the checkpoint's {entry} must be masks by name")
-    if unknown := sorted(set(state["regrown"]) - set(tensors)):
-        raise ValueError(f"the checkpoint's regrown weights are of other tensors: {unknown}")
-    if set(state["masks"]) != set(tensors):
-        differing = sorted(set(state["masks"]) ^ set(tensors))
-        raise ValueError(f"the checkpoint prunes other tensors; they differ in {differing}")
-    for entry, called in (("masks", "mask"), ("regrown", "regrown mask")):
-        for name, mask in state[entry].items():
-            shape = held_tensors(tensors[name].module, tensors[name].name)[0].shape
-            if not isinstance(mask, Tensor) or mask.shape != shape or mask.dtype != torch.bool:
-                raise ValueError(
-                    f"the checkpoint's {called} of {name} does not fit its shape {tuple(shape)}"
-                )
-
-
-def _scores(criterion: Criterion, weight: Tensor) -> Tensor:
-    scores = criterion(weight)
-    if not isinstance(scores, Tensor) or scores.shape != weight.shape:
-        raise ValueError("it must give a score for each of its weights")
-    if scores.dtype == torch.bool or scores.is_complex():
-        raise TypeError(f"it must give real numbers as scores, got {scores.dtype}")
-    return scores
 
 
 def _share(kept: int, total: int) -> str:
