@@ -117,11 +117,7 @@ def global_masks(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
     device = scores[0].device
     wide = torch.float64 if any(s.dtype == torch.float64 for s in scores) else torch.float32
     flat = torch.cat([s.detach().reshape(-1).to(device, wide) for s in scores])
-    kept = torch.zeros(len(flat), dtype=torch.bool, device=device)
-    start = 0
-    for part in scores:
-        kept[start : start + part.numel()] = top_mask(part, 1).reshape(-1).to(device)
-        start += part.numel()
+    kept = torch.cat([top_mask(part, 1).reshape(-1).to(device) for part in scores])
     kept[~kept] = top_mask(flat[~kept], keep - len(scores))
     pieces = torch.split(kept, [part.numel() for part in scores])
     return [p.view(s.shape).to(s.device) for p, s in zip(pieces, scores, strict=True)]

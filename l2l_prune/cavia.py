@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2l_prune import _values
-from l2l_prune._losses import check_loss
+from l2l_prune._losses import inner_gradients
 
 
 class ContextModule(nn.Module):
@@ -186,18 +186,11 @@ class CAVIA(nn.Module):
             TypeError: If ``loss`` is no tensor.
             ValueError: If ``loss`` holds several numbers.
         """
-        check_loss(loss)
         order = self.first_order if first_order is None else first_order
-        gradient = None
-        if loss.requires_grad:
-            (gradient,) = torch.autograd.grad(
-                loss, self.context, create_graph=not order, allow_unused=True
-            )
-        if gradient is None:
-            raise RuntimeError(
-                "loss does not depend on this learner's context: compute it from learner(x)"
-            )
-        self._context = self.context - self.lr * gradient
+        (gradient,) = inner_gradients(
+            loss, [self.context], create_graph=not order, of="this learner's context"
+        )
+        self._context = self.context - self.lr * cast(Tensor, gradient)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model under this learner's context."""

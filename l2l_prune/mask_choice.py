@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,22 +15,22 @@ from l2l_prune.patterns import Pattern
 from l2l_prune.selection import LayerTensor
 
 
-def choose_layerwise(
+def choose_masks(
     tensors: Sequence[LayerTensor],
     weights: Sequence[Tensor],
     counts: Sequence[int],
     criterion: Criterion,
-    pattern: Pattern,
+    pattern: Pattern | None,
     when: str,
 ) -> list[Tensor]:
-    """A mask for each tensor with its own count.
+    """A mask for each tensor.
 
     Args:
         tensors: The selected tensors, for their names.
         weights: Their weights.
-        counts: How many of each stay.
+        counts: How many of each stay; without ``pattern`` the one number that all keep together.
         criterion: Gives the scores.
-        pattern: Where pruned weights may lie.
+        pattern: Where pruned weights may lie in each tensor, or ``None``: one ranking of all.
         when: The time in words, for errors.
 
     Returns:
@@ -39,55 +40,47 @@ def choose_layerwise(
         TypeError: If scores are not real numbers.
         ValueError: If weights or scores are not finite, or scores do not fit; the tensor is named.
     """
-    masks = []
-    for (tensor, weight), keep in zip(_finite(tensors, weights, when), counts, strict=True):
-        if keep == weight.numel():  # dense: nothing to choose
-            masks.append(_all_true(weight))
-        else:
-            scores = _scores(tensor, weight, criterion, when)
-            masks.append(pattern.mask(scores, keep))
-    return masks
-
-
-def choose_globally(
-    tensors: Sequence[LayerTensor],
-    weights: Sequence[Tensor],
-    counts: Sequence[int],
-    criterion: Criterion,
-    pattern: Pattern,
-    when: str,
-) -> list[Tensor]:
-    """The same with one ranking: ``counts`` is what all tensors keep together."""
-    (keep,) = counts
-    finite = list(_finite(tensors, weights, when))
-    if keep == sum(weight.numel() for weight in weights):
-        return [_all_true(weight) for weight in weights]
-    return global_masks([_scores(t, w, criterion, when) for t, w in finite], keep)
-
-
-def _finite(
-    tensors: Sequence[LayerTensor], weights: Sequence[Tensor], when: str
-) -> Iterator[tuple[LayerTensor, Tensor]]:
     for tensor, weight in zip(tensors, weights, strict=True):
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(
                 f"cannot prune {tensor.full_name} {when}: the weights hold NaN or infinity, the "
                 "training has diverged before (lower the learning rate, clip gradients)"
             )
-        yield tensor, weight
+    if sum(counts) == sum(weight.numel() for weight in weights):  # dense: nothing to choose
+        return [_all_true(weight) for weight in weights]
+    if pattern is None:
+        scores = []
+        for tensor, weight in zip(tensors, weights, strict=True):
+            with _named(tensor, when):
+                scores.append(_scores(criterion, weight))
+                check_finite(scores[-1])
+        return global_masks(scores, *counts)
+    masks = []
+    for tensor, weight, keep in zip(tensors, weights, counts, strict=True):
+        with _named(tensor, when):
+            dense = keep == weight.numel()
+            masks.append(
+                _all_true(weight) if dense else pattern.mask(_scores(criterion, weight), keep)
+            )
+    return masks
 
 
-def _scores(tensor: LayerTensor, weight: Tensor, criterion: Criterion, when: str) -> Tensor:
+@contextmanager
+def _named(tensor: LayerTensor, when: str) -> Iterator[None]:
+    """Errors within tell whose scores they are about."""
     try:
-        scores = criterion(weight)
-        if not isinstance(scores, Tensor) or scores.shape != weight.shape:
-            raise ValueError("it must give a score for each of its weights")
-        if scores.dtype == torch.bool or scores.is_complex():
-            raise TypeError(f"it must give real numbers as scores, got {scores.dtype}")
-        check_finite(scores)
+        yield
     except (TypeError, ValueError) as error:
         place = f"cannot prune {tensor.full_name} {when}"
         raise type(error)(f"{place} by the scores of criterion: {error}") from None
+
+
+def _scores(criterion: Criterion, weight: Tensor) -> Tensor:
+    scores = criterion(weight)
+    if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+        raise ValueError("it must give a score for each of its weights")
+    if scores.dtype == torch.bool or scores.is_complex():
+        raise TypeError(f"it must give real numbers as scores, got {scores.dtype}")
     return scores
 
 

@@ -16,7 +16,7 @@ from l2l_prune import _values, optimizer_state
 from l2l_prune._values import told
 from l2l_prune.allocation import Allocation, global_count
 from l2l_prune.criteria import Criterion, magnitude
-from l2l_prune.mask_choice import choose_globally, choose_layerwise
+from l2l_prune.mask_choice import choose_masks
 from l2l_prune.on_schedule import OnSchedule
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.pruner_state import STATE_VERSION, check_state
@@ -390,13 +390,12 @@ class Pruner(OnSchedule):
                 )
 
     def _new_masks(self, position: int, weights: list[Tensor]) -> list[Tensor]:
-        choice = choose_layerwise if not self._global else choose_globally
-        return choice(
+        return choose_masks(
             self._tensors,
             weights,
             self._counts[position],
             self._criterion,
-            self._pattern,
+            None if self._global else self._pattern,
             f"at iteration {self._iteration}",
         )
 

@@ -56,7 +56,6 @@ class Rewind:
                 "Rewind must be made at iteration 0: load_state_dict() then resumes it"
             )
         self._trainer, self._pruner = trainer, pruner
-        self._position = pruner.schedule.index(0)
         self._values: list[Tensor] = []
         pruner.register_step_hook(self._after_step)
         if to == 0:
@@ -64,7 +63,7 @@ class Rewind:
 
     def state_dict(self) -> dict[str, Any]:
         """The values to go back to, to resume from beside the Pruner's own state."""
-        return {"position": self._position, "values": [value.clone() for value in self._values]}
+        return {"values": [value.clone() for value in self._values]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`.
@@ -75,7 +74,6 @@ class Rewind:
         shapes = [tuple(p.shape) for p in self._pruner.model.parameters()]
         if [tuple(value.shape) for value in state["values"]] not in ([], shapes):
             raise ValueError("the checkpoint's values to rewind to are of another model")
-        self._position = state["position"]
         self._values = [value.clone() for value in state["values"]]
 
     @torch.no_grad()
@@ -86,9 +84,8 @@ class Rewind:
     def _after_step(self, pruner: Pruner) -> None:
         if pruner.iteration == self._to:
             self._store()
-        position = pruner.schedule.index(pruner.iteration)
-        entered, self._position = position != self._position, position
-        if not entered or not pruner.sparse:
+        before, now = map(pruner.schedule.index, (pruner.iteration - 1, pruner.iteration))
+        if before == now or not pruner.sparse:
             return
         for parameter, value in zip(pruner.model.parameters(), self._values, strict=True):
             parameter.copy_(value)

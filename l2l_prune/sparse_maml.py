@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from l2l_prune import _values
-from l2l_prune._losses import check_loss
+from l2l_prune._losses import inner_gradients
 
 
 class _Step(torch.autograd.Function):
@@ -69,7 +69,7 @@ class SparseMAML(nn.Module):
         _values.flag("first_order", first_order)
         self.lr = _values.number("lr", lr, above=0)
         rate = _values.fraction("initial_sparsity", initial_sparsity)
-        if not any(True for _ in model.parameters()):
+        if next(model.parameters(), None) is None:
             raise ValueError("the model has no parameters to adapt")
         self.module, self.first_order = model, first_order
         self.scores = nn.ParameterList(
@@ -106,18 +106,11 @@ class SparseMAML(nn.Module):
             TypeError: If ``loss`` is no tensor.
             ValueError: If ``loss`` holds several numbers.
         """
-        check_loss(loss)
         order = self.first_order if first_order is None else first_order
         weights = self._weights()
-        gradients = (
-            torch.autograd.grad(
-                loss, list(weights.values()), create_graph=not order, allow_unused=True
-            )
-            if loss.requires_grad
-            else (None,)
+        gradients = inner_gradients(
+            loss, list(weights.values()), create_graph=not order, of="this learner"
         )
-        if all(gradient is None for gradient in gradients):
-            raise RuntimeError("loss does not depend on this learner: compute it from learner(x)")
         self._adapted = {
             name: weight if gradient is None else weight - self.lr * _Step.apply(score) * gradient
             for (name, weight), gradient, score in zip(

@@ -127,4 +127,4 @@ def test_misuse(net):
         Rewind(pruner)
     fresh = Rewind(Pruner(nn.Linear(3, 2), DSDSchedule(0.5, pretrain=1, prune=1, retrain=1)))
     with pytest.raises(ValueError, match="of another model"):
-        fresh.load_state_dict({"position": 0, "values": [torch.zeros(1)]})
+        fresh.load_state_dict({"values": [torch.zeros(1)]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from l2l_prune import _values
@@ -65,12 +66,7 @@ def _one_shot(iterations: int, sparsity: float, pretrain: float = 0.3) -> Schedu
     return one_shot(sparsity, pretrain=dense, prune=iterations - dense)
 
 
-def _lottery(iterations: int, sparsity: float, pretrain: float = 0.5) -> Schedule:
-    return _one_shot(iterations, sparsity, pretrain)
-
-
-def _from_scratch(iterations: int, sparsity: float, pretrain: float = 0.0) -> Schedule:
-    return _one_shot(iterations, sparsity, pretrain)
+_FROM_SCRATCH = partial(_one_shot, pretrain=0.0)
 
 
 def _cubic(iterations: int, sparsity: float, pretrain: float = 0.2) -> Schedule:
@@ -110,9 +106,9 @@ METHODS: dict[str, Method] = {
     "one-shot": Method("one-shot", _one_shot),
     "cubic": Method("cubic", _cubic),
     "cyclic": Method("cyclic", _cyclic, ("pretrain", "rounds")),
-    "lottery": Method("lottery", _lottery, settings={"rewind": 0}),
-    "set": Method("SET", _from_scratch, settings={"criterion": "random", "regrow": "random"}),
-    "rigl": Method("RigL", _from_scratch, settings={"criterion": "random", "regrow": "gradient"}),
+    "lottery": Method("lottery", partial(_one_shot, pretrain=0.5), settings={"rewind": 0}),
+    "set": Method("SET", _FROM_SCRATCH, settings={"criterion": "random", "regrow": "random"}),
+    "rigl": Method("RigL", _FROM_SCRATCH, settings={"criterion": "random", "regrow": "gradient"}),
 }
 """The paper's three first; what the others are is told in docs/methods.md."""
 

@@ -37,14 +37,14 @@ class Reptile(Algorithm):
         net = conv4(config, image_shape)
         self._tasks: Sequence[Episode] = ()
         self._masks = Masks(config, net, self._mean_loss)
-        structured = {"structured": Structured(torch.zeros(2, *image_shape))}
+        structured = Structured(torch.zeros(2, *image_shape))
         self._reptile = PrunedReptile(
             net,
             self._masks.schedule,
             inner_lr=config.inner_lr,
             meta_lr=config.meta_lr,
             inner_optimizer=functools.partial(adam, weight_decay=config.weight_decay),
-            **(structured if config.structured else self._masks.options),
+            **({"structured": structured} if config.structured else self._masks.options),
         )
         self._masks.follow(self._reptile, self._reptile)
         self.pruner = self._reptile.pruner
