@@ -1,8 +1,8 @@
-"""Reptile's meta-iteration: ours dense, masked and with channels cut out, and peers.
+"""Reptile's meta-iteration: ours dense, masked, compiled and with channels cut out, and peers.
 
 Conv4 with 64 channels, 5 tasks x 8 inner steps x batches of 10, drawing the minibatches included,
 one thread. 1.00 are the pure forward and backward passes of as many minibatches in torch's default
-memory format.
+memory format. Compilation is not counted.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import functools
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import higher
 import torch
@@ -26,13 +27,18 @@ from benchmarks.workload import (
     STEPS,
     WAYS,
     Batches,
+    Step,
     colours,
     conv4,
+    loss,
+    loss_in_bf16,
     meta_iteration,
     minibatch,
     passes,
+    plain_step,
 )
 from l2l_prune import PrunedReptile, Schedule
+from l2l_prune.compiled import CompiledStep
 from l2l_prune.data import minibatches
 from l2l_prune.structured import Structured
 
@@ -51,11 +57,11 @@ def reptile(
     size: int,
     draw: Draw,
     schedule: Schedule,
+    step: Step = plain_step,
     structured: Structured | None = None,
-    autocast: bool = False,
 ) -> Callable[[], None]:
     meta = PrunedReptile(conv4(size), schedule, meta_lr=0.1, structured=structured)
-    return lambda: meta_iteration(meta, draw(), autocast)
+    return lambda: meta_iteration(meta, draw(), step)
 
 
 def by_hand(
@@ -114,8 +120,15 @@ def with_higher(size: int, draw: Draw) -> Callable[[], None]:
     return by_hand(net, draw, adapted)
 
 
+def processor() -> str:
+    """What the processor says that it can do, where the system tells."""
+    told = Path("/proc/cpuinfo")
+    return told.read_text() if told.exists() else ""
+
+
 def main(rounds: int) -> None:
     table = []
+    compiled, in_bf16 = CompiledStep(loss), functools.partial(plain_step, loss=loss_in_bf16)
     for size in (28, 84):
         draw, batch = draw_tasks(size), minibatch(size)
         plain = conv4(size, memory_format=torch.contiguous_format)
@@ -126,13 +139,21 @@ def main(rounds: int) -> None:
             ),
             "PrunedReptile, dense": reptile(size, draw, DENSE),
             "PrunedReptile, 50% masked": reptile(size, draw, SPARSE),
-            "PrunedReptile, 50% of channels": reptile(size, draw, SPARSE, Structured(batch[0])),
+            "PrunedReptile, 50% of channels": reptile(
+                size, draw, SPARSE, structured=Structured(batch[0])
+            ),
+            "compiled, dense": reptile(size, draw, DENSE, compiled),
+            "compiled, 50% masked": reptile(size, draw, SPARSE, compiled),
             "learn2learn's loop, dense": example(size, draw, pruned=False),
             "learn2learn's loop, torch's masks": example(size, draw, pruned=True),
             "higher, dense": with_higher(size, draw),
         }
-        if size == 28:  # without bfloat16 instructions it takes seconds at 84x84
-            variants["PrunedReptile, bf16 autocast"] = reptile(size, draw, DENSE, autocast=True)
+        if "avx512_bf16" in processor():  # without these instructions it takes seconds at 84x84
+            variants |= {
+                "bf16 autocast, dense": reptile(size, draw, DENSE, in_bf16),
+                "bf16 autocast, 50% masked": reptile(size, draw, SPARSE, in_bf16),
+                "bf16 compiled, dense": reptile(size, draw, DENSE, CompiledStep(loss_in_bf16)),
+            }
         times = interleaved(variants, rounds)
         table += rows(times, "forward + backward", f"{size}x{size}")
     show(__doc__.split("\n")[0], ("images", "variant", "seconds", "ratio", "middle half"), table)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,15 @@ from torch.nn import functional as F
 
 from l2l_prune import PrunedReptile, Schedule, Segment
 from l2l_prune.experiments.models import Conv4
+from l2l_prune.reptile import Learner
 
 WAYS, STEPS, BATCH = 5, 8, 10
 DENSE = Schedule((Segment(10**6),))
 SPARSE = Schedule((Segment(10**6, sparse=True, sparsity=0.5),))
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+Loss = Callable[[Any, Tensor, Tensor], Tensor]
+Step = Callable[[Learner, Tensor, Tensor], object]
 
 
 def colours(size: int) -> int:
@@ -44,13 +48,27 @@ def passes(net: nn.Module, batches: Batches) -> None:
         F.cross_entropy(net(x), y).backward()
 
 
-def meta_iteration(meta: PrunedReptile, tasks: Iterable[Batches], autocast: bool = False) -> None:
+def loss(learner: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """The loss of an inner step."""
+    return F.cross_entropy(learner(x), y)
+
+
+def loss_in_bf16(learner: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """The same with the network in bfloat16."""
+    with torch.autocast(x.device.type, torch.bfloat16):
+        return F.cross_entropy(learner(x), y)
+
+
+def plain_step(learner: Learner, x: Tensor, y: Tensor, loss: Loss = loss) -> None:
+    """An inner step in learn2learn's verbs."""
+    learner.adapt(loss(learner, x, y))
+
+
+def meta_iteration(meta: PrunedReptile, tasks: Iterable[Batches], step: Step = plain_step) -> None:
     """A learner for each task is adapted to its minibatches; then the meta-step."""
     for batches in tasks:
         learner = meta.clone()
         for x, y in batches:
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = F.cross_entropy(learner(x), y)
-            learner.adapt(loss)
+            step(learner, x, y)
         meta.collect(learner)
     meta.step()

@@ -145,6 +145,22 @@ def run(
             rich_help_panel="Settings",
         ),
     ] = None,
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Inner steps through torch.compile (reptile): faster on small images.",
+            rich_help_panel="Settings",
+        ),
+    ] = False,
+    bf16: Annotated[
+        bool,
+        typer.Option(
+            "--bf16",
+            help="Inner steps in bfloat16 (reptile): faster where the processor has it.",
+            rich_help_panel="Settings",
+        ),
+    ] = False,
 ) -> None:
     """Train any meta-learner under any pruning schedules, over one seed or several.
 
@@ -179,6 +195,8 @@ def run(
         "final_tasks": eval_tasks,
         "backbone": backbone,
         "drop_block": drop_block,
+        "compile": compile,
+        "bf16": bf16,
     }
     with plain_errors(out):
         configs = [

@@ -160,6 +160,7 @@ def few_shot_accuracy(
     steps: int,
     batch_size: int,
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    step: Callable[[Any, Tensor, Tensor], object] | None = None,
     transductive: bool = True,
     generator: torch.Generator | None = None,
     tasks_at_once: int = 1,
@@ -174,6 +175,8 @@ def few_shot_accuracy(
         steps: Inner steps of adaptation (50 in the paper), >= 0.
         batch_size: Support examples in each inner step (5 in the paper).
         loss: ``loss(scores, labels)``, a scalar.
+        step: How a learner makes an inner step, ``step(learner, x, y)``, instead of ``adapt`` on
+            ``loss``: a :class:`~l2l_prune.compiled.CompiledStep`, for instance.
         transductive: See :func:`query_scores`.
         generator: Source of the inner minibatches.
         tasks_at_once: Tasks of equal shape that are adapted together, >= 1; more than one for
@@ -187,7 +190,7 @@ def few_shot_accuracy(
         TypeError: If ``algorithm`` has no ``clone()``, ``episodes`` does not end, or a number is no
             integer.
         ValueError: If there are no episodes, one has no queries, scores do not fit the queries, or
-            ``tasks_at_once`` does not go with the algorithm.
+            ``tasks_at_once`` does not go with the algorithm or with ``step``.
     """
     if not callable(getattr(algorithm, "clone", None)):
         raise TypeError(
@@ -198,10 +201,13 @@ def few_shot_accuracy(
         x, y = episode.support_x, episode.support_y
         return minibatches(x, y, batch_size=batch_size, steps=steps, generator=generator)
 
+    def adapt(learner: Any, x: Tensor, y: Tensor) -> None:
+        learner.adapt(loss(learner(x), y))
+
     def scores(episode: Episode) -> Tensor:
         learner = algorithm.clone()
         for x, y in drawn(episode):
-            learner.adapt(loss(learner(x), y))
+            (step or adapt)(learner, x, y)
         found = query_scores(learner, episode, transductive)
         if isinstance(algorithm, PrunedReptile):
             algorithm.discard(learner)
@@ -219,6 +225,8 @@ def few_shot_accuracy(
 
     if _values.count("tasks_at_once", tasks_at_once, least=1) == 1:
         return accuracy(scores, episodes)
+    if step is not None:
+        raise ValueError("step adapts one learner at a time: set tasks_at_once=1")
     if not isinstance(algorithm, PrunedReptile):
         raise ValueError(f"tasks_at_once > 1 needs a PrunedReptile, got {type(algorithm).__name__}")
     return _accuracy(

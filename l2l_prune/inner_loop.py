@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from l2l_prune import _values, optimizer_state
 from l2l_prune._losses import check_loss
@@ -57,8 +58,10 @@ class Workspace:
         if isinstance(self.optimizer, LBFGS):
             raise ValueError("inner_optimizer must step on one loss; L-BFGS needs a closure")
         self._by_name = dict(self.module.named_parameters())
+        self._first_step: RemovableHandle | None = None
         if isinstance(pruner, ChannelPruner) and pruner.regrown:
-            self.optimizer.register_step_pre_hook(pruner.first_step_hook(self.module))
+            hook = pruner.first_step_hook(self.module)
+            self._first_step = self.optimizer.register_step_pre_hook(hook)
         self.masks: dict[str, Tensor] = {}  # in the dtype of the weights, while sparse
         self._masked: list[Tensor] = []
         self._foml = foml
@@ -74,6 +77,9 @@ class Workspace:
             buffer.copy_(sources[name])
         for mine, theirs in zip(self.module.modules(), model.modules(), strict=True):
             mine.training = theirs.training
+        if self._first_step and not getattr(self._pruner, "regrown", None):
+            self._first_step.remove()
+            self._first_step = None
         self.masks = {}
         if self._pruner.sparse:
             for name, mask in self._pruner.masks.items():
@@ -90,10 +96,18 @@ class Workspace:
             loss.backward()  # type: ignore[no-untyped-call]
         if not loss.requires_grad or all(parameter.grad is None for parameter in self.parameters):
             raise RuntimeError("loss does not depend on this learner: compute it from learner(x)")
-        if self._foml:
-            torch._foreach_copy_(self.before_last, [p.detach() for p in self.parameters])
+        self.step()
+
+    def step(self) -> None:
+        """The inner optimizer's step on the gradients that are there."""
+        self.about_to_step()
         self.optimizer.step()
         self.project()
+
+    def about_to_step(self) -> None:
+        """Keep what first-order MAML subtracts."""
+        if self._foml:
+            torch._foreach_copy_(self.before_last, [p.detach() for p in self.parameters])
 
     def project(self) -> None:
         """Pruned weights to exactly 0; ``.data`` so that a pending backward is not disturbed."""
@@ -106,12 +120,16 @@ class Workspace:
             optimizer_state.clear_momentum(self.optimizer, self._by_name[name], mask)
 
     def save_state(self, into: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Copy the optimizer's state out, reusing the tensors of ``into`` where they fit."""
-        states = [self.optimizer.state.get(p, {}) for p in self.parameters]
-        if len(into) != len(states):
-            return [copied_state(state) for state in states]
-        _copy_states(states, into)
-        return into
+        """The optimizer's state, handed out; it goes on with the tensors of ``into`` as its own.
+
+        Until :meth:`restore` the optimizer's state means nothing then, and no tensor is copied.
+        """
+        states = [dict(self.optimizer.state.get(p, {})) for p in self.parameters]
+        for parameter, spare in zip(self.parameters, into, strict=False):
+            self.optimizer.state[parameter] = spare
+        if not into:
+            self.optimizer.state.clear()
+        return states
 
 
 def _restore_state(

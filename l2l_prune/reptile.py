@@ -377,7 +377,7 @@ class Learner(nn.Module):
         Raises:
             RuntimeError: If the learner was collected.
         """
-        self._in_use().project()
+        self.workspace.project()
         return self.module(*args, **kwargs)
 
     def adapt(self, loss: Tensor) -> None:
@@ -391,11 +391,11 @@ class Learner(nn.Module):
             TypeError: If ``loss`` is no tensor.
             ValueError: If ``loss`` holds several numbers.
         """
-        self._in_use().adapt(loss)
+        self.workspace.adapt(loss)
 
     def release(self, reptile: PrunedReptile) -> Workspace:
         """Give the working copy back (called by :meth:`PrunedReptile.collect`)."""
-        workspace = self._in_use()
+        workspace = self.workspace
         if self.__dict__["_reptile"] is not reptile:
             raise RuntimeError("this learner was cloned from another PrunedReptile")
         if self.__dict__["_born"] != reptile.iteration:
@@ -405,7 +405,13 @@ class Learner(nn.Module):
         del self.module
         return workspace
 
-    def _in_use(self) -> Workspace:
+    @property
+    def workspace(self) -> Workspace:
+        """The working copy behind the learner, with its optimizer, masks and weights.
+
+        Raises:
+            RuntimeError: If the learner was collected.
+        """
         workspace: Workspace | None = self.__dict__["_workspace"]
         if workspace is None:
             raise RuntimeError("this learner was collected: clone() a new one")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+
 import hypothesis
 import pytest
 import torch
@@ -21,6 +23,15 @@ class SmallNet(nn.Module):
     def forward(self, x):
         x = torch.relu(self.norm(self.conv1(x)))
         return self.fc(torch.relu(self.conv2(x)).flatten(1))
+
+
+@contextlib.contextmanager
+def without_compiler():
+    """The same code run by Python, for cases that differ in logic and not in kernels."""
+    if not hasattr(torch.compiler, "set_stance"):
+        pytest.skip("this torch cannot run compiled functions by Python")
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

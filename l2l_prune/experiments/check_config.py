@@ -64,7 +64,7 @@ def check_types(settings: dict[str, Any]) -> None:
     _values.number("meta_lr", settings["meta_lr"])
     _values.number("weight_decay", settings["weight_decay"])
     _values.fraction("dropout", settings["dropout"])
-    for name in ("structured", "transductive"):
+    for name in ("structured", "compile", "bf16", "transductive"):
         _values.flag(name, settings[name])
     if settings["drop_block"] is not None:
         _values.flag("drop_block", settings["drop_block"])

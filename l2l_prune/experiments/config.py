@@ -51,6 +51,10 @@ class RunConfig:
         regrow: If given, masks move within sparse phases: ``"random"`` (SET) or ``"gradient"``
             (RigL) weights grow, see :class:`~l2l_prune.regrowth.Regrowth`.
         structured: Cut out whole channels instead, of all layers, by their L2 norm (Reptile only).
+        compile: Inner steps through :class:`~l2l_prune.compiled.CompiledStep` (Reptile only):
+            faster on small images.
+        bf16: Networks compute in bfloat16 in the inner steps (Reptile only), where the processor
+            has it.
         tasks: Tasks in a meta-iteration.
         inner_steps: Inner steps in training.
         inner_batch: Examples in an inner step in training (Reptile; the others take all).
@@ -96,6 +100,8 @@ class RunConfig:
     rewind: int | None = None
     regrow: str | None = None
     structured: bool = False
+    compile: bool = False
+    bf16: bool = False
     tasks: int = 5
     inner_steps: int = 5
     inner_batch: int = 10
@@ -113,10 +119,11 @@ class RunConfig:
         if self.algorithm not in DEFAULTS:
             raise ValueError(f"algorithm must be one of {', '.join(DEFAULTS)}: {self.algorithm!r}")
         check_types({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
-        special = self.dropout or self.weight_decay or self.structured
-        if special and self.algorithm != "reptile":
+        special = ("dropout", "weight_decay", "structured", "compile", "bf16")
+        if self.algorithm != "reptile" and any(getattr(self, name) for name in special):
             raise ValueError(
-                "dropout, weight_decay and structured go with the algorithm reptile only"
+                "dropout, weight_decay, structured, compile and bf16 go with the algorithm "
+                "reptile only"
             )
         masks = (self.criterion, self.allocation, self.rewind, self.regrow)
         if self.structured and masks != ("magnitude", "layerwise", None, None):
@@ -337,6 +344,8 @@ def _name(schedule: str, phases: dict[str, Any], settings: dict[str, Any]) -> st
         parts.append("channels")
     if settings.get("dropout"):
         parts.append(f"dropout {settings['dropout']:g}")
+    if settings.get("bf16"):
+        parts.append("bf16")
     if settings.get("weight_decay"):
         parts.append(f"decay {settings['weight_decay']:g}")
     return ", ".join(parts)

@@ -11,6 +11,7 @@ from torch import nn
 from l2l_prune.data import EpisodeSampler
 from l2l_prune.experiments.algorithms import build
 from l2l_prune.experiments.config import DEFAULTS, make_config
+from tests.conftest import without_compiler
 
 pytest.importorskip("learn2learn")
 
@@ -165,6 +166,7 @@ def test_queries_scored_alone_do_not_see_each_other(algorithm):
         {"dropout": 0.3},
         {"weight_decay": 5.0},
         {"structured": True},
+        {"bf16": True},
         *({"criterion": name} for name in ("random", "snip", "grasp", "movement")),
         {"allocation": "erk"},
         {"allocation": "global"},
@@ -196,6 +198,26 @@ def test_controls_and_rivals_act_and_resume_exactly(options):
         assert len(weights[0]) < 0.6 * len(weights[1])
     if "weight_decay" in options:
         assert weights[0].norm() < weights[1].norm()
+
+
+def test_compiled_runs_are_plain_runs_and_resume_exactly():
+    config = small("reptile", compile=True)
+    learner, plain, twin = start(config), start(small("reptile")), start(config)
+    episodes = [sampler().sample() for _ in range(2)]
+    with without_compiler():  # tests/test_compiled.py compiles
+        for iteration in range(8):
+            if iteration == 5:
+                twin.load_state_dict(copy.deepcopy(learner.state_dict()))
+            for one in (learner, plain, *([twin] if iteration >= 5 else [])):
+                one.train(episodes)
+                one.evaluate(episodes)
+    weights = [
+        torch.cat([p.flatten() for p in one.pruner.model.parameters()])
+        for one in (learner, plain, twin)
+    ]
+    assert torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], weights[1])  # the bias before normalisation is noise
+    assert (weights[0] - weights[1]).norm() < 0.02 * weights[1].norm()
 
 
 @pytest.mark.parametrize("schedule", ["lottery", "set", "rigl"])

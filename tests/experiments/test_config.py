@@ -130,6 +130,8 @@ def test_all_classes_are_trained_on_outside_glyphs():
         (lambda: make_config("reptile", "dsd", weight_decay=-1.0), "weight_decay must be"),
         (lambda: make_config("maml", "dsd", dropout=0.1), "reptile only"),
         (lambda: make_config("maml", "dsd", structured=True), "reptile only"),
+        (lambda: make_config("cavia", "dsd", compile=True), "reptile only"),
+        (lambda: make_config("anil", "dsd", bf16=True), "reptile only"),
         (
             lambda: make_config("reptile", "dsd", structured=True, criterion="random"),
             "structured takes no criterion",

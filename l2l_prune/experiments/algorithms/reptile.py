@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from l2l_prune.compiled import CompiledStep
 from l2l_prune.data import Episode
 from l2l_prune.data.minibatches import minibatches
 from l2l_prune.evaluation import Mean, few_shot_accuracy
@@ -23,7 +24,7 @@ from l2l_prune.experiments.algorithms.base import (
 from l2l_prune.experiments.algorithms.masks import Masks
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.inner_loop import adam
-from l2l_prune.reptile import PrunedReptile
+from l2l_prune.reptile import Learner, PrunedReptile
 from l2l_prune.structured import Structured
 
 
@@ -48,9 +49,18 @@ class Reptile(Algorithm):
         )
         self._masks.follow(self._reptile, self._reptile)
         self.pruner = self._reptile.pruner
+        self._step = CompiledStep(self._loss) if config.compile else self._plain_step
         # Where vmap was faster in benchmarks/evaluation.py; wider networks fill the cores by one.
-        narrow = config.channels <= 32 and image_shape[-1] <= 28 and not config.structured
-        self._tasks_at_once = 20 if narrow else 1
+        narrow = config.channels <= 32 and image_shape[-1] <= 28
+        alone = config.structured or config.compile or config.bf16
+        self._tasks_at_once = 20 if narrow and not alone else 1
+
+    def _loss(self, learner: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self._config.bf16):
+            return F.cross_entropy(learner(x), y)
+
+    def _plain_step(self, learner: Learner, x: Tensor, y: Tensor) -> None:
+        learner.adapt(self._loss(learner, x, y))
 
     def _mean_loss(self) -> Tensor:
         """The meta-model's loss on the support sets of the current meta-iteration."""
@@ -77,7 +87,7 @@ class Reptile(Algorithm):
                 steps=self._config.inner_steps,
                 generator=self._batches,
             ):
-                learner.adapt(F.cross_entropy(learner(x), y))
+                self._step(learner, x, y)
             self._reptile.collect(learner)
         self._reptile.step()
 
@@ -91,6 +101,7 @@ class Reptile(Algorithm):
                 batch_size=self._config.eval_batch,
                 transductive=self._config.transductive,
                 generator=torch.Generator().manual_seed(self._config.seed),
+                step=self._step if self._tasks_at_once == 1 else None,
                 tasks_at_once=self._tasks_at_once,
             )
 

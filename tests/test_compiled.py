@@ -1,0 +1,200 @@
+"""Compiled inner steps give what plain ones give."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+
+from l2l_prune import DSDSchedule, PrunedReptile
+from l2l_prune.compiled import CompiledStep
+from l2l_prune.data import Episode
+from l2l_prune.evaluation import few_shot_accuracy
+from l2l_prune.inner_loop import adam
+from l2l_prune.structured import Structured
+from tests.conftest import SmallNet, without_compiler
+
+SCHEDULE = DSDSchedule(0.5, pretrain=1, prune=2, retrain=2)
+OPTIMIZERS = {
+    "default": adam,
+    "decay": functools.partial(adam, weight_decay=0.5),
+    "Adam": functools.partial(torch.optim.Adam, betas=(0.8, 0.9), weight_decay=0.1),
+    "maximize": functools.partial(torch.optim.AdamW, maximize=True),
+    "amsgrad": functools.partial(torch.optim.Adam, amsgrad=True),  # steps outside the graph
+    "SGD": functools.partial(torch.optim.SGD, momentum=0.9),
+}
+
+
+def loss(learner, x, y):
+    return F.cross_entropy(learner(x), y)
+
+
+def plainly(learner, x, y):
+    learner.adapt(loss(learner, x, y))
+
+
+def make(net, **options):
+    return PrunedReptile(copy.deepcopy(net).double(), SCHEDULE, inner_lr=0.01, **options)
+
+
+def train(reptile, step, iterations=SCHEDULE.iterations, start=0):
+    for iteration in range(start, iterations):
+        generator = torch.Generator().manual_seed(iteration)
+        for _ in range(2):
+            learner = reptile.clone()
+            for _ in range(3):
+                x = torch.randn(6, 1, 6, 6, generator=generator)
+                y = torch.randint(0, 3, (6,), generator=generator)
+                step(learner, x.to(next(learner.parameters()).dtype), y)
+            for name, mask in reptile.pruner.masks.items() if reptile.pruner.sparse else ():
+                assert (learner.module.get_parameter(name)[~mask] == 0).all()
+            reptile.collect(learner)
+        reptile.step()
+    return reptile
+
+
+def assert_same(one, other, atol=1e-10):
+    """The bias before batch normalisation has no true gradient: Adam steps on its noise."""
+    states = one.state_dict(), other.state_dict()
+    for name, expected in states[0].items():
+        if isinstance(expected, torch.Tensor) and name != "module.conv1.bias":
+            torch.testing.assert_close(states[1][name], expected, rtol=0, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("foml", [False, True])
+@pytest.mark.parametrize("carry_state", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_function_before_compilation_is_the_plain_step(net, optimizer, carry_state, foml):
+    options = {
+        "inner_optimizer": OPTIMIZERS[optimizer],
+        "carry_state": carry_state,
+        "foml": foml,
+    }
+    plain, ours = make(net, **options), make(net, **options)
+    train(plain, plainly)
+    with without_compiler():
+        train(ours, CompiledStep(loss))
+    assert_same(plain, ours)
+
+
+@pytest.mark.parametrize("optimizer", ["default", "SGD"])
+def test_compiled_steps_are_plain_steps(net, optimizer):
+    torch._dynamo.reset()
+    counters.clear()
+    plain, ours = (make(net, inner_optimizer=OPTIMIZERS[optimizer]) for _ in range(2))
+    train(plain, plainly)
+    train(ours, CompiledStep(loss))
+    assert_same(plain, ours)
+    assert counters["stats"]["unique_graphs"] == (2 if optimizer == "default" else 1)
+    assert not counters["graph_break"]
+
+
+def test_batch_statistics_move_as_in_plain_steps(net):
+    x, y = torch.randn(6, 1, 6, 6).double(), torch.randint(0, 3, (6,))
+    buffers = []
+    for step in (plainly, CompiledStep(loss)):
+        learner = make(net, inner_optimizer=torch.optim.SGD).clone()
+        for _ in range(3):
+            step(learner, x, y)
+        buffers.append(dict(learner.module.named_buffers()))
+    assert buffers[1]["norm.num_batches_tracked"] == 3
+    for name, buffer in buffers[0].items():
+        torch.testing.assert_close(buffers[1][name], buffer)
+
+
+def test_weights_that_the_loss_does_not_reach_stay(net):
+    """An optimizer leaves them alone, where a gradient of zeros would let them decay."""
+    net.spare = nn.Linear(2, 2)
+    net.norm.weight.requires_grad_(False)
+    options = {"inner_optimizer": OPTIMIZERS["decay"], "skip": "spare"}
+    plain, ours = make(net, **options), make(net, **options)
+    before = copy.deepcopy(ours.module.spare.state_dict())
+    train(plain, plainly)
+    with without_compiler():
+        train(ours, CompiledStep(loss))
+    assert_same(plain, ours)
+    for name, weight in ours.module.spare.state_dict().items():
+        assert torch.equal(weight, before[name])
+    assert (ours.module.norm.weight == 1).all()
+
+
+def test_channels_that_are_cut_out_and_regrown(net):
+    pytest.importorskip("torch_pruning")
+    options = {"structured": Structured(torch.zeros(1, 1, 6, 6).double())}
+    plain, ours = make(net, **options), make(net, **options)
+    train(plain, plainly)
+    with without_compiler():
+        train(ours, CompiledStep(loss))
+    assert_same(plain, ours)
+
+
+def test_resumes_bit_exactly(net):
+    step = CompiledStep(loss)
+    whole, resumed = make(net), make(net)
+    train(whole, step, iterations=2)
+    resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+    train(whole, step, iterations=5, start=2)
+    train(resumed, CompiledStep(loss), iterations=5, start=2)  # another process has its own
+    assert_same(whole, resumed, atol=0)
+    assert torch.equal(whole.module.conv1.bias, resumed.module.conv1.bias)
+
+
+def test_autocast_follows_the_plain_path(net):
+    def in_bf16(learner, x, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(learner(x), y)
+
+    weights = {}
+    for name, step in (("float32", plainly), ("bf16", CompiledStep(in_bf16))):
+        reptile = PrunedReptile(
+            copy.deepcopy(net), SCHEDULE, inner_lr=0.01, inner_optimizer=torch.optim.SGD
+        )
+        train(reptile, step, iterations=2)
+        weights[name] = torch.cat([p.detach().flatten() for p in reptile.module.parameters()])
+    start = torch.cat([p.detach().flatten() for p in net.parameters()])
+    apart = (weights["bf16"] - weights["float32"]).norm() / (weights["float32"] - start).norm()
+    assert 0 < apart < 0.1
+
+
+def test_evaluation_by_compiled_steps(net):
+    reptile = make(net)
+    episodes = [
+        Episode(torch.randn(6, 1, 6, 6).double(), torch.arange(6) % 3, x, torch.arange(9) % 3)
+        for x in torch.randn(4, 9, 1, 6, 6).double()
+    ]
+    evaluate = functools.partial(few_shot_accuracy, reptile, episodes, steps=5, batch_size=3)
+    before = str(reptile.state_dict())
+    found = [
+        evaluate(step=step, generator=torch.Generator().manual_seed(0)).values
+        for step in (None, CompiledStep(loss))
+    ]
+    assert found[0] == found[1]
+    assert str(reptile.state_dict()) == before
+    with pytest.raises(ValueError, match="one learner at a time"):
+        evaluate(step=plainly, tasks_at_once=2)
+
+
+def test_misuse_is_told(net, batch):
+    with pytest.raises(TypeError, match=r"loss must be a function loss\(learner"):
+        CompiledStep(torch.ones(1))
+    x, y = batch
+    reptile = PrunedReptile(net, SCHEDULE, inner_optimizer=torch.optim.SGD)
+    learner = reptile.clone()
+    for wrong, error, message in (
+        (lambda learner, x, y: x.sum(), RuntimeError, "does not depend on this learner"),
+        (lambda learner, x, y: learner(x), ValueError, "loss must be one number"),
+        (lambda learner, x, y: 1.0, TypeError, "loss must be"),
+    ):
+        with pytest.raises(error, match=message):
+            CompiledStep(wrong)(learner, x, y)
+    for name, parameter in SmallNet.named_parameters(net):
+        if not name.endswith("_orig"):
+            assert torch.equal(learner.module.get_parameter(name), parameter)
+    reptile.collect(learner)
+    with pytest.raises(RuntimeError, match="was collected"):
+        CompiledStep(loss)(learner, x, y)
