@@ -8,9 +8,10 @@ from statistics import mean
 
 import matplotlib.pyplot as plt
 
+from l2l_prune.experiments.plots import TEST, TRAIN
+
 HERE = Path(__file__).parent
 METHODS = ("dense", "DSD 50%", "IHT 50%", "DSD 80%", "IHT 80%")
-TRAIN, TEST = "#0072b2", "#d55e00"
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.finished import FinishedRun
 from l2l_prune.experiments.run import RunResult
 
-# Okabe-Ito: told apart by people with any colour vision; train is dashed besides.
+# Okabe-Ito: told apart by people with any colour vision; train is dashed besides. Of more than
+# three the green and the pink are alike in deuteranopia, so that markers must tell them apart.
 TRAIN, TEST = "#D55E00", "#0072B2"
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "osD^vPX*<>ph"
 
 
 def new_figure(size: tuple[float, float], panels: int = 1, sharey: bool = False) -> tuple[Any, Any]:
@@ -26,6 +29,12 @@ def new_figure(size: tuple[float, float], panels: int = 1, sharey: bool = False)
     for ax in axes:
         ax.grid(alpha=0.25)
     return figure, axes
+
+
+def styles(others: bool = False) -> Iterator[tuple[str, str]]:
+    """A colour and a marker for each method, without end; ``others``: without the dense one's."""
+    pairs = zip(itertools.cycle(COLORS), itertools.cycle(MARKERS), strict=False)
+    return itertools.islice(pairs, int(others), None)
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -63,10 +72,11 @@ def curves_by_method(
     """
     figure, axes = new_figure((1 + 5.5 * len(panels), 4.2), len(panels), sharey=True)
     for ax, shown in zip(axes, panels.values(), strict=True):
-        for color, (label, runs) in zip(itertools.cycle(COLORS), shown.items(), strict=False):
-            _seed_means(ax, runs, label, color)
+        for style, (label, runs) in zip(styles(), shown.items(), strict=False):
+            _seed_means(ax, runs, label, *style)
         for start, stop in _sparse_spans(next(reversed(shown.values()))[0]):
             ax.axvspan(start, stop, color="0.5", alpha=0.18, lw=0)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set(xlabel="meta-iteration (sparse phases shaded)")
         ax.legend(frameon=False, fontsize=8)
     axes[0].set_ylabel("accuracy [%], test solid, training dashed")
@@ -74,12 +84,13 @@ def curves_by_method(
     save_figure(figure, path)
 
 
-def _seed_means(ax: Any, runs: list[FinishedRun], label: str, color: str) -> None:
+def _seed_means(ax: Any, runs: list[FinishedRun], label: str, color: str, marker: str) -> None:
     points = list(zip(*(run.entry["curve"] for run in runs), strict=True))
     iterations = [seeds[0]["iteration"] for seeds in points]
     for part, line in (("test", "-"), ("train", "--")):
         means = [100 * sum(p[part] for p in seeds) / len(seeds) for seeds in points]
-        ax.plot(iterations, means, line, color=color, label=label if part == "test" else None)
+        shown = {"label": label} if part == "test" else {}
+        ax.plot(iterations, means, line, marker=marker, ms=4, color=color, **shown)
 
 
 def _sparse_spans(run: FinishedRun) -> list[tuple[int, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from l2l_prune.experiments.finished import (
     over_seeds,
 )
 from l2l_prune.experiments.over_seeds import OverSeeds
-from l2l_prune.experiments.plots import COLORS, new_figure, save_figure
+from l2l_prune.experiments.plots import COLORS, new_figure, save_figure, styles
 from l2l_prune.schedules import DSDSchedule, Schedule, Segment
 from l2l_prune.theory import (
     Setting,
@@ -34,8 +33,6 @@ from l2l_prune.theory import (
     parameter_counts,
     sparse_gap_bound,
 )
-
-MARKERS = "osD^vPX*<>ph"
 
 
 def tradeoff_figure(runs: list[FinishedRun], path: Path) -> bool:
@@ -54,8 +51,7 @@ def tradeoff_figure(runs: list[FinishedRun], path: Path) -> bool:
     ax.plot(*means, "-o", color=COLORS[0], label="dense")
     for (length, _), x, y in zip(lengths, *means, strict=True):
         ax.annotate(f"{length}", (x, y), xytext=(4, -12), textcoords="offset points", fontsize=8)
-    styles = zip(itertools.cycle(COLORS[1:]), itertools.cycle(MARKERS), strict=False)
-    for (method, same), (color, marker) in zip(others.items(), styles, strict=False):
+    for (method, same), (color, marker) in zip(others.items(), styles(others=True), strict=False):
         train, test = over_seeds(same, "train"), over_seeds(same, "test")
         ax.errorbar(
             100 * train.mean,
@@ -129,11 +125,11 @@ def hyperparameter_figure(runs: list[FinishedRun], path: Path) -> bool:
     for ax, (label, family, value, lines) in zip(axes, panels, strict=True):
         if dense:
             ax.axhline(100 * over_seeds(dense, "test").mean, color="0.4", ls="--", label="dense")
-        for color, same in zip(itertools.cycle(COLORS[1:]), lines, strict=False):
+        for style, same in zip(styles(others=True), lines, strict=False):
             points = sorted(grouped(same, value).items())
             means = [over_seeds(at, "test") for _, at in points]
             label_of = f"{family} {100 * (same[0].rate or 0):g}%"
-            _line(ax, [x for x, _ in points], means, color, label_of)
+            _line(ax, [x for x, _ in points], means, style, label_of)
         ax.set(xlabel=label)
         ax.legend(frameon=False, fontsize=8)
     axes[0].set_ylabel("test accuracy [%], 95% CI over seeds")
@@ -158,17 +154,19 @@ def bounds_figure(runs: list[FinishedRun], path: Path) -> bool:
     if len(rates) < 3 or dense[0].config["algorithm"] != "reptile" or not weights.is_file():
         return False
     figure, (left, right) = new_figure((10, 3.8), 2)
-    for family, color in (("DSD", COLORS[1]), ("IHT", COLORS[2])):
+    for family, style in zip(("DSD", "IHT"), styles(others=True), strict=False):
         mine = [run for run in plain if run.family == family]
         points = sorted(grouped(dense + mine, lambda run: run.rate or 0.0).items())
         if mine:
             gaps = [gap_over_seeds(same) for _, same in points]
-            _line(left, [100 * rate for rate, _ in points], gaps, color, family)
+            _line(left, [100 * rate for rate, _ in points], gaps, style, family)
     left.set(xlabel="sparsity [%]", ylabel="train - test accuracy [%], measured")
     left.legend(frameon=False)
     sparsities = np.linspace(0, 0.95, 39)
     for values, label, line in _bounds(dense[0], weights, sparsities):
         right.semilogy(100 * sparsities, values, line, color=COLORS[0], label=label)
+    for formatter in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+        formatter("{x:g}")  # 6 and 20, not powers of 10
     right.set(xlabel="sparsity [%]", ylabel="bound on the gap of the error")
     right.legend(frameon=False, fontsize=8)
     save_figure(figure, path)
@@ -227,10 +225,13 @@ def _rounds(run: FinishedRun) -> int:
     return max(int(segment["round"]) for segment in run.segments)
 
 
-def _line(ax: Any, xs: list[float], means: list[OverSeeds], color: str, label: str) -> None:
+def _line(
+    ax: Any, xs: list[float], means: list[OverSeeds], style: tuple[str, str], label: str
+) -> None:
     """Means in percent with their intervals, joined by a line."""
     heights, bars = [100 * mean.mean for mean in means], [_bar(mean) for mean in means]
-    ax.errorbar(xs, heights, yerr=bars, fmt="-o", capsize=2, color=color, label=label)
+    color, marker = style
+    ax.errorbar(xs, heights, yerr=bars, fmt=f"-{marker}", capsize=2, color=color, label=label)
 
 
 def _bar(mean: OverSeeds) -> float:
