@@ -55,7 +55,7 @@ class CompiledStep:
         self._loss = loss
         self._gradients = torch.compile(_gradients, dynamic=False)
         self._optimizer_step = torch.compile(_optimizer_step, dynamic=False)
-        self._reached: WeakKeyDictionary[Workspace, list[str]] = WeakKeyDictionary()
+        self._tensors: WeakKeyDictionary[Workspace, tuple[Named, ...]] = WeakKeyDictionary()
 
     def __call__(self, learner: Learner, *data: Any) -> Tensor:
         """Adapt a learner by one step.
@@ -75,44 +75,49 @@ class CompiledStep:
         workspace = learner.workspace
         optimizer = workspace.optimizer
         update = _UPDATES.get(type(optimizer)) if _is_plain(optimizer) else None
-        if update is not None and not any(optimizer.state.values()):
-            loss = self._loss(learner, *data)
+        if workspace not in self._tensors:
+            self._tensors[workspace] = self._sorted_tensors(workspace, data)
+        trained, fixed, buffers = self._tensors[workspace]
+        if update is not None and not all(optimizer.state.get(p) for p in trained.values()):
+            loss = self._loss(learner, *data)  # a plain step makes the state
             learner.adapt(loss)
             return loss.detach()
-        if workspace not in self._reached:
-            self._reached[workspace] = self._find_reached(workspace, data)
-        names = self._reached[workspace]
-        tensors = {name: p.detach() for name, p in workspace.module.named_parameters()}
-        stepped = {name: tensors.pop(name) for name in names}
-        buffers = dict(workspace.module.named_buffers())
-        network = (self._loss, workspace.module, stepped, tensors, buffers, data)
+        values = {name: parameter.detach() for name, parameter in trained.items()}
+        network = (self._loss, workspace.module, values, fixed, buffers, data)
         with torch.no_grad():
             if update is None:
                 gradients, found = self._gradients(*network)
-                for name, parameter in workspace.module.named_parameters():
-                    parameter.grad = gradients.get(name)
+                for parameter in workspace.parameters:
+                    parameter.grad = None
+                for name, gradient in gradients.items():
+                    trained[name].grad = gradient
                 workspace.step()
             else:
                 workspace.about_to_step()
-                states = [optimizer.state[workspace.module.get_parameter(n)] for n in names]
                 group = optimizer.param_groups[0]
                 settings = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
                 settings["beta1"], settings["beta2"] = group["betas"]
+                held = [optimizer.state[parameter] for parameter in trained.values()]
+                states = [[s[key] for s in held] for key in ("exp_avg", "exp_avg_sq", "step")]
                 found = self._optimizer_step(update, settings, states, workspace.masks, *network)
         return found
 
-    def _find_reached(self, workspace: Workspace, data: tuple[Any, ...]) -> list[str]:
-        """Names of the weights that the loss depends on: optimizers leave the others alone."""
-        buffers = {name: buffer.clone() for name, buffer in workspace.module.named_buffers()}
-        trained = {n: p for n, p in workspace.module.named_parameters() if p.requires_grad}
+    def _sorted_tensors(self, workspace: Workspace, data: tuple[Any, ...]) -> tuple[Named, ...]:
+        """Weights that the loss reaches, the others, which optimizers leave alone, and buffers."""
+        module = workspace.module
+        buffers = dict(module.named_buffers())
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        weights = dict(module.named_parameters())
+        trained: Named = {name: p for name, p in weights.items() if p.requires_grad}
         with torch.enable_grad(), torch.random.fork_rng():
-            loss = self._loss(
-                lambda *a, **k: functional_call(workspace.module, buffers, a, k), *data
-            )
-            found = inner_gradients(
-                loss, list(trained.values()), create_graph=False, of="this learner"
-            )
-        return [n for n, gradient in zip(trained, found, strict=True) if gradient is not None]
+            loss = self._loss(lambda *a, **k: functional_call(module, copies, a, k), *data)
+            of = "this learner"
+            found = inner_gradients(loss, list(trained.values()), create_graph=False, of=of)
+        for name, gradient in zip(list(trained), found, strict=True):
+            if gradient is None:
+                del trained[name]
+        fixed = {name: p.detach() for name, p in weights.items() if name not in trained}
+        return trained, fixed, buffers
 
 
 def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
@@ -148,7 +153,7 @@ def _gradients(
 def _optimizer_step(
     update: Callable[..., None],
     settings: dict[str, Any],
-    states: list[dict[str, Tensor]],
+    states: list[list[Tensor]],
     masks: Named,
     loss: Loss,
     module: nn.Module,
@@ -159,11 +164,13 @@ def _optimizer_step(
 ) -> Tensor:
     """The whole inner step; weights, optimizer state and buffers are changed in place."""
     gradients, value = _gradients(loss, module, trained, fixed, buffers, data)
-    steps = [state["step"].double() for state in states]  # 1 - 0.999 is 5e-5 off in float32
+    firsts, seconds, counts = states
+    steps = [count.double() for count in counts]  # in float32 1 - 0.999 is 5e-5 off
     update(
         list(trained.values()),
         [gradients[name] for name in trained],
-        *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")),
+        firsts,
+        seconds,
         [],
         steps,
         foreach=False,
@@ -171,8 +178,8 @@ def _optimizer_step(
         amsgrad=False,
         **settings,
     )
-    for state, step in zip(states, steps, strict=True):
-        state["step"].copy_(step)
+    for count, step in zip(counts, steps, strict=True):
+        count.copy_(step)
     for name, mask in masks.items():
         if name in trained:
             trained[name].mul_(mask)

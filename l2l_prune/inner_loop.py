@@ -83,7 +83,7 @@ class Workspace:
         self.masks = {}
         if self._pruner.sparse:
             for name, mask in self._pruner.masks.items():
-                self.masks[name] = mask.to(self._by_name[name].dtype)
+                self.masks[name] = torch.empty_like(self._by_name[name].data).copy_(mask)
         self._masked = [self._by_name[name].data for name in self.masks]
         self.before_last = [p.detach().clone() for p in self.parameters] if self._foml else []
         _restore_state(self.optimizer, self.parameters, state)

@@ -121,7 +121,7 @@ def set_mask(module: nn.Module, name: str, mask: Tensor) -> None:
         mask: Boolean tensor of the parameter's shape; True stays.
     """
     original, _ = held_tensors(module, name)
-    new = mask.to(device=original.device, dtype=original.dtype)
+    new = torch.empty_like(original).copy_(mask)  # in its memory format, or products are slow
     module._buffers[f"{name}_mask"] = new
     with torch.no_grad():
         original.masked_fill_(new == 0, 0)  # also where it is infinite
