@@ -107,6 +107,11 @@ def plain(value: Any) -> Any:
     return [list(pair) for pair in value] if isinstance(value, tuple) else value
 
 
+def set_field(value: object, name: str, content: object) -> None:
+    """Set a field of a frozen dataclass that is being made."""
+    object.__setattr__(value, name, content)
+
+
 def check_fractions(fractions: dict[str, float]) -> None:
     """Refuse what is no fraction in [0, 1]."""
     for name, value in fractions.items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from l2l_prune import _values
 from l2l_prune.masks import kept_count, top_mask
-from l2l_prune.schedules import Segment
+from l2l_prune.segments import Segment
 from l2l_prune.selection import Layers, LayerTensor, Rule, select
 
 Allocation: TypeAlias = Literal["layerwise", "global"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from l2l_prune import _values
-from l2l_prune.schedules import Schedule, Segment
+from l2l_prune.segments import Schedule, Segment
 
 
 class OnSchedule:

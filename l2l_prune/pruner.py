@@ -21,7 +21,7 @@ from l2l_prune.on_schedule import OnSchedule
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.pruner_state import STATE_VERSION, check_state
 from l2l_prune.reparam import attach, detach, held_names, held_tensors, set_mask
-from l2l_prune.schedules import Schedule
+from l2l_prune.segments import Schedule
 from l2l_prune.selection import (
     Layers,
     LayerTensor,

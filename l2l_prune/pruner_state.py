@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2l_prune.schedules import Schedule
+from l2l_prune.segments import Schedule
 from l2l_prune.selection import LayerTensor
 
 STATE_VERSION = 2

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize, prune
 from l2l_prune._values import told
 from l2l_prune.masks import kept_count
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
-from l2l_prune.schedules import Segment
+from l2l_prune.segments import Segment
 
 _CONV = nn.modules.conv._ConvNd
 _PRUNABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}

@@ -25,7 +25,7 @@ from l2l_prune.channels import (
 )
 from l2l_prune.masks import kept_count, top_mask
 from l2l_prune.on_schedule import OnSchedule
-from l2l_prune.schedules import Schedule, Segment
+from l2l_prune.segments import Schedule, Segment
 
 States = Iterable[tuple[Tensor, dict[str, Any]]]
 

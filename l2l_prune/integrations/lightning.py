@@ -19,7 +19,7 @@ from l2l_prune.criteria import Criterion, magnitude
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.pruner import Pruner
 from l2l_prune.reparam import dense_state_dict
-from l2l_prune.schedules import Schedule
+from l2l_prune.segments import Schedule
 from l2l_prune.selection import Layers, Rule
 
 
