@@ -12,7 +12,7 @@ from l2l_prune.allocation import global_masks
 from l2l_prune.criteria import Criterion
 from l2l_prune.masks import check_finite
 from l2l_prune.patterns import Pattern
-from l2l_prune.selection import LayerTensor
+from l2l_prune.prunable import LayerTensor
 
 
 def choose_masks(

@@ -19,17 +19,11 @@ from l2l_prune.criteria import Criterion, magnitude
 from l2l_prune.mask_choice import choose_masks
 from l2l_prune.on_schedule import OnSchedule
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
+from l2l_prune.prunable import LayerTensor
 from l2l_prune.pruner_state import STATE_VERSION, check_state
 from l2l_prune.reparam import attach, detach, held_names, held_tensors, set_mask
 from l2l_prune.segments import Schedule
-from l2l_prune.selection import (
-    Layers,
-    LayerTensor,
-    Rule,
-    learning_rates,
-    segment_counts,
-    select,
-)
+from l2l_prune.selection import Layers, Rule, learning_rates, segment_counts, select
 
 StepHook: TypeAlias = Callable[["Pruner"], None]
 

@@ -53,7 +53,7 @@ def attach(module: nn.Module, name: str, *, dense_keys: bool = False) -> None:
     called ``<name>_orig``, beside the buffer ``<name>_mask``.
 
     Args:
-        module: The module that owns the parameter (see ``selection.check_prunable``).
+        module: The module that owns the parameter (see ``prunable.check_prunable``).
         name: Name of the parameter in ``module``.
         dense_keys: Let ``state_dict()`` give the masked weight as ``<name>``, instead of
             ``<name>_orig`` and ``<name>_mask``.
