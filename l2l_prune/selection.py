@@ -124,7 +124,7 @@ def segment_counts(
     return counts
 
 
-def learning_rates(model: nn.Module, tensors: list[LayerTensor]) -> list[nn.Parameter | None]:
+def learning_rates(model: nn.Module, tensors: Iterable[LayerTensor]) -> list[nn.Parameter | None]:
     """The learned rates that belong to each tensor entry by entry, as in learn2learn's Meta-SGD.
 
     Meta-SGD keeps one rate tensor for each parameter of its network, in the same order, as
