@@ -13,17 +13,16 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from l2l_prune import _values, optimizer_state
-from l2l_prune._values import told
-from l2l_prune.allocation import Allocation, global_count
+from l2l_prune.allocation import Allocation
 from l2l_prune.criteria import Criterion, magnitude
 from l2l_prune.following import FollowingOptimizers
 from l2l_prune.held_masks import HeldMasks
-from l2l_prune.mask_choice import choose_masks
+from l2l_prune.mask_choice import MaskChoice
 from l2l_prune.on_schedule import OnSchedule
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.pruner_state import STATE_VERSION, check_state
 from l2l_prune.segments import Schedule
-from l2l_prune.selection import Layers, Rule, segment_counts, select
+from l2l_prune.selection import Layers, Rule, select
 
 StepHook: TypeAlias = Callable[["Pruner"], None]
 
@@ -100,7 +99,9 @@ class Pruner(OnSchedule):
         if regrow_state not in ("match", "keep"):
             raise ValueError(f'regrow_state must be "match" or "keep", got {regrow_state!r}')
         if not callable(criterion):
-            raise TypeError(f"criterion must be a function of a weight, got {told(criterion)}")
+            raise TypeError(
+                f"criterion must be a function of a weight, got {_values.told(criterion)}"
+            )
         _values.instance("pattern", pattern, Pattern, "a Pattern")  # type: ignore[type-abstract]
         _values.flag("dense_keys", dense_keys)
         if allocation not in ("layerwise", "global"):
@@ -108,14 +109,11 @@ class Pruner(OnSchedule):
         if allocation == "global" and pattern != UNSTRUCTURED:
             raise ValueError('allocation="global" goes without pattern: that counts layer by layer')
         self.model = model
-        self._criterion, self._pattern = criterion, pattern
+        self._pattern, self._global = pattern, allocation == "global"
         self._tensors = select(model, layers=layers, only=only, skip=skip)
-        self._counts = (  # by segment: what each tensor keeps, or what all keep together
-            [[global_count(self._tensors, s)] for s in schedule.segments]
-            if allocation == "global"
-            else [segment_counts(self._tensors, s, pattern) for s in schedule.segments]
+        self._choice = MaskChoice(
+            self._tensors, schedule, criterion, None if self._global else pattern
         )
-        self._global = allocation == "global"
         self._step_hooks: dict[int, StepHook] = OrderedDict()
         self._following = FollowingOptimizers(
             model, self._tensors, optimizer, match=regrow_state == "match"
@@ -142,7 +140,7 @@ class Pruner(OnSchedule):
         if not self.sparse:
             return 0.0
         total = sum(mask.numel() for mask in self._held.values)
-        return 1 - sum(self._counts[self._position]) / total
+        return 1 - self._choice.kept(self._position) / total
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -267,7 +265,7 @@ class Pruner(OnSchedule):
                     f"the mask of {name} must be boolean and of shape {tuple(new[name].shape)}"
                 )
             new[name] = mask.to(new[name].device)
-        self._check_counts(new, self._position, "replaced")
+        self._choice.check(new, self._position, "replaced")
         self._put_masks(list(new.values()))
 
     @contextmanager
@@ -334,7 +332,7 @@ class Pruner(OnSchedule):
         check_state(state, self.schedule, str(self._pattern), tensors)
         position = self.schedule.index(state["iteration"])
         in_order = {name: state["masks"][name] for name in tensors}
-        self._check_counts(in_order, position, f"iteration {state['iteration']}'s")
+        self._choice.check(in_order, position, f"iteration {state['iteration']}'s")
         self._iteration, self._position = state["iteration"], position
         self._held.set(list(self._restored(state["masks"]).values()))
         self._following.regrown = self._restored(state["regrown"])
@@ -349,25 +347,8 @@ class Pruner(OnSchedule):
             if name in saved
         }
 
-    def _check_counts(self, masks: Mapping[str, Tensor], position: int, whose: str) -> None:
-        kept = {name: int(mask.sum()) for name, mask in masks.items()}
-        if self._global:
-            kept = {"all tensors": sum(kept.values())}
-        for (name, found), keep in zip(kept.items(), self._counts[position], strict=True):
-            if found != keep:
-                raise ValueError(
-                    f"{whose} mask of {name} keeps {found} weights, but the schedule keeps {keep}"
-                )
-
     def _new_masks(self, position: int, weights: list[Tensor]) -> list[Tensor]:
-        return choose_masks(
-            self._tensors,
-            weights,
-            self._counts[position],
-            self._criterion,
-            None if self._global else self._pattern,
-            f"at iteration {self._iteration}",
-        )
+        return self._choice.masks(position, weights, f"at iteration {self._iteration}")
 
     def _put_masks(self, masks: list[Tensor]) -> None:
         """Change masks in the course of training: weights, momentum and second moments follow."""

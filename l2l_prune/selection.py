@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -83,7 +83,7 @@ def select(
 
 
 def segment_counts(
-    tensors: list[LayerTensor], segment: Segment, pattern: Pattern = UNSTRUCTURED
+    tensors: Sequence[LayerTensor], segment: Segment, pattern: Pattern = UNSTRUCTURED
 ) -> list[int]:
     """How many weights each tensor keeps in ``segment``.
 
@@ -213,7 +213,7 @@ def _is_weight(tensor: LayerTensor) -> bool:
     return weight is not None and weight.dim() > 1
 
 
-def _check_names(tensors: list[LayerTensor], patterns: Iterable[str]) -> None:
+def _check_names(tensors: Sequence[LayerTensor], patterns: Iterable[str]) -> None:
     for pattern in patterns:
         if not any(tensor.named_by(pattern) for tensor in tensors):
             known = ", ".join(tensor.full_name for tensor in tensors)
