@@ -156,18 +156,15 @@ def make_schedule(
 
 def published_phases(schedule: str, data: str, channels: int) -> dict[str, Any]:
     """Arguments of :func:`make_schedule` as in Section 5.1; empty where the paper has none."""
-    try:
-        if schedule == "iht":
-            return {"sparsity": IHTSchedule.paper(data, channels=channels).sparsity}
-        paper = DSDSchedule.paper(data, channels=channels)
-    except ValueError:  # not one of the paper's data sets or widths
-        return {}
     if schedule == "dense":
         return {}
-    if schedule != "dsd":
-        return {"sparsity": paper.sparsity}
-    return {
-        "sparsity": paper.sparsity,
-        "pretrain": paper.pretrain / paper.iterations,
-        "retrain": paper.retrain / paper.iterations,
-    }
+    recipe = IHTSchedule if schedule == "iht" else DSDSchedule
+    try:
+        paper = recipe.paper(data, channels=channels)
+    except ValueError:  # not one of the paper's data sets or widths
+        return {}
+    phases: dict[str, Any] = {"sparsity": paper.sparsity}
+    if schedule == "dsd":
+        phases["pretrain"] = paper.pretrain / paper.iterations
+        phases["retrain"] = paper.retrain / paper.iterations
+    return phases
