@@ -13,7 +13,7 @@ class OnSchedule:
         schedule: The schedule to follow, from its first iteration on.
 
     Raises:
-        TypeError: If ``schedule`` is none.
+        TypeError: If ``schedule`` is no :class:`~l2l_prune.Schedule`.
     """
 
     def __init__(self, schedule: Schedule) -> None:
