@@ -20,6 +20,7 @@ class OnSchedule:
         self.schedule = _values.instance("schedule", schedule, Schedule, "a Schedule")
         self._iteration = 0
         self._position = schedule.index(0)
+        self._finalized = False
 
     @property
     def iteration(self) -> int:
@@ -40,6 +41,11 @@ class OnSchedule:
     def mask_due(self) -> bool:
         """Whether the next :meth:`step` enters another segment."""
         return self.schedule.index(self._iteration + 1) != self._position
+
+    @property
+    def finalized(self) -> bool:
+        """Whether ``finalize()`` has ended the pruning."""
+        return self._finalized
 
     def _place(self) -> str:
         """The place in words, as the head of a summary."""

@@ -124,7 +124,6 @@ class Pruner(OnSchedule):
         first = self._new_masks(self._position, weights)  # type: ignore[arg-type]
         self._held = HeldMasks(self._tensors, dense_keys=dense_keys)
         self._put_masks(first)
-        self._finalized = False
         self._following.watch()
 
     # ---- what is going on -------------------------------------------------------------------
@@ -156,11 +155,6 @@ class Pruner(OnSchedule):
     def layerwise(self) -> bool:
         """Whether any mask with the right count of each tensor would do: no pattern, not global."""
         return not self._global and self._pattern == UNSTRUCTURED
-
-    @property
-    def finalized(self) -> bool:
-        """Whether :meth:`finalize` took the masks off."""
-        return self._finalized
 
     def summary(self) -> str:
         """A table: shape, kept / total and sparsity per layer and for the whole model."""

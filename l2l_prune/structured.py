@@ -126,7 +126,6 @@ class ChannelPruner(OnSchedule):
         self._kept: list[Tensor] | None = None
         self._full: dict[str, Tensor] = {}
         self.regrown: dict[str, Tensor] = {}
-        self.finalized = False
         if self.segment.sparse:
             self._shrink(self._choose(self._position))
         hook = self.first_step_hook(model)
@@ -201,7 +200,7 @@ class ChannelPruner(OnSchedule):
         self._grow()
         for handle in self._handles:
             handle.remove()
-        self.finalized = True
+        self._finalized = True
         return self.model
 
     def first_step_hook(self, model: nn.Module) -> Callable[[Optimizer, Any, Any], Any]:
@@ -310,7 +309,7 @@ class ChannelPruner(OnSchedule):
                 yield state
 
     def _check_usable(self) -> None:
-        if self.finalized:
+        if self._finalized:
             raise RuntimeError("the ChannelPruner was finalized: make a new one to prune again")
 
 
