@@ -1,4 +1,4 @@
-"""Checks of the numbers and mappings that schedules are made of; messages name the argument."""
+"""Checks of what a user gives; messages name the argument."""
 
 from __future__ import annotations
 
@@ -73,6 +73,7 @@ def number(name: str, value: object, *, above: float | None = None) -> float:
 
 
 def pairs(name: str, value: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping from layer names or patterns, or its pairs, as a dict of at least one entry."""
     try:
         mapping = dict(value)
     except (TypeError, ValueError):
@@ -94,6 +95,7 @@ def frozen_sparsity(name: str, value: Sparsity) -> Sparsity:
 
 
 def frozen_counts(name: str, value: Counts | None) -> Counts | None:
+    """A mapping of counts >= 1 as hashable pairs, or None."""
     if value is None:
         return None
     if not isinstance(value, (Mapping, tuple)):
@@ -105,6 +107,11 @@ def frozen_counts(name: str, value: Counts | None) -> Counts | None:
 def plain(value: Any) -> Any:
     """Pairs as lists, for files."""
     return [list(pair) for pair in value] if isinstance(value, tuple) else value
+
+
+def set_field(value: object, name: str, content: object) -> None:
+    """Set a field of a frozen dataclass that is being made."""
+    object.__setattr__(value, name, content)
 
 
 def check_fractions(fractions: dict[str, float]) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from l2l_prune import _values
 from l2l_prune.masks import kept_count, top_mask
-from l2l_prune.schedules import Segment
-from l2l_prune.selection import Layers, LayerTensor, Rule, select
+from l2l_prune.prunable import LayerTensor
+from l2l_prune.segments import Segment
+from l2l_prune.selection import Layers, Rule, select
 
 Allocation: TypeAlias = Literal["layerwise", "global"]
 """``"layerwise"``: each tensor keeps its own number of weights, as in the paper. ``"global"``: the

@@ -34,7 +34,7 @@ def random(generator: torch.Generator) -> Criterion:
         generator: Source of the scores, on the CPU; save its state to resume exactly.
 
     Raises:
-        TypeError: If ``generator`` is none, a seed for instance.
+        TypeError: If ``generator`` is no generator, a seed for instance.
 
     Examples:
         >>> scores = random(torch.Generator().manual_seed(0))
@@ -89,7 +89,7 @@ def grasp(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Criterion
             reach do not count.
 
     Raises:
-        ValueError: On use, if a weight is none of ``parameters``.
+        ValueError: On use, if a weight is not among ``parameters``.
 
     Source:
         Wang, Zhang and Grosse, *Picking Winning Tickets Before Training by Preserving Gradient
@@ -156,7 +156,7 @@ class Movement:
         """The scores of one weight.
 
         Raises:
-            ValueError: If it is none of the watched parameters, or no step was observed yet.
+            ValueError: If it is not among the watched parameters, or no step was observed yet.
         """
         number = _position(weight, self._parameters, "movement")
         if not self._seen:

@@ -1,68 +1,113 @@
-"""Which weights stay when a mask is due: scores of a criterion, ranked by layer or over all."""
+"""Which weights stay when a mask is due, and how many: ranked by layer, or over all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from l2l_prune.allocation import global_masks
+from l2l_prune.allocation import global_count, global_masks
 from l2l_prune.criteria import Criterion
 from l2l_prune.masks import check_finite
 from l2l_prune.patterns import Pattern
-from l2l_prune.selection import LayerTensor
+from l2l_prune.prunable import LayerTensor
+from l2l_prune.segments import Schedule
+from l2l_prune.selection import segment_counts
 
 
-def choose_masks(
-    tensors: Sequence[LayerTensor],
-    weights: Sequence[Tensor],
-    counts: Sequence[int],
-    criterion: Criterion,
-    pattern: Pattern | None,
-    when: str,
-) -> list[Tensor]:
-    """A mask for each tensor.
+class MaskChoice:
+    """How many weights stay in each segment of a schedule, and which of them.
 
     Args:
-        tensors: The selected tensors, for their names.
-        weights: Their weights.
-        counts: How many of each stay; without ``pattern`` the one number that all keep together.
+        tensors: The selected tensors.
+        schedule: When to prune, and how much.
         criterion: Gives the scores.
         pattern: Where pruned weights may lie in each tensor, or ``None``: one ranking of all.
-        when: The time in words, for errors.
-
-    Returns:
-        A boolean tensor for each; True stays.
 
     Raises:
-        TypeError: If scores are not real numbers.
-        ValueError: If weights or scores are not finite, or scores do not fit; the tensor is named.
+        ValueError: If a number or name of the schedule does not fit the tensors.
     """
-    for tensor, weight in zip(tensors, weights, strict=True):
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(
-                f"cannot prune {tensor.full_name} {when}: the weights hold NaN or infinity, the "
-                "training has diverged before (lower the learning rate, clip gradients)"
-            )
-    if sum(counts) == sum(weight.numel() for weight in weights):  # dense: nothing to choose
-        return [_all_true(weight) for weight in weights]
-    if pattern is None:
-        scores = []
-        for tensor, weight in zip(tensors, weights, strict=True):
+
+    def __init__(
+        self,
+        tensors: Sequence[LayerTensor],
+        schedule: Schedule,
+        criterion: Criterion,
+        pattern: Pattern | None,
+    ) -> None:
+        self._tensors, self._criterion, self._pattern = tensors, criterion, pattern
+        self._counts = [  # by segment: what each tensor keeps, or what all keep together
+            [global_count(tensors, segment)]
+            if pattern is None
+            else segment_counts(tensors, segment, pattern)
+            for segment in schedule.segments
+        ]
+
+    def kept(self, position: int) -> int:
+        """How many weights all tensors together keep in the segment at ``position``."""
+        return sum(self._counts[position])
+
+    def check(self, masks: Mapping[str, Tensor], position: int, whose: str) -> None:
+        """Refuse masks that keep more or less than the schedule says.
+
+        Args:
+            masks: By dense name, in the order of the tensors.
+            position: Of the segment.
+            whose: For the error.
+
+        Raises:
+            ValueError: Naming the first that does not fit.
+        """
+        kept = {name: int(mask.sum()) for name, mask in masks.items()}
+        if self._pattern is None:
+            kept = {"all tensors": sum(kept.values())}
+        for (name, found), keep in zip(kept.items(), self._counts[position], strict=True):
+            if found != keep:
+                raise ValueError(
+                    f"{whose} mask of {name} keeps {found} weights, but the schedule keeps {keep}"
+                )
+
+    def masks(self, position: int, weights: Sequence[Tensor], when: str) -> list[Tensor]:
+        """A boolean mask for each tensor; True stays.
+
+        Args:
+            position: Of the segment that begins.
+            weights: The weights of the tensors.
+            when: The time in words, for errors.
+
+        Raises:
+            TypeError: If scores are not real numbers.
+            ValueError: If weights or scores are not finite, or scores do not fit; the tensor is
+                named.
+        """
+        for tensor, weight in zip(self._tensors, weights, strict=True):
+            if not bool(torch.isfinite(weight).all()):
+                raise ValueError(
+                    f"cannot prune {tensor.full_name} {when}: the weights hold NaN or infinity, "
+                    "the training has diverged before (lower the learning rate, clip gradients)"
+                )
+        if self.kept(position) == sum(weight.numel() for weight in weights):  # nothing to choose
+            return [_all_true(weight) for weight in weights]
+        counts, pattern = self._counts[position], self._pattern
+        if pattern is None:
+            scores = []
+            for tensor, weight in zip(self._tensors, weights, strict=True):
+                with _named(tensor, when):
+                    scores.append(_scores(self._criterion, weight))
+                    check_finite(scores[-1])
+            return global_masks(scores, *counts)
+        masks = []
+        for tensor, weight, keep in zip(self._tensors, weights, counts, strict=True):
             with _named(tensor, when):
-                scores.append(_scores(criterion, weight))
-                check_finite(scores[-1])
-        return global_masks(scores, *counts)
-    masks = []
-    for tensor, weight, keep in zip(tensors, weights, counts, strict=True):
-        with _named(tensor, when):
-            dense = keep == weight.numel()
-            masks.append(
-                _all_true(weight) if dense else pattern.mask(_scores(criterion, weight), keep)
-            )
-    return masks
+                dense = keep == weight.numel()
+                masks.append(
+                    _all_true(weight)
+                    if dense
+                    else pattern.mask(_scores(self._criterion, weight), keep)
+                )
+        return masks
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from l2l_prune import _values
-from l2l_prune.schedules import Schedule, Segment
+from l2l_prune.segments import Schedule, Segment
 
 
 class OnSchedule:
@@ -13,13 +13,14 @@ class OnSchedule:
         schedule: The schedule to follow, from its first iteration on.
 
     Raises:
-        TypeError: If ``schedule`` is none.
+        TypeError: If ``schedule`` is no :class:`~l2l_prune.Schedule`.
     """
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = _values.instance("schedule", schedule, Schedule, "a Schedule")
         self._iteration = 0
         self._position = schedule.index(0)
+        self._finalized = False
 
     @property
     def iteration(self) -> int:
@@ -40,6 +41,11 @@ class OnSchedule:
     def mask_due(self) -> bool:
         """Whether the next :meth:`step` enters another segment."""
         return self.schedule.index(self._iteration + 1) != self._position
+
+    @property
+    def finalized(self) -> bool:
+        """Whether ``finalize()`` has ended the pruning."""
+        return self._finalized
 
     def _place(self) -> str:
         """The place in words, as the head of a summary."""

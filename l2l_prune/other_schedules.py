@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from l2l_prune._values import count, fraction
-from l2l_prune.schedules import Schedule, Segment
+from l2l_prune.segments import Schedule, Segment
 
 
 def one_shot(sparsity: float, *, pretrain: int, prune: int) -> Schedule:

@@ -13,23 +13,16 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from l2l_prune import _values, optimizer_state
-from l2l_prune._values import told
-from l2l_prune.allocation import Allocation, global_count
+from l2l_prune.allocation import Allocation
 from l2l_prune.criteria import Criterion, magnitude
-from l2l_prune.mask_choice import choose_masks
+from l2l_prune.following import FollowingOptimizers
+from l2l_prune.held_masks import HeldMasks
+from l2l_prune.mask_choice import MaskChoice
 from l2l_prune.on_schedule import OnSchedule
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.pruner_state import STATE_VERSION, check_state
-from l2l_prune.reparam import attach, detach, held_names, held_tensors, set_mask
-from l2l_prune.schedules import Schedule
-from l2l_prune.selection import (
-    Layers,
-    LayerTensor,
-    Rule,
-    learning_rates,
-    segment_counts,
-    select,
-)
+from l2l_prune.segments import Schedule
+from l2l_prune.selection import Layers, Rule, select
 
 StepHook: TypeAlias = Callable[["Pruner"], None]
 
@@ -106,7 +99,9 @@ class Pruner(OnSchedule):
         if regrow_state not in ("match", "keep"):
             raise ValueError(f'regrow_state must be "match" or "keep", got {regrow_state!r}')
         if not callable(criterion):
-            raise TypeError(f"criterion must be a function of a weight, got {told(criterion)}")
+            raise TypeError(
+                f"criterion must be a function of a weight, got {_values.told(criterion)}"
+            )
         _values.instance("pattern", pattern, Pattern, "a Pattern")  # type: ignore[type-abstract]
         _values.flag("dense_keys", dense_keys)
         if allocation not in ("layerwise", "global"):
@@ -114,32 +109,22 @@ class Pruner(OnSchedule):
         if allocation == "global" and pattern != UNSTRUCTURED:
             raise ValueError('allocation="global" goes without pattern: that counts layer by layer')
         self.model = model
-        self._criterion, self._pattern = criterion, pattern
-        self._regrow_state = regrow_state
+        self._pattern, self._global = pattern, allocation == "global"
         self._tensors = select(model, layers=layers, only=only, skip=skip)
-        self._rates = learning_rates(model, self._tensors)
-        self._counts = (  # by segment: what each tensor keeps, or what all keep together
-            [[global_count(self._tensors, s)] for s in schedule.segments]
-            if allocation == "global"
-            else [segment_counts(self._tensors, s, pattern) for s in schedule.segments]
+        self._choice = MaskChoice(
+            self._tensors, schedule, criterion, None if self._global else pattern
         )
-        self._global = allocation == "global"
         self._step_hooks: dict[int, StepHook] = OrderedDict()
-        self._optimizers = optimizer_state.as_optimizers(optimizer)
-        weights = [tensor.module._parameters[tensor.name] for tensor in self._tensors]
-        for given in self._optimizers:
-            optimizer_state.check_holds(given, weights)
+        self._following = FollowingOptimizers(
+            model, self._tensors, optimizer, match=regrow_state == "match"
+        )
 
         # Computed before anything is attached, so that a failure leaves the model untouched.
+        weights = [tensor.module._parameters[tensor.name] for tensor in self._tensors]
         first = self._new_masks(self._position, weights)  # type: ignore[arg-type]
-        for tensor in self._tensors:
-            attach(tensor.module, tensor.name, dense_keys=dense_keys)
-        self._regrown: dict[str, Tensor] = {}
-        self._masks: list[Tensor] = []
-        self._seen: list[tuple[Tensor, int]] = []  # mask buffers as last checked, with versions
+        self._held = HeldMasks(self._tensors, dense_keys=dense_keys)
         self._put_masks(first)
-        self._finalized = False
-        self._handles = [self._hook(held) for held in self._optimizers]
+        self._following.watch()
 
     # ---- what is going on -------------------------------------------------------------------
 
@@ -153,28 +138,23 @@ class Pruner(OnSchedule):
         """Fraction of the selected weights that is pruned now, in [0, 1)."""
         if not self.sparse:
             return 0.0
-        total = sum(mask.numel() for mask in self._masks)
-        return 1 - sum(self._counts[self._position]) / total
+        total = sum(mask.numel() for mask in self._held.values)
+        return 1 - self._choice.kept(self._position) / total
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """Boolean mask of each selected tensor by its dense name; True stays."""
-        return {t.full_name: m for t, m in zip(self._tensors, self._masks, strict=True)}
+        return {t.full_name: m for t, m in zip(self._tensors, self._held.values, strict=True)}
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """The stored parameter (``weight_orig``) of each selected tensor by its dense name."""
-        return dict(zip((t.full_name for t in self._tensors), self._originals(), strict=True))
+        return dict(zip((t.full_name for t in self._tensors), self._held.originals(), strict=True))
 
     @property
     def layerwise(self) -> bool:
         """Whether any mask with the right count of each tensor would do: no pattern, not global."""
         return not self._global and self._pattern == UNSTRUCTURED
-
-    @property
-    def finalized(self) -> bool:
-        """Whether :meth:`finalize` took the masks off."""
-        return self._finalized
 
     def summary(self) -> str:
         """A table: shape, kept / total and sparsity per layer and for the whole model."""
@@ -182,13 +162,13 @@ class Pruner(OnSchedule):
 
         rows: list[tuple[str, str, str, str]] = []
         pruned = 0
-        for tensor, mask in zip(self._tensors, self._masks, strict=True):
+        for tensor, mask in zip(self._tensors, self._held.values, strict=True):
             kept, total = int(mask.sum()), mask.numel()
             pruned += total - kept
             rows.append(
                 (tensor.full_name, str(tuple(mask.shape)), f"{kept}/{total}", _share(kept, total))
             )
-        selected = sum(mask.numel() for mask in self._masks)
+        selected = sum(mask.numel() for mask in self._held.values)
         whole = sum(p.numel() for p in self.model.parameters())
         for name, total in (("selected layers", selected), ("whole model", whole)):
             rows.append((name, "", f"{total - pruned}/{total}", _share(total - pruned, total)))
@@ -204,11 +184,11 @@ class Pruner(OnSchedule):
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
         """The optimizers whose state follows the masks."""
-        return tuple(self._optimizers)
+        return tuple(self._following.all)
 
     def owns(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer holds any of the pruned weights."""
-        return optimizer_state.holds(optimizer, self._originals())
+        return optimizer_state.holds(optimizer, self._held.originals())
 
     def add_optimizer(self, optimizer: Optimizer) -> None:
         """Let the state of an optimizer that was made after the Pruner follow the masks too.
@@ -218,12 +198,7 @@ class Pruner(OnSchedule):
             ValueError: If it holds none of the pruned weights, or follows them already.
         """
         self._check_attached(masks=False)
-        _values.instance("optimizer", optimizer, Optimizer, "a torch Optimizer")
-        optimizer_state.check_holds(optimizer, self._originals())
-        if any(optimizer is held for held in self._optimizers):
-            raise ValueError("optimizer follows the masks already")
-        self._optimizers.append(optimizer)
-        self._handles.append(self._hook(optimizer))
+        self._following.add(optimizer, self._held.originals())
 
     # ---- training ---------------------------------------------------------------------------
 
@@ -242,8 +217,8 @@ class Pruner(OnSchedule):
         self.project()
         position = self.schedule.index(self._iteration + 1)
         changed = position != self._position
-        masks = self._new_masks(position, self._originals()) if changed else []
-        self._regrown = {}  # the first optimizer step after a release is over
+        masks = self._new_masks(position, self._held.originals()) if changed else []
+        self._following.regrown = {}  # the first optimizer step after a release is over
         if changed:
             self._position = position
             self._put_masks(masks)
@@ -284,7 +259,7 @@ class Pruner(OnSchedule):
                     f"the mask of {name} must be boolean and of shape {tuple(new[name].shape)}"
                 )
             new[name] = mask.to(new[name].device)
-        self._check_counts(new, self._position, "replaced")
+        self._choice.check(new, self._position, "replaced")
         self._put_masks(list(new.values()))
 
     @contextmanager
@@ -294,22 +269,14 @@ class Pruner(OnSchedule):
         The function of the model is the same. Take gradients within, but no steps.
         """
         self._check_attached()
-        held = [(t.module._buffers, f"{t.name}_mask") for t in self._tensors]
-        masks = [buffers[name] for buffers, name in held]
-        try:
-            for (buffers, name), mask in zip(held, masks, strict=True):
-                buffers[name] = torch.ones_like(mask)  # type: ignore[arg-type]
+        with self._held.opened():
             yield
-        finally:
-            for (buffers, name), mask in zip(held, masks, strict=True):
-                buffers[name] = mask
 
     @torch.no_grad()
     def project(self) -> None:
         """Set the pruned weights to exactly 0 (:meth:`step` does it; harmless to repeat)."""
         if self.sparse:
-            held = [held_tensors(t.module, t.name) for t in self._tensors]
-            torch._foreach_mul_([o for o, _ in held], [mask for _, mask in held])
+            self._held.project()
 
     def finalize(self) -> nn.Module:
         """Take the masks off: a plain module with its original classes, names, order and keys.
@@ -323,10 +290,8 @@ class Pruner(OnSchedule):
             RuntimeError: If called twice, or if a mask was changed by somebody else.
         """
         self._check_attached()
-        for tensor in self._tensors:
-            detach(tensor.module, tensor.name)
-        for handle in self._handles:
-            handle.remove()
+        self._held.take_off()
+        self._following.let_go()
         self._finalized = True
         return self.model
 
@@ -343,7 +308,7 @@ class Pruner(OnSchedule):
             "pattern": str(self._pattern),
             "iteration": self._iteration,
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
-            "regrown": {name: mask.clone() for name, mask in self._regrown.items()},
+            "regrown": {name: mask.clone() for name, mask in self._following.regrown.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -361,119 +326,36 @@ class Pruner(OnSchedule):
         check_state(state, self.schedule, str(self._pattern), tensors)
         position = self.schedule.index(state["iteration"])
         in_order = {name: state["masks"][name] for name in tensors}
-        self._check_counts(in_order, position, f"iteration {state['iteration']}'s")
+        self._choice.check(in_order, position, f"iteration {state['iteration']}'s")
         self._iteration, self._position = state["iteration"], position
-        self._set_masks([self._restored(t, state["masks"]) for t in self._tensors])
-        self._regrown = {
-            t.full_name: self._restored(t, state["regrown"])
-            for t in self._tensors
-            if t.full_name in state["regrown"]
-        }
+        self._held.set(list(self._restored(state["masks"]).values()))
+        self._following.regrown = self._restored(state["regrown"])
 
     # ---- inside -----------------------------------------------------------------------------
 
-    def _originals(self) -> list[Tensor]:
-        return [held_tensors(t.module, t.name)[0] for t in self._tensors]
-
-    def _restored(self, tensor: LayerTensor, saved: dict[str, Tensor]) -> Tensor:
-        original, _ = held_tensors(tensor.module, tensor.name)
-        return saved[tensor.full_name].to(original.device, copy=True)
-
-    def _check_counts(self, masks: Mapping[str, Tensor], position: int, whose: str) -> None:
-        kept = {name: int(mask.sum()) for name, mask in masks.items()}
-        if self._global:
-            kept = {"all tensors": sum(kept.values())}
-        for (name, found), keep in zip(kept.items(), self._counts[position], strict=True):
-            if found != keep:
-                raise ValueError(
-                    f"{whose} mask of {name} keeps {found} weights, but the schedule keeps {keep}"
-                )
+    def _restored(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Saved masks in the order of the tensors, each on the device of its weight."""
+        return {
+            name: saved[name].to(weight.device, copy=True)
+            for name, weight in self.weights.items()
+            if name in saved
+        }
 
     def _new_masks(self, position: int, weights: list[Tensor]) -> list[Tensor]:
-        return choose_masks(
-            self._tensors,
-            weights,
-            self._counts[position],
-            self._criterion,
-            None if self._global else self._pattern,
-            f"at iteration {self._iteration}",
-        )
+        return self._choice.masks(position, weights, f"at iteration {self._iteration}")
 
     def _put_masks(self, masks: list[Tensor]) -> None:
         """Change masks in the course of training: weights, momentum and second moments follow."""
-        old = self._masks
-        self._set_masks(masks)
-        for position, (tensor, mask) in enumerate(zip(self._tensors, masks, strict=True)):
-            regrown = mask & ~old[position] if old else torch.zeros_like(mask)
-            match = self._regrow_state == "match" and bool(regrown.any())
-            for optimizer, parameter in self._states(position):
-                optimizer_state.clear_momentum(optimizer, parameter, mask)
-                if match:
-                    optimizer_state.level_second_moment(optimizer, parameter, ~regrown, regrown)
-            if match and self._optimizers:
-                self._regrown[tensor.full_name] = regrown
-
-    def _states(self, position: int) -> Iterator[tuple[Optimizer, Tensor]]:
-        """Every optimizer with each parameter whose state follows the mask of a tensor."""
-        tensor, rates = self._tensors[position], self._rates[position]
-        original, _ = held_tensors(tensor.module, tensor.name)
-        for optimizer in self._optimizers:
-            yield optimizer, original
-            if rates is not None:
-                yield optimizer, rates
-
-    def _set_masks(self, masks: list[Tensor]) -> None:
-        for tensor, mask in zip(self._tensors, masks, strict=True):
-            set_mask(tensor.module, tensor.name, mask)
-        self._masks = masks
-        self._remember_buffers()
-
-    def _remember_buffers(self) -> None:
-        buffers = [held_tensors(t.module, t.name)[1] for t in self._tensors]
-        self._seen = [(buffer, buffer._version) for buffer in buffers]
-
-    def _hook(self, optimizer: Optimizer) -> Any:
-        """The first step after a release looks at the gradients."""
-        hook = optimizer_state.gradient_hook(self._raise_to_gradients)
-        return optimizer.register_step_pre_hook(hook)
-
-    @torch.no_grad()
-    def _raise_to_gradients(self, optimizer: Optimizer) -> None:
-        if not self._regrown:
-            return
-        for position, tensor in enumerate(self._tensors):
-            regrown = self._regrown.get(tensor.full_name)
-            if regrown is not None:
-                for held, parameter in self._states(position):
-                    if held is optimizer:
-                        optimizer_state.raise_to_gradient(optimizer, parameter, regrown)
+        old = self._held.values
+        self._held.set(masks)
+        self._following.follow(old, masks)
 
     def _check_attached(self, masks: bool = True) -> None:
         if self._finalized:
             raise RuntimeError("the Pruner was finalized: make a new one to prune again")
-        for tensor in self._tensors:
-            if tensor.name not in held_names(tensor.module):
-                raise RuntimeError(
-                    f"the mask of {tensor.full_name} was removed by somebody else "
-                    "(prune.remove?); use Pruner.finalize() to take masks off"
-                )
+        self._held.check_there()
         if masks:
-            self._check_masks()
-
-    def _check_masks(self) -> None:
-        """Masks in the model may be moved, cast or reloaded, but must say the same."""
-        for position, tensor in enumerate(self._tensors):
-            _, buffer = held_tensors(tensor.module, tensor.name)
-            seen, version = self._seen[position]
-            if buffer is seen and buffer._version == version:
-                continue
-            self._masks[position] = self._masks[position].to(buffer.device)
-            if not torch.equal(buffer.bool(), self._masks[position]):
-                raise RuntimeError(
-                    f"the mask of {tensor.full_name} is not the one of this Pruner's iteration "
-                    f"{self._iteration}: load Pruner.state_dict() together with the model's"
-                )
-        self._remember_buffers()
+            self._held.check_same(self._iteration)
 
 
 def _share(kept: int, total: int) -> str:

@@ -53,7 +53,7 @@ def attach(module: nn.Module, name: str, *, dense_keys: bool = False) -> None:
     called ``<name>_orig``, beside the buffer ``<name>_mask``.
 
     Args:
-        module: The module that owns the parameter (see ``selection.check_prunable``).
+        module: The module that owns the parameter (see ``prunable.check_prunable``).
         name: Name of the parameter in ``module``.
         dense_keys: Let ``state_dict()`` give the masked weight as ``<name>``, instead of
             ``<name>_orig`` and ``<name>_mask``.
@@ -212,7 +212,7 @@ def _make_held_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.M
             namespace["_flat_weights"] = _flat_weights_property()
 
         def reduce_ex(self: nn.Module, protocol: Any) -> Any:
-            return _reduce_held(self, base, names, base.__reduce_ex__(self, protocol))
+            return _reduce_held(base, names, base.__reduce_ex__(self, protocol))
 
         def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
             _translate_dense_keys(self, state_dict, prefix, error_msgs=args[-1])
@@ -266,9 +266,7 @@ def _flat_weights_property() -> property:
     return property(read, write)
 
 
-def _reduce_held(
-    module: nn.Module, base: type[nn.Module], names: tuple[str, ...], reduced: Any
-) -> Any:
+def _reduce_held(base: type[nn.Module], names: tuple[str, ...], reduced: Any) -> Any:
     """Pickle and copy through the base class, since the subclass has no importable name."""
     function, args, *rest = reduced
     if function.__name__ != "__newobj__" or args[0] is not held_class(base, names):

@@ -24,11 +24,11 @@ class Rewind:
 
     Args:
         trainer: A :class:`~l2l_prune.Pruner` or :class:`~l2l_prune.PrunedReptile` at iteration 0.
-        to: Iteration to go back to, >= 0 and before the first sparse segment ends its dense start.
+        to: Iteration to go back to, >= 0 and not after the first sparse segment begins.
 
     Raises:
         TypeError: If ``trainer`` is neither, or prunes channels.
-        ValueError: If ``to`` is negative, past the first pruning, or past the trainer's iteration.
+        ValueError: If ``to`` is negative or past the first pruning, or the trainer has begun.
 
     Source:
         Frankle and Carbin, *The Lottery Ticket Hypothesis*, ICLR 2019, Section 1 (``to=0``);

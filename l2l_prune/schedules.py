@@ -1,16 +1,8 @@
-"""When to prune: schedules as frozen values (Algorithm 1 of the paper).
-
-A schedule is a tuple of segments, each dense or sparse for a number of meta-iterations. It knows
-nothing about models or tensors, so it can be printed, compared, pickled, scaled and plotted
-anywhere; this module imports no torch.
-"""
+"""The paper's schedules: dense-sparse-dense and iterative hard thresholding (Algorithm 1)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any
 
 from l2l_prune._values import (
     Counts,
@@ -19,14 +11,14 @@ from l2l_prune._values import (
     check_fractions,
     check_whole,
     count,
-    flag,
     fraction,
     frozen_counts,
     frozen_sparsity,
-    instance,
-    plain,
-    told,
+    set_field,
 )
+from l2l_prune.segments import Schedule, Segment
+
+__all__ = ["DSDSchedule", "IHTSchedule", "Schedule", "Segment"]
 
 # Table 1 and Table 2 of the paper: the pruning rates it reports, by data set and channels.
 _PAPER_DSD_SPARSITY = {
@@ -37,193 +29,6 @@ _PAPER_IHT_SPARSITY = {
     "mini-imagenet": {32: 0.2, 64: 0.4, 128: 0.4, 256: 0.6},
     "tiered-imagenet": {32: 0.1, 64: 0.2, 128: 0.1, 256: 0.1},
 }
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of meta-iterations that is wholly dense or wholly sparse.
-
-    Args:
-        iterations: Length in meta-iterations, >= 0. An empty segment is skipped.
-        sparse: Whether masks are held during the segment.
-        sparsity: Fraction of each selected tensor to prune, in [0, 1), or a mapping from layer
-            name or ``fnmatch`` pattern to such a fraction (layers that it does not name stay
-            dense). Ignored when dense.
-        keep: Explicit counts ``k_l``: layer name or pattern -> number of weights that stay
-            (>= 1). Takes precedence over ``sparsity``.
-        phase: What the segment is called in reports; ``"dense"`` or ``"sparse"`` by default.
-        round: The pruning round (from 1) that the segment belongs to, or 0.
-
-    Raises:
-        TypeError: If a value has the wrong type, say a sparsity that is not a number.
-        ValueError: If a value is out of range.
-    """
-
-    iterations: int
-    _: KW_ONLY
-    sparse: bool = False
-    sparsity: Sparsity = 0.0
-    keep: Counts | None = None
-    phase: str = ""
-    round: int = 0
-
-    def __post_init__(self) -> None:
-        _set(self, "iterations", count("iterations", self.iterations))
-        _set(self, "sparsity", frozen_sparsity("sparsity", self.sparsity))
-        _set(self, "keep", frozen_counts("keep", self.keep))
-        _set(self, "sparse", flag("sparse", self.sparse))
-        _set(self, "round", count("round", self.round))
-        instance("phase", self.phase, str, "a string")
-        _set(self, "phase", self.phase or ("sparse" if self.sparse else "dense"))
-
-    @property
-    def label(self) -> str:
-        """The phase with its round, for people: ``"prune 2"``."""
-        return f"{self.phase} {self.round}" if self.round else self.phase
-
-    @property
-    def sparsity_label(self) -> str:
-        """The sparsity for people: ``"30%"``, or ``"per layer"`` for a mapping."""
-        if not self.sparse:
-            return "-"
-        if self.keep is not None or isinstance(self.sparsity, tuple):
-            return "per layer"
-        return f"{100 * float(self.sparsity):g}%"  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Any sequence of dense and sparse segments.
-
-    Args:
-        segments: The segments in order; at least one must be longer than zero iterations.
-
-    Raises:
-        TypeError: If ``segments`` holds something that is not a :class:`Segment`.
-        ValueError: If the segments sum to zero iterations.
-
-    Examples:
-        >>> schedule = Schedule([Segment(10), Segment(5, sparse=True, sparsity=0.5)])
-        >>> schedule.iterations
-        15
-        >>> schedule.segment(12).sparse
-        True
-    """
-
-    segments: tuple[Segment, ...]
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.segments, Iterable):
-            raise TypeError(f"segments must be a list of Segment values, got {told(self.segments)}")
-        _set(self, "segments", tuple(self.segments))
-        for segment in self.segments:
-            if not isinstance(segment, Segment):
-                raise TypeError(f"segments must hold Segment values, got {segment!r}")
-        if self.iterations < 1:
-            raise ValueError("the schedule is empty: give at least one segment some iterations")
-
-    @property
-    def iterations(self) -> int:
-        """Total number of meta-iterations."""
-        return sum(segment.iterations for segment in self.segments)
-
-    def index(self, iteration: int) -> int:
-        """Position in ``segments`` of the segment that holds ``iteration``.
-
-        Args:
-            iteration: Meta-iteration, counted from 0. Past the end the last segment goes on.
-
-        Returns:
-            An index into :attr:`segments`; empty segments are never returned.
-
-        Raises:
-            ValueError: If ``iteration`` is negative.
-        """
-        iteration = count("iteration", iteration)
-        last = 0
-        for position, segment in enumerate(self.segments):
-            if segment.iterations == 0:
-                continue
-            last = position
-            if iteration < segment.iterations:
-                break
-            iteration -= segment.iterations
-        return last
-
-    def segment(self, iteration: int) -> Segment:
-        """The segment that holds ``iteration`` (see :meth:`index`)."""
-        return self.segments[self.index(iteration)]
-
-    def spans(self) -> list[tuple[int, int, Segment]]:
-        """``(start, stop, segment)`` of each non-empty segment, ``stop`` exclusive."""
-        start, spans = 0, []
-        for segment in self.segments:
-            if segment.iterations:
-                spans.append((start, start + segment.iterations, segment))
-            start += segment.iterations
-        return spans
-
-    def describe(self) -> str:
-        """A table of the phases, for printing."""
-        from tabulate import tabulate
-
-        rows = [
-            (segment.label, start, stop - 1, stop - start, segment.sparsity_label)
-            for start, stop, segment in self.spans()
-        ]
-        rows.append(("total", 0, self.iterations - 1, self.iterations, ""))
-        headers = ("phase", "first", "last", "iterations", "sparsity")
-        return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=[4])
-
-    def shade(self, ax: Any) -> Any:
-        """Shade the sparse phases on a matplotlib axis whose x axis is the meta-iteration."""
-        named = False
-        for start, stop, segment in self.spans():
-            if segment.sparse:
-                label = None if named else "sparse phase"
-                ax.axvspan(start, stop, color="0.5", alpha=0.18, lw=0, label=label)
-                named = True
-        return ax
-
-    def plot(self, ax: Any = None) -> Any:
-        """Draw sparsity over meta-iterations.
-
-        Args:
-            ax: matplotlib axis to draw on; a new figure by default.
-
-        Returns:
-            The axis.
-        """
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            _, ax = plt.subplots(figsize=(6, 2.2), layout="constrained")
-        edges, values = [0], []
-        for _, stop, segment in self.spans():
-            edges.append(stop)
-            values.append(100 * _plotted(segment))
-        ax.stairs(values, edges, lw=2)
-        self.shade(ax)
-        ax.set(xlabel="meta-iteration", ylabel="pruned weights [%]", xlim=(0, self.iterations))
-        ax.set_ylim(-3, 100)
-        return ax
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, so that a checkpoint can tell schedules apart."""
-        return {
-            "type": type(self).__name__,
-            "segments": [
-                {
-                    "iterations": segment.iterations,
-                    "sparse": segment.sparse,
-                    "sparsity": plain(segment.sparsity),
-                    "keep": plain(segment.keep),
-                    "phase": segment.phase,
-                    "round": segment.round,
-                }
-                for segment in self.segments
-            ],
-        }
 
 
 @dataclass(frozen=True)
@@ -262,7 +67,7 @@ class DSDSchedule(Schedule):
             Segment(self.prune, sparse=True, sparsity=self.sparsity, keep=self.keep, phase="prune"),
             Segment(self.retrain, phase="retrain"),
         )
-        _set(self, "segments", segments)
+        set_field(self, "segments", segments)
         super().__post_init__()
 
     @classmethod
@@ -385,7 +190,7 @@ class IHTSchedule(Schedule):
                 )
             )
             segments.append(Segment(self.retrain, phase="retrain", round=number))
-        _set(self, "segments", tuple(segments))
+        set_field(self, "segments", tuple(segments))
         super().__post_init__()
 
     def _rates(self) -> list[Sparsity]:
@@ -499,24 +304,11 @@ class IHTSchedule(Schedule):
         )
 
 
-def _set(value: object, name: str, content: object) -> None:
-    object.__setattr__(value, name, content)
-
-
 def _freeze_fields(schedule: DSDSchedule | IHTSchedule, *counts: str) -> None:
     for name in counts:
-        _set(schedule, name, count(name, getattr(schedule, name)))
-    _set(schedule, "sparsity", frozen_sparsity("sparsity", schedule.sparsity))
-    _set(schedule, "keep", frozen_counts("keep", schedule.keep))
-
-
-def _plotted(segment: Segment) -> float:
-    """One height for the plot: the mean over the named layers where sparsity is a mapping."""
-    if not segment.sparse:
-        return 0.0
-    if isinstance(segment.sparsity, tuple):
-        return math.fsum(rate for _, rate in segment.sparsity) / len(segment.sparsity)
-    return float(segment.sparsity)  # type: ignore[arg-type]
+        set_field(schedule, name, count(name, getattr(schedule, name)))
+    set_field(schedule, "sparsity", frozen_sparsity("sparsity", schedule.sparsity))
+    set_field(schedule, "keep", frozen_counts("keep", schedule.keep))
 
 
 def _paper_sparsity(table: dict[str, dict[int, float]], dataset: str, channels: int) -> float:

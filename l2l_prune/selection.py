@@ -1,55 +1,23 @@
-"""Which tensors of a model are pruned, and whether they can be."""
+"""Which tensors of a model are pruned, and how many of their weights stay."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils import parametrize, prune
+from torch import nn
 
 from l2l_prune._values import told
 from l2l_prune.masks import kept_count
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
-from l2l_prune.schedules import Segment
+from l2l_prune.prunable import LayerTensor, check_all_prunable
+from l2l_prune.segments import Segment
 
 _CONV = nn.modules.conv._ConvNd
-_PRUNABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 Rule: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Layers: TypeAlias = Literal["all", "authors"]
-
-
-@dataclass(frozen=True)
-class LayerTensor:
-    """One prunable tensor: ``module.<name>``, found in the model under ``path``."""
-
-    path: str
-    module: nn.Module
-    name: str
-
-    @property
-    def full_name(self) -> str:
-        """Dense name in the model: ``"features.conv2.weight"``."""
-        return f"{self.path}.{self.name}" if self.path else self.name
-
-    @property
-    def shape(self) -> torch.Size:
-        """Its shape, under a mask or not."""
-        parameters = self.module._parameters
-        weight = parameters.get(self.name)
-        weight = parameters[f"{self.name}_orig"] if weight is None else weight
-        assert weight is not None
-        return weight.shape
-
-    def named_by(self, pattern: str) -> bool:
-        """Whether a module name, tensor name or ``fnmatch`` pattern means this tensor."""
-        return fnmatchcase(self.path, pattern) or fnmatchcase(self.full_name, pattern)
 
 
 def select(
@@ -110,65 +78,12 @@ def select(
             "there is nothing to prune: the model holds no weight of a convolution or linear "
             f"layer (the model is made of {', '.join(kinds)}); choose others with only="
         )
-    uses = _parameter_uses(model)
-    for tensor in chosen:
-        check_prunable(tensor)
-        if uses[_identity(tensor.module._parameters[tensor.name])] > 1:
-            raise ValueError(
-                f"{tensor.full_name} is tied: the model uses the same weight in another place, "
-                "which a mask here would not reach; untie it or leave it out with skip="
-            )
+    check_all_prunable(model, chosen)
     return chosen
 
 
-def check_prunable(tensor: LayerTensor) -> None:
-    """Refuse a tensor whose masking could not be right.
-
-    Raises:
-        ValueError: Naming the tensor and what to do.
-    """
-    module, name, where = tensor.module, tensor.name, tensor.full_name
-    weight = module._parameters.get(name)
-    advice = "leave it out with skip="
-    problem = None
-    if _already_pruned(module, name):
-        problem = f"is already pruned: take that mask off with prune.remove first, or {advice}"
-    elif parametrize.is_parametrized(module, name):
-        problem = f"is parametrized: remove the parametrization first, or {advice}"
-    elif weight is None:
-        problem = (
-            "is not a parameter of its module (weight_norm or spectral_norm?): "
-            f"remove that reparametrization first, or {advice}"
-        )
-    elif isinstance(weight, UninitializedParameter):
-        problem = "is not initialized yet: run one forward pass before pruning"
-    elif not isinstance(weight, nn.Parameter):
-        problem = "is not a Parameter: attach the Pruner to the original model, not to a clone"
-    elif weight.is_meta:
-        problem = "has no data (meta device): materialize the model before pruning"
-    elif weight.numel() == 0:
-        problem = f"has no entries: {advice}"
-    elif weight.layout != torch.strided:
-        problem = f"is {weight.layout}, not a dense tensor: {advice}"
-    elif weight.is_inference():
-        problem = "was made in inference_mode, so it cannot be changed: make the model outside"
-    elif any(
-        step == 0 < size - 1 for step, size in zip(weight.stride(), weight.shape, strict=True)
-    ):
-        problem = f"has entries that share memory (expand?): clone it first, or {advice}"
-    elif weight.dtype not in _PRUNABLE:
-        problem = f"is {weight.dtype}, not real floating point: {advice}"
-    elif not weight.requires_grad:
-        problem = (
-            "is frozen (requires_grad=False), so pruned entries could never be retrained: "
-            f"unfreeze it or {advice}"
-        )
-    if problem:
-        raise ValueError(f"{where} {problem}")
-
-
 def segment_counts(
-    tensors: list[LayerTensor], segment: Segment, pattern: Pattern = UNSTRUCTURED
+    tensors: Sequence[LayerTensor], segment: Segment, pattern: Pattern = UNSTRUCTURED
 ) -> list[int]:
     """How many weights each tensor keeps in ``segment``.
 
@@ -209,7 +124,7 @@ def segment_counts(
     return counts
 
 
-def learning_rates(model: nn.Module, tensors: list[LayerTensor]) -> list[nn.Parameter | None]:
+def learning_rates(model: nn.Module, tensors: Iterable[LayerTensor]) -> list[nn.Parameter | None]:
     """The learned rates that belong to each tensor entry by entry, as in learn2learn's Meta-SGD.
 
     Meta-SGD keeps one rate tensor for each parameter of its network, in the same order, as
@@ -298,7 +213,7 @@ def _is_weight(tensor: LayerTensor) -> bool:
     return weight is not None and weight.dim() > 1
 
 
-def _check_names(tensors: list[LayerTensor], patterns: Iterable[str]) -> None:
+def _check_names(tensors: Sequence[LayerTensor], patterns: Iterable[str]) -> None:
     for pattern in patterns:
         if not any(tensor.named_by(pattern) for tensor in tensors):
             known = ", ".join(tensor.full_name for tensor in tensors)
@@ -324,30 +239,3 @@ def _in_pattern(tensor: LayerTensor, keep: int, pattern: Pattern) -> int:
             f"{tensor.full_name} of shape {tuple(shape)} cannot take the pattern {pattern}: "
             f"{error}; leave it out with skip="
         ) from None
-
-
-def _already_pruned(module: nn.Module, name: str) -> bool:
-    plain = name.removesuffix("_orig")
-    return f"{plain}_mask" in module._buffers or any(
-        isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == plain
-        for hook in module._forward_pre_hooks.values()
-    )
-
-
-def _identity(weight: Tensor | None) -> object:
-    """Same object or same memory means the same weight; empty storage has no address."""
-    if weight is None or isinstance(weight, UninitializedParameter) or weight.numel() == 0:
-        return id(weight)
-    if weight.layout != torch.strided:  # has no address either
-        return id(weight)
-    address = 0 if weight.is_meta else weight.data_ptr()
-    return (weight.device, address) if address else id(weight)
-
-
-def _parameter_uses(model: nn.Module) -> Counter[object]:
-    return Counter(
-        _identity(weight)
-        for module in model.modules()
-        for weight in module._parameters.values()
-        if weight is not None
-    )

@@ -6,7 +6,6 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,18 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from l2l_prune import _values, optimizer_state
-from l2l_prune.cavia import FiLM
-from l2l_prune.channels import (
-    ChannelGroup,
-    Importance,
-    check_names,
-    count_operations,
-    find_groups,
-    importance_function,
-)
-from l2l_prune.masks import kept_count, top_mask
+from l2l_prune.channel_choice import channel_counts, choose_channels
+from l2l_prune.channel_state import CHANNEL_STATE_VERSION, check_channel_state
+from l2l_prune.channels import Importance, count_operations, find_groups, importance_function
+from l2l_prune.cuts import Cut, change_state, plan_cuts, tell_sizes
 from l2l_prune.on_schedule import OnSchedule
-from l2l_prune.schedules import Schedule, Segment
+from l2l_prune.segments import Schedule
 
 States = Iterable[tuple[Tensor, dict[str, Any]]]
 
@@ -121,18 +114,18 @@ class ChannelPruner(OnSchedule):
         self._needs_gradients = importance == "taylor"
         skipped = _names(skip)
         self._groups = find_groups(model, example_inputs, skipped)
+        slots = [slot for group in self._groups for slot in group.slots]
+        self._shapes = {slot.name: Cut(slot.module, slot.tensor).get().shape for slot in slots}
         self._example_inputs = example_inputs
         self._full_size = count_operations(model, example_inputs)
-        self._counts = [_channel_counts(self._groups, s) for s in schedule.segments]
+        self._counts = [channel_counts(self._groups, s) for s in schedule.segments]
         self._optimizers = optimizer_state.as_optimizers(optimizer)
         for given in self._optimizers:
-            weights = [s.module._parameters.get(s.tensor) for g in self._groups for s in g.slots]
-            optimizer_state.check_holds(given, weights)
+            optimizer_state.check_holds(given, [s.module._parameters.get(s.tensor) for s in slots])
         self.more_states: Callable[[], States] = lambda: ()
         self._kept: list[Tensor] | None = None
         self._full: dict[str, Tensor] = {}
         self.regrown: dict[str, Tensor] = {}
-        self.finalized = False
         if self.segment.sparse:
             self._shrink(self._choose(self._position))
         hook = self.first_step_hook(model)
@@ -207,7 +200,7 @@ class ChannelPruner(OnSchedule):
         self._grow()
         for handle in self._handles:
             handle.remove()
-        self.finalized = True
+        self._finalized = True
         return self.model
 
     def first_step_hook(self, model: nn.Module) -> Callable[[Optimizer, Any, Any], Any]:
@@ -237,7 +230,7 @@ class ChannelPruner(OnSchedule):
     def state_dict(self) -> dict[str, Any]:
         """Everything to resume from beside the model's and optimizer's own state dicts."""
         return {
-            "version": 1,
+            "version": CHANNEL_STATE_VERSION,
             "schedule": self.schedule.to_dict(),
             "iteration": self._iteration,
             "kept": None if self._kept is None else [kept.clone() for kept in self._kept],
@@ -253,10 +246,11 @@ class ChannelPruner(OnSchedule):
             ValueError: If the state belongs to another model or schedule; nothing is changed.
         """
         self._check_usable()
-        position = self._check_state(state)
+        check_channel_state(state, self.schedule, self._groups, self._counts, self._shapes)
         kept = state["kept"]
         self._grow()
-        self._iteration, self._position = state["iteration"], position
+        self._iteration = state["iteration"]
+        self._position = self.schedule.index(self._iteration)
         if kept is not None:
             self._shrink([index.clone() for index in kept])
             for name, tensor in state["full"].items():
@@ -265,113 +259,46 @@ class ChannelPruner(OnSchedule):
 
     # ---- inside -----------------------------------------------------------------------------
 
-    def _check_state(self, state: Any) -> int:
-        """Refuse a state that does not fit, before anything is changed; its place otherwise."""
-        keys = {"version", "schedule", "iteration", "kept", "full", "regrown"}
-        if not isinstance(state, dict) or set(state) != keys or state["version"] != 1:
-            raise ValueError("this is not a ChannelPruner state dict of this version")
-        if state["schedule"] != self.schedule.to_dict():
-            raise ValueError(f"the checkpoint belongs to another schedule: {state['schedule']}")
-        position = self.schedule.index(state["iteration"])
-        kept, counts = state["kept"], self._counts[position]
-        if not isinstance(kept, (list, type(None))) or not isinstance(state["full"], dict):
-            raise ValueError("this is not a ChannelPruner state dict of this version")
-        if (kept is None) != (counts is None) or len(kept or ()) != len(counts or ()):
-            raise ValueError("the checkpoint's channels do not fit this model and schedule")
-        for group, index, count in zip(self._groups, kept or (), counts or (), strict=False):
-            if index.tolist() != sorted({int(i) % group.channels for i in index}):
-                raise ValueError(f"the checkpoint's channels of {group.name} are not its channels")
-            if len(index) != count:
-                raise ValueError(
-                    f"the checkpoint keeps {len(index)} channels of {group.name}, the schedule "
-                    f"{count} at iteration {state['iteration']}"
-                )
-        shapes = self._full_shapes()
-        for entry in ("full", "regrown"):
-            for name, tensor in state[entry].items():
-                if shapes.get(name) != tensor.shape:
-                    raise ValueError(f"the checkpoint's {entry} tensor {name} does not fit")
-        return position
-
-    def _full_shapes(self) -> dict[str, torch.Size]:
-        tensors = {slot.name: slot for group in self._groups for slot in group.slots}
-        return {
-            name: self._full[name].shape
-            if name in self._full
-            else _Cut(slot.module, slot.tensor).get().shape
-            for name, slot in tensors.items()
-        }
-
     def _choose(self, position: int, before: list[Tensor] | None = None) -> list[Tensor] | None:
         """Channels to keep in a segment, or None if it is dense."""
         counts = self._counts[position]
         if counts is None:
             return None
-        chosen = []
-        for number, (group, keep) in enumerate(zip(self._groups, counts, strict=True)):
-            if self._needs_gradients and any(
-                slot.tensor == "weight" and slot.module.weight.grad is None for slot in group.slots
-            ):
-                raise ValueError(
-                    f"Taylor importance needs gradients of {group.name} and the layers behind it: "
-                    "call step() after a backward pass and before zero_grad()"
-                )
-            scores = self._importance(group.source)
-            if not isinstance(scores, Tensor) or scores.shape != (group.channels,):
-                raise ValueError(
-                    f"the importance of the channels of {group.name} is {scores!r}: there must be "
-                    f"{group.channels} scores (bn_scale needs batch normalisation behind a layer)"
-                )
-            if not bool(torch.isfinite(scores).all()):
-                raise ValueError(f"the importance of the channels of {group.name} is not finite")
-            scores = scores.detach().float()
-            if before is not None:  # straight from one sparse segment to the next: gone stays gone
-                absent = torch.ones_like(scores, dtype=torch.bool)
-                absent[before[number]] = False
-                scores = scores.masked_fill(absent, torch.finfo(scores.dtype).min)
-            chosen.append(top_mask(scores, keep).nonzero().squeeze(1))
-        return chosen
-
-    def _plan(self, kept: list[Tensor]) -> dict[str, _Cut]:
-        """What to keep of every tensor that holds channels."""
-        plan: dict[str, _Cut] = {}
-        for group, index in zip(self._groups, kept, strict=True):
-            for slot in group.slots:
-                cut = plan.setdefault(slot.name, _Cut(slot.module, slot.tensor))
-                device = cut.get().device
-                positions = slot.index.to(device)[index.to(device)]
-                cut.keep[slot.dim] = positions.flatten().sort().values
-                if slot.incoming:
-                    cut.incoming.add(slot.dim)
-        return plan
+        return choose_channels(
+            self._groups,
+            counts,
+            self._importance,
+            needs_gradients=self._needs_gradients,
+            before=before,
+        )
 
     def _shrink(self, kept: list[Tensor] | None) -> None:
         if kept is None:
             return
         self.regrown = {}
-        for name, cut in self._plan(kept).items():
+        for name, cut in plan_cuts(self._groups, kept).items():
             full = self._full[name] = cut.get().detach().clone()
             cut.set(cut.take(full))
             for state in self._states(cut.get()):
-                _replace(state, full.shape, cut.take)
+                change_state(state, full.shape, cut.take)
         self._kept = kept
-        self._tell_sizes()
+        tell_sizes(self.model, self._groups)
 
     def _grow(self) -> None:
         if self._kept is None:
             return
-        for name, cut in self._plan(self._kept).items():
+        for name, cut in plan_cuts(self._groups, self._kept).items():
             small = cut.get().detach().clone()
             full = self._full[name].to(device=small.device, dtype=small.dtype)
             cut.set(cut.put(small, full, zero_incoming=True))
             kept = cut.put_into_zeros(torch.ones_like(small, dtype=torch.bool), full)
             for state in self._states(cut.get()):
-                _replace(state, small.shape, functools.partial(cut.put_into_zeros, full=full))
+                change_state(state, small.shape, functools.partial(cut.put_into_zeros, full=full))
                 optimizer_state.level_state(state, full.shape, kept, ~kept)
             if isinstance(cut.get(), nn.Parameter):
                 self.regrown[name] = ~kept
         self._kept, self._full = None, {}
-        self._tell_sizes()
+        tell_sizes(self.model, self._groups)
 
     def _states(self, parameter: Tensor) -> Iterator[dict[str, Any]]:
         for optimizer in self._optimizers:
@@ -381,74 +308,9 @@ class ChannelPruner(OnSchedule):
             if held is parameter:
                 yield state
 
-    def _tell_sizes(self) -> None:
-        """Attributes that name the sizes of a layer follow its tensors."""
-        for group in self._groups:
-            for slot in group.slots:
-                _tell_size(slot.module)
-        for module in self.model.modules():
-            if isinstance(module, FiLM):
-                module.channels = (module.hidden or module.linear).out_features // 2
-
     def _check_usable(self) -> None:
-        if self.finalized:
+        if self._finalized:
             raise RuntimeError("the ChannelPruner was finalized: make a new one to prune again")
-
-
-class _Cut:
-    """A tensor of a layer, and which positions of its dimensions stay."""
-
-    def __init__(self, module: nn.Module, tensor: str) -> None:
-        self.module, self.tensor = module, tensor
-        self.keep: dict[int, Tensor] = {}
-        self.incoming: set[int] = set()
-
-    def get(self) -> Tensor:
-        value = self.module._parameters.get(self.tensor)
-        held = self.module._buffers[self.tensor] if value is None else value
-        assert held is not None
-        return held
-
-    def set(self, value: Tensor) -> None:
-        """In place for parameters: their identity is what optimizers hold."""
-        parameter = self.module._parameters.get(self.tensor)
-        if parameter is None:
-            self.module._buffers[self.tensor] = value
-        else:
-            # Autograd remembers the shape for as long as an old graph is alive (a loss that is
-            # still held); only a change of type makes it forget.
-            other = torch.float16 if value.dtype != torch.float16 else torch.float32
-            parameter.data = torch.empty(0, dtype=other, device=value.device)
-            parameter.data = value
-            parameter.grad = None
-
-    def take(self, full: Tensor) -> Tensor:
-        """The part that stays, in the memory format of the whole."""
-        part = full
-        for dim, index in self.keep.items():
-            part = part.index_select(dim, index)
-        return _like(part, full)
-
-    def put(self, part: Tensor, full: Tensor, zero_incoming: bool = False) -> Tensor:
-        """The whole with the part in its place."""
-        whole = full.clone()
-        if zero_incoming:
-            for dim in self.incoming:
-                gone = torch.ones(full.shape[dim], dtype=torch.bool, device=full.device)
-                gone[self.keep[dim]] = False
-                whole.index_fill_(dim, gone.nonzero().squeeze(1), 0)
-        if whole.dim() == 1:
-            whole[self.keep[0]] = part
-            return whole
-        rows, columns = (
-            self.keep.get(dim, torch.arange(full.shape[dim], device=full.device)) for dim in (0, 1)
-        )
-        whole[rows[:, None], columns[None, :]] = part
-        return _like(whole, full)
-
-    def put_into_zeros(self, part: Tensor, full: Tensor) -> Tensor:
-        """The same in zeros of the whole's shape."""
-        return self.put(part, torch.zeros_like(full, dtype=part.dtype))
 
 
 def _names(skip: str | Iterable[str]) -> list[str]:
@@ -456,48 +318,3 @@ def _names(skip: str | Iterable[str]) -> list[str]:
         return [skip]
     listed: list[Any] = list(skip) if isinstance(skip, Iterable) else [skip]
     return [_values.instance("skip", name, str, "names of layers") for name in listed]
-
-
-def _like(part: Tensor, full: Tensor) -> Tensor:
-    if full.dim() == 4 and full.is_contiguous(memory_format=torch.channels_last):
-        return part.contiguous(memory_format=torch.channels_last)
-    return part.contiguous()
-
-
-def _replace(state: dict[str, Any], shape: torch.Size, change: Callable[[Tensor], Tensor]) -> None:
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == shape:
-            state[key] = change(value)
-
-
-def _tell_size(module: nn.Module) -> None:
-    weight = module._parameters.get("weight")
-    if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
-        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1]
-    elif isinstance(module, nn.Linear) and weight is not None:
-        module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        held = module.running_mean if weight is None else weight
-        if isinstance(held, Tensor):
-            module.num_features = len(held)
-
-
-def _channel_counts(groups: list[ChannelGroup], segment: Segment) -> list[int] | None:
-    """How many channels each group keeps in a segment; None in a dense one."""
-    if not segment.sparse:
-        return None
-    keep, rates = dict(segment.keep or ()), segment.sparsity
-    table = dict(rates) if isinstance(rates, tuple) else {"*": float(rates)}  # type: ignore[arg-type]
-    check_names([group.name for group in groups], (*keep, *table))
-    counts = []
-    for group in groups:
-        explicit = next((n for p, n in keep.items() if fnmatchcase(group.name, p)), None)
-        rate = next((r for p, r in table.items() if fnmatchcase(group.name, p)), 0.0)
-        count = kept_count(group.channels, rate) if explicit is None else int(explicit)
-        if not 0 < count <= group.channels:
-            raise ValueError(
-                f"{group.name} has {group.channels} channels and would keep {count}: change the "
-                "sparsity for this layer, or leave it out with skip="
-            )
-        counts.append(count)
-    return counts

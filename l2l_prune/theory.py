@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from l2l_prune import _values
-from l2l_prune.schedules import Schedule, Segment
+from l2l_prune.segments import Schedule, Segment
 from l2l_prune.selection import Layers, Rule, segment_counts, select
 
 

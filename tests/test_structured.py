@@ -20,7 +20,7 @@ from l2l_prune.structured import ChannelPruner, Structured
 pytest.importorskip("torch_pruning")
 
 SCHEDULE = DSDSchedule(0.5, pretrain=1, prune=3, retrain=3)
-IMAGES = torch.randn(6, 1, 28, 28, dtype=torch.float64)
+IMAGES = torch.randn(6, 1, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(6) % 5
 OPTIMIZERS = {
     "sgd": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9),

@@ -6,7 +6,7 @@ from typing import Any
 
 from l2l_prune import _values
 from l2l_prune.data import DATA_SETS
-from l2l_prune.schedules import Schedule
+from l2l_prune.segments import Schedule
 
 _LEAST = {
     "seed": 0,

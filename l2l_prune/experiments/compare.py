@@ -1,4 +1,4 @@
-"""Dense, DSD and IHT over several seeds, and what can be said about their difference."""
+"""Methods over several seeds, and what can be said about their differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from l2l_prune._files import replace_file
 from l2l_prune.evaluation import paired_difference
 from l2l_prune.experiments.checkpoint import remove_checkpoint
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.experiments.over_seeds import OverSeeds, told
+from l2l_prune.experiments.over_seeds import OverSeeds, with_verdict
 from l2l_prune.experiments.results import write_results
 from l2l_prune.experiments.run import RunResult
 from l2l_prune.experiments.side_by_side import run_side_by_side
@@ -96,5 +96,5 @@ def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:
     for method in methods[1:]:
         for part in ("train", "test", "gap"):
             found = paired_difference(values[method, part], values[methods[0], part])
-            lines.append(f"- {method} - {methods[0]}, {part}: {told(part, found)}")
+            lines.append(f"- {method} - {methods[0]}, {part}: {with_verdict(part, found)}")
     return "\n".join(lines) + "\n"

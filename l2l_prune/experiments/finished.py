@@ -50,7 +50,7 @@ class FinishedRun:
 
     @property
     def family(self) -> str:
-        """``"dense"``, ``"DSD"`` or ``"IHT"``."""
+        """The method by the head of its name: ``"dense"``, ``"DSD"``, ``"IHT"``, ``"cubic"`` ..."""
         return str(self.config["name"]).partition(",")[0]
 
     @property

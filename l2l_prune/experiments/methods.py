@@ -72,7 +72,7 @@ _FROM_SCRATCH = partial(_one_shot, pretrain=0.0)
 def _cubic(iterations: int, sparsity: float, pretrain: float = 0.2) -> Schedule:
     """The ramp takes half of what follows pre-training, in up to 10 steps."""
     dense = _dense_start(iterations, pretrain)
-    return cubic(sparsity, pretrain=dense, **_ramp(iterations - dense, 10))
+    return cubic(sparsity, pretrain=dense, **_ramp_lengths(iterations - dense, 10))
 
 
 def _cyclic(iterations: int, sparsity: float, pretrain: float = 0.2, rounds: int = 4) -> Schedule:
@@ -80,7 +80,7 @@ def _cyclic(iterations: int, sparsity: float, pretrain: float = 0.2, rounds: int
     cycles = _values.count("rounds", rounds, least=1)
     length = (iterations - _dense_start(iterations, pretrain)) // cycles
     return cyclic(
-        sparsity, pretrain=iterations - cycles * length, cycles=cycles, **_ramp(length, 5)
+        sparsity, pretrain=iterations - cycles * length, cycles=cycles, **_ramp_lengths(length, 5)
     )
 
 
@@ -91,7 +91,7 @@ def _dense_start(iterations: int, pretrain: float) -> int:
     return dense
 
 
-def _ramp(iterations: int, most_steps: int) -> dict[str, int]:
+def _ramp_lengths(iterations: int, most_steps: int) -> dict[str, int]:
     if iterations < 4:
         raise ValueError(f"a ramp does not fit into {iterations} iterations: make the run longer")
     steps = min(most_steps, iterations // 2)
@@ -156,18 +156,15 @@ def make_schedule(
 
 def published_phases(schedule: str, data: str, channels: int) -> dict[str, Any]:
     """Arguments of :func:`make_schedule` as in Section 5.1; empty where the paper has none."""
-    try:
-        if schedule == "iht":
-            return {"sparsity": IHTSchedule.paper(data, channels=channels).sparsity}
-        paper = DSDSchedule.paper(data, channels=channels)
-    except ValueError:  # not one of the paper's data sets or widths
-        return {}
     if schedule == "dense":
         return {}
-    if schedule != "dsd":
-        return {"sparsity": paper.sparsity}
-    return {
-        "sparsity": paper.sparsity,
-        "pretrain": paper.pretrain / paper.iterations,
-        "retrain": paper.retrain / paper.iterations,
-    }
+    recipe = IHTSchedule if schedule == "iht" else DSDSchedule
+    try:
+        paper = recipe.paper(data, channels=channels)
+    except ValueError:  # not one of the paper's data sets or widths
+        return {}
+    phases: dict[str, Any] = {"sparsity": paper.sparsity}
+    if schedule == "dsd":
+        phases["pretrain"] = paper.pretrain / paper.iterations
+        phases["retrain"] = paper.retrain / paper.iterations
+    return phases

@@ -40,6 +40,6 @@ def signed(difference: Mean) -> str:
     return f"{100 * difference.mean:+.1f}{width}"
 
 
-def told(part: str, difference: OverSeeds) -> str:
+def with_verdict(part: str, difference: OverSeeds) -> str:
     """A difference of ``"train"``, ``"test"`` or ``"gap"`` with its verdict in brackets."""
     return f"{signed(difference)} ({difference.verdict(*WORDS[part])})"

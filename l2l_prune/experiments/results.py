@@ -44,21 +44,14 @@ def results_table(configs: list[RunConfig], results: list[RunResult]) -> Table:
 def verdicts(results: list[RunResult]) -> list[str]:
     """What the table says about pruning: paired differences to dense, which comes first."""
     dense, *others = results
-    lines: list[str] = []
     if dense.name != "dense" or not others:
-        return lines
-    for other in others:
-        difference = paired_difference(other.test, dense.test)
-        word = _word(difference)
-        lines.append(f"{other.name} - dense on test tasks: {signed(difference)} ({word})")
-    if not any(
-        paired_difference(o.test, dense.test).significant
-        and paired_difference(o.test, dense.test).mean > 0
-        for o in others
-    ):
-        lines.append("In this run (one seed), pruning did not raise test accuracy.")
-    else:
+        return []
+    found = [(other.name, paired_difference(other.test, dense.test)) for other in others]
+    lines = [f"{name} - dense on test tasks: {signed(d)} ({_word(d)})" for name, d in found]
+    if any(difference.significant and difference.mean > 0 for _, difference in found):
         lines.append("One seed only: the intervals are over tasks, not over training runs.")
+    else:
+        lines.append("In this run (one seed), pruning did not raise test accuracy.")
     return lines
 
 

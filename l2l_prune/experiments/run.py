@@ -104,8 +104,9 @@ def run(
         phase, sparsity = algorithm.pruner.segment.label, algorithm.pruner.sparsity
         if done % config.eval_every == 0 or done == config.schedule.iterations:
             found = {s: algorithm.evaluate(curve_episodes[s]) for s in splits}
-            state.curve.append(Point(done, phase, sparsity, found["train"], found["test"]))
-            log.add(state.curve[-1])
+            train, test = found["train"], found["test"]
+            state.curve.append(Point(done, phase, sparsity, train, test))
+            log.add(done, train=train.mean, test=test.mean, sparsity=sparsity)
             if config.select == "best" and found["validation"].mean > state.best_accuracy:
                 state.best_accuracy = found["validation"].mean
                 state.best = copy.deepcopy(algorithm.state_dict())

@@ -14,7 +14,7 @@ from l2l_prune.experiments.finished import (
     grouped,
     over_seeds,
 )
-from l2l_prune.experiments.over_seeds import OverSeeds, told
+from l2l_prune.experiments.over_seeds import OverSeeds, with_verdict
 from l2l_prune.experiments.paper_numbers import printed_accuracy
 
 
@@ -70,15 +70,15 @@ def difference_table(runs: list[FinishedRun]) -> str:
                 ours, theirs = zip(*pairs, strict=True)
                 for part in ("train", "test"):
                     found = paired_difference(over_seeds(ours, part), over_seeds(theirs, part))
-                    row[part] = told(part, found)
+                    row[part] = with_verdict(part, found)
                 gaps = paired_difference(gap_over_seeds(ours), gap_over_seeds(theirs))
-                row["gap"] = told("gap", gaps)
+                row["gap"] = with_verdict("gap", gaps)
             else:
                 row["test"] = "no dense run of the same seeds and length"
             if method in equal:
                 found, of = equal[method], len(same)
                 part_of = "" if len(found.values) == of else f", {len(found.values)} of {of} seeds"
-                row["test at equal training accuracy"] = told("test", found) + part_of
+                row["test at equal training accuracy"] = with_verdict("test", found) + part_of
             rows.append(row)
     return _markdown(rows)
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from l2l_prune.experiments.run import Point
 
 
 class EventLog:
@@ -32,19 +28,18 @@ class EventLog:
                 ) from None
             self._writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
 
-    def add(self, point: Point) -> None:
+    def add(self, iteration: int, *, train: float, test: float, sparsity: float) -> None:
         """Write a point of the curves."""
         if self._writer is None:
             return
-        train, test = point.train.mean, point.test.mean
         values = {
             "accuracy/train": train,
             "accuracy/test": test,
             "accuracy/gap": train - test,
-            "sparsity": point.sparsity,
+            "sparsity": sparsity,
         }
         for name, value in values.items():
-            self._writer.add_scalar(name, value, point.iteration)
+            self._writer.add_scalar(name, value, iteration)
 
     def close(self) -> None:
         """Write what is still held back."""

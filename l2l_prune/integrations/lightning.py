@@ -19,7 +19,7 @@ from l2l_prune.criteria import Criterion, magnitude
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.pruner import Pruner
 from l2l_prune.reparam import dense_state_dict
-from l2l_prune.schedules import Schedule
+from l2l_prune.segments import Schedule
 from l2l_prune.selection import Layers, Rule
 
 
@@ -56,7 +56,7 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
             dense keys, as ``torch.save`` of a state dict.
 
     Raises:
-        TypeError: If ``schedule`` is none, or ``dense_weights`` no path.
+        TypeError: If ``schedule`` is no Schedule, or ``dense_weights`` no path.
         FileNotFoundError: When the fit starts, if the folder of ``dense_weights`` is not there.
         ValueError: When the fit starts, if the module cannot be pruned as asked, or no optimizer
             holds a pruned weight.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,7 +23,27 @@ from l2l_prune.experiments.models import CaviaConv4
 from l2l_prune.sparse_maml import SparseMAML
 
 
-class GradientBased(WithOuterOptimizer):
+class Adapting(WithOuterOptimizer):
+    """Learners that take inner steps on the support set."""
+
+    _config: RunConfig
+
+    @abstractmethod
+    def _adapted(self, task: Episode, steps: int, **options: Any) -> Any:
+        """A learner after its inner steps; ``options`` are those of ``adapt``."""
+
+    def losses(self, tasks: Sequence[Episode]) -> Iterator[Tensor]:
+        for task in tasks:
+            learner = self._adapted(task, self._config.inner_steps)
+            yield F.cross_entropy(learner(task.query_x), task.query_y)
+
+    def scores(self, episode: Episode) -> Tensor:
+        # Without a meta-gradient, second derivatives would be work for nothing.
+        learner = self._adapted(episode, self._config.eval_steps, first_order=True)
+        return query_scores(learner, episode, self._config.transductive)
+
+
+class GradientBased(Adapting):
     """MAML, FOMAML, Meta-SGD, CAVIA and sparse-MAML: clone, adapt, score."""
 
     def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
@@ -57,18 +78,8 @@ class GradientBased(WithOuterOptimizer):
             learner.adapt(F.cross_entropy(learner(task.support_x), task.support_y), **options)
         return learner
 
-    def losses(self, tasks: Sequence[Episode]) -> Iterator[Tensor]:
-        for task in tasks:
-            learner = self._adapted(task, self._config.inner_steps)
-            yield F.cross_entropy(learner(task.query_x), task.query_y)
 
-    def scores(self, episode: Episode) -> Tensor:
-        # Without a meta-gradient, second derivatives would be work for nothing.
-        learner = self._adapted(episode, self._config.eval_steps, first_order=True)
-        return query_scores(learner, episode, self._config.transductive)
-
-
-class ANIL(WithOuterOptimizer):
+class ANIL(Adapting):
     """The head adapts by MAML, the features do not; the features are pruned."""
 
     def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
@@ -81,21 +92,12 @@ class ANIL(WithOuterOptimizer):
         self.optimizer = torch.optim.Adam(net.parameters(), config.meta_lr)
         self._prune(net.features, config)
 
-    def _adapted(self, task: Episode, steps: int) -> nn.Module:
+    def _adapted(self, task: Episode, steps: int, **options: Any) -> Any:
         support = self._features(task.support_x).flatten(1)
         learner = self._head.clone()
         for _ in range(steps):
-            learner.adapt(F.cross_entropy(learner(support), task.support_y))
+            learner.adapt(F.cross_entropy(learner(support), task.support_y), **options)
         return nn.Sequential(self._features, nn.Flatten(), learner)
-
-    def losses(self, tasks: Sequence[Episode]) -> Iterator[Tensor]:
-        for task in tasks:
-            learner = self._adapted(task, self._config.inner_steps)
-            yield F.cross_entropy(learner(task.query_x), task.query_y)
-
-    def scores(self, episode: Episode) -> Tensor:
-        learner = self._adapted(episode, self._config.eval_steps)
-        return query_scores(learner, episode, self._config.transductive)
 
 
 class ProtoNet(WithOuterOptimizer):

@@ -18,7 +18,7 @@ from l2l_prune.pruner import Pruner
 from l2l_prune.regrowth import Regrowth
 from l2l_prune.reptile import PrunedReptile
 from l2l_prune.rewinding import Rewind
-from l2l_prune.schedules import Schedule
+from l2l_prune.segments import Schedule
 
 
 class Masks:

@@ -1,0 +1,118 @@
+"""The optimizers of a Pruner: their state follows its masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from l2l_prune import _values, optimizer_state
+from l2l_prune.prunable import LayerTensor
+from l2l_prune.reparam import held_tensors
+from l2l_prune.selection import learning_rates
+
+
+class FollowingOptimizers:
+    """Optimizers whose momentum and second moments follow the masks of some tensors.
+
+    Args:
+        model: Holds the tensors, and perhaps Meta-SGD's rates for them, whose state follows too.
+        tensors: What is pruned, before a mask is on it.
+        optimizer: One, several or none.
+        match: Whether second moments of released weights are raised, so that none jumps; see
+            :mod:`l2l_prune.optimizer_state`.
+
+    Attributes:
+        all: The optimizers.
+        regrown: Entries that were released at the last change of masks, by dense name, until the
+            first step after it is over.
+
+    Raises:
+        TypeError: If ``optimizer`` is something else.
+        ValueError: If one holds none of the tensors.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tensors: Sequence[LayerTensor],
+        optimizer: Optimizer | Iterable[Optimizer] | None,
+        *,
+        match: bool,
+    ) -> None:
+        self.all = optimizer_state.as_optimizers(optimizer)
+        weights = [tensor.module._parameters[tensor.name] for tensor in tensors]
+        for given in self.all:
+            optimizer_state.check_holds(given, weights)
+        self.regrown: dict[str, Tensor] = {}
+        self._tensors, self._rates = tensors, learning_rates(model, tensors)
+        self._match = match
+        self._handles: list[RemovableHandle] = []
+
+    def watch(self) -> None:
+        """Look at the gradients of each first step after a release from now on."""
+        for optimizer in self.all:
+            self._watch(optimizer)
+
+    def add(self, optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
+        """Take one more, that holds some of ``weights``, the pruned ones.
+
+        Raises:
+            TypeError: If it is no optimizer.
+            ValueError: If it holds none of them, or follows already.
+        """
+        _values.instance("optimizer", optimizer, Optimizer, "a torch Optimizer")
+        optimizer_state.check_holds(optimizer, weights)
+        if any(optimizer is held for held in self.all):
+            raise ValueError("optimizer follows the masks already")
+        self.all.append(optimizer)
+        self._watch(optimizer)
+
+    def follow(self, old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+        """Masks have changed: momentum of pruned entries goes, released ones get second moments.
+
+        Args:
+            old: The masks before; none at the start.
+            new: The masks now.
+        """
+        for position, (tensor, mask) in enumerate(zip(self._tensors, new, strict=True)):
+            regrown = mask & ~old[position] if old else torch.zeros_like(mask)
+            match = self._match and bool(regrown.any())
+            for optimizer, parameter in self._states(position):
+                optimizer_state.clear_momentum(optimizer, parameter, mask)
+                if match:
+                    optimizer_state.level_second_moment(optimizer, parameter, ~regrown, regrown)
+            if match and self.all:
+                self.regrown[tensor.full_name] = regrown
+
+    def let_go(self) -> None:
+        """Watch no more."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _watch(self, optimizer: Optimizer) -> None:
+        hook = optimizer_state.gradient_hook(self._raise_to_gradients)
+        self._handles.append(optimizer.register_step_pre_hook(hook))
+
+    @torch.no_grad()
+    def _raise_to_gradients(self, optimizer: Optimizer) -> None:
+        if not self.regrown:
+            return
+        for position, tensor in enumerate(self._tensors):
+            regrown = self.regrown.get(tensor.full_name)
+            if regrown is not None:
+                for held, parameter in self._states(position):
+                    if held is optimizer:
+                        optimizer_state.raise_to_gradient(optimizer, parameter, regrown)
+
+    def _states(self, position: int) -> Iterator[tuple[Optimizer, Tensor]]:
+        """Every optimizer with each parameter whose state follows the mask of a tensor."""
+        tensor, rates = self._tensors[position], self._rates[position]
+        original, _ = held_tensors(tensor.module, tensor.name)
+        for optimizer in self.all:
+            yield optimizer, original
+            if rates is not None:
+                yield optimizer, rates

@@ -1,0 +1,135 @@
+"""Whether a tensor of a model can be pruned: a mask must reach it, wholly and for good."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize, prune
+
+_PRUNABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+@dataclass(frozen=True)
+class LayerTensor:
+    """One prunable tensor: ``module.<name>``, found in the model under ``path``."""
+
+    path: str
+    module: nn.Module
+    name: str
+
+    @property
+    def full_name(self) -> str:
+        """Dense name in the model: ``"features.conv2.weight"``."""
+        return f"{self.path}.{self.name}" if self.path else self.name
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape, under a mask or not."""
+        parameters = self.module._parameters
+        weight = parameters.get(self.name)
+        weight = parameters[f"{self.name}_orig"] if weight is None else weight
+        assert weight is not None
+        return weight.shape
+
+    def named_by(self, pattern: str) -> bool:
+        """Whether a module name, tensor name or ``fnmatch`` pattern means this tensor."""
+        return fnmatchcase(self.path, pattern) or fnmatchcase(self.full_name, pattern)
+
+
+def check_all_prunable(model: nn.Module, tensors: Iterable[LayerTensor]) -> None:
+    """Refuse tensors of which one cannot be pruned, or shares its weight with another place.
+
+    Args:
+        model: The whole model, in which shared weights are looked for.
+        tensors: Those that are to be pruned.
+
+    Raises:
+        ValueError: Naming the tensor and what to do.
+    """
+    uses = _parameter_uses(model)
+    for tensor in tensors:
+        check_prunable(tensor)
+        if uses[_identity(tensor.module._parameters[tensor.name])] > 1:
+            raise ValueError(
+                f"{tensor.full_name} is tied: the model uses the same weight in another place, "
+                "which a mask here would not reach; untie it or leave it out with skip="
+            )
+
+
+def check_prunable(tensor: LayerTensor) -> None:
+    """Refuse a tensor whose masking could not be right.
+
+    Raises:
+        ValueError: Naming the tensor and what to do.
+    """
+    module, name, where = tensor.module, tensor.name, tensor.full_name
+    weight = module._parameters.get(name)
+    advice = "leave it out with skip="
+    problem = None
+    if _already_pruned(module, name):
+        problem = f"is already pruned: take that mask off with prune.remove first, or {advice}"
+    elif parametrize.is_parametrized(module, name):
+        problem = f"is parametrized: remove the parametrization first, or {advice}"
+    elif weight is None:
+        problem = (
+            "is not a parameter of its module (weight_norm or spectral_norm?): "
+            f"remove that reparametrization first, or {advice}"
+        )
+    elif isinstance(weight, UninitializedParameter):
+        problem = "is not initialized yet: run one forward pass before pruning"
+    elif not isinstance(weight, nn.Parameter):
+        problem = "is not a Parameter: attach the Pruner to the original model, not to a clone"
+    elif weight.is_meta:
+        problem = "has no data (meta device): materialize the model before pruning"
+    elif weight.numel() == 0:
+        problem = f"has no entries: {advice}"
+    elif weight.layout != torch.strided:
+        problem = f"is {weight.layout}, not a dense tensor: {advice}"
+    elif weight.is_inference():
+        problem = "was made in inference_mode, so it cannot be changed: make the model outside"
+    elif any(
+        step == 0 < size - 1 for step, size in zip(weight.stride(), weight.shape, strict=True)
+    ):
+        problem = f"has entries that share memory (expand?): clone it first, or {advice}"
+    elif weight.dtype not in _PRUNABLE:
+        problem = f"is {weight.dtype}, not real floating point: {advice}"
+    elif not weight.requires_grad:
+        problem = (
+            "is frozen (requires_grad=False), so pruned entries could never be retrained: "
+            f"unfreeze it or {advice}"
+        )
+    if problem:
+        raise ValueError(f"{where} {problem}")
+
+
+def _already_pruned(module: nn.Module, name: str) -> bool:
+    plain = name.removesuffix("_orig")
+    return f"{plain}_mask" in module._buffers or any(
+        isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == plain
+        for hook in module._forward_pre_hooks.values()
+    )
+
+
+def _identity(weight: Tensor | None) -> object:
+    """Same object or same memory means the same weight; empty storage has no address."""
+    if weight is None or isinstance(weight, UninitializedParameter) or weight.numel() == 0:
+        return id(weight)
+    if weight.layout != torch.strided:  # has no address either
+        return id(weight)
+    address = 0 if weight.is_meta else weight.data_ptr()
+    return (weight.device, address) if address else id(weight)
+
+
+def _parameter_uses(model: nn.Module) -> Counter[object]:
+    return Counter(
+        _identity(weight)
+        for module in model.modules()
+        for weight in module._parameters.values()
+        if weight is not None
+    )
