@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from l2l_prune import PrunedReptile, Schedule, Segment
 from l2l_prune.experiments.models import Conv4
-from l2l_prune.reptile import Learner
+from l2l_prune.learner import Learner
 
 WAYS, STEPS, BATCH = 5, 8, 10
 DENSE = Schedule((Segment(10**6),))

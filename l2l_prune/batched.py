@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, optim
 from torch.func import functional_call, vmap
 
+from l2l_prune.inner_loop import copied_state
 from l2l_prune.reptile import PrunedReptile
 
 # These step on each weight by itself, so one of them on stacked weights is one for each task.
@@ -58,7 +59,8 @@ class BatchedLearners:
     def __init__(self, reptile: PrunedReptile, tasks: int) -> None:
         if reptile.structured:
             raise ValueError("structured learners adapt one at a time: set tasks_at_once=1")
-        workspace = reptile.clone().release(reptile)
+        self._reptile, self._learner = reptile, reptile.clone()
+        workspace = self._learner.workspace
         if type(workspace.optimizer) not in ELEMENTWISE:
             raise ValueError(
                 f"{type(workspace.optimizer).__name__} may step on several weights together: set "
@@ -81,8 +83,12 @@ class BatchedLearners:
         for name, parameter in self._module.named_parameters():
             self._optimizer.state[self.weights[name]] = {
                 key: stacked(value) if isinstance(value, Tensor) and key not in COUNTS else value
-                for key, value in workspace.optimizer.state[parameter].items()
+                for key, value in copied_state(workspace.optimizer.state[parameter]).items()
             }
+
+    def discard(self) -> None:
+        """Use the learners up; this spares Reptile's next ``clone()`` a copy of the model."""
+        self._reptile.discard(self._learner)
 
     def each(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """``function(learner, *tensors)`` of every task, with ``learner(x)`` as its network.

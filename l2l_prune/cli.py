@@ -167,7 +167,7 @@ def run(
     A stopped command can be repeated: runs go on from their checkpoints, finished ones are kept.
     """
     from l2l_prune.experiments.compare import compare
-    from l2l_prune.experiments.demo import run_and_report
+    from l2l_prune.experiments.one_seed import run_and_report
     from l2l_prune.experiments.storage import locked_folder
 
     check_sparsity(sparsity)

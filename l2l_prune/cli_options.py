@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from l2l_prune.data import DATA_SETS
-from l2l_prune.experiments.config import DEFAULTS
+from l2l_prune.experiments.defaults import DEFAULTS
 from l2l_prune.experiments.methods import METHODS
 
 if sys.version_info >= (3, 11):

@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 
 from l2l_prune._losses import check_loss, inner_gradients
 from l2l_prune.inner_loop import Workspace
-from l2l_prune.reptile import Learner
+from l2l_prune.learner import Learner
 
 Loss = Callable[..., Tensor]
 Named = dict[str, Tensor]

@@ -219,9 +219,11 @@ def few_shot_accuracy(
             x, y = (torch.stack(parts) for parts in zip(*batches, strict=True))
             learners.adapt(learners.each(lambda net, x, y: loss(net(x), y), x, y))
         stacked = (torch.stack(parts) for parts in zip(*episodes, strict=True))
-        return learners.each(
+        found = learners.each(
             lambda net, *parts: query_scores(net, Episode(*parts), transductive), *stacked
         )
+        learners.discard()
+        return found
 
     if _values.count("tasks_at_once", tasks_at_once, least=1) == 1:
         return accuracy(scores, episodes)

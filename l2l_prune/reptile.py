@@ -15,9 +15,11 @@ from l2l_prune import _values, ranks
 from l2l_prune.allocation import Allocation
 from l2l_prune.criteria import Criterion, magnitude
 from l2l_prune.inner_loop import OptimizerFactory, Workspace, adam, copied_state
+from l2l_prune.learner import Learner
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.pruner import Pruner
-from l2l_prune.schedules import Schedule
+from l2l_prune.reptile_state import check_reptile_state
+from l2l_prune.segments import Schedule
 from l2l_prune.selection import Layers, Rule
 from l2l_prune.structured import ChannelPruner, Structured
 
@@ -189,7 +191,7 @@ class PrunedReptile(nn.Module):
         self._check_usable()
         workspace = self._workspaces.pop() if self._workspaces else self._new_workspace()
         workspace.restore(self.module, self._inner_state if self.carry_state else [])
-        return Learner(self, workspace)
+        return Learner(self, self.iteration, workspace)
 
     @torch.no_grad()
     def collect(self, learner: Learner) -> None:
@@ -231,32 +233,39 @@ class PrunedReptile(nn.Module):
         Raises:
             RuntimeError: If no learner was collected since the last step, or after
                 :meth:`finalize`.
-            ValueError: If weights are NaN or infinite when a mask is due.
+            ValueError: If weights are NaN or infinite when a mask is due; nothing is changed then.
         """
         self._check_usable()
         if not self._tasks:
             raise RuntimeError("step() without a task: collect(learner) at least one before it")
+        tasks, mean = self._tasks, [total.clone() for total in self._collected]
         if self._group is not None:
             if self.carry_state:
-                ranks.average_states(self._inner_state, self._tasks, self._group)
-            self._tasks = ranks.sum_over_ranks(self._collected, self._tasks, self._group)
-        parameters = [p.detach() for p in self.module.parameters()]
-        torch._foreach_div_(self._collected, self._tasks)
-        observed = bool(self._step_pre_hooks) or self.pruner.mask_due
-        if observed:
-            self._show_gradients()
-            for hook in list(self._step_pre_hooks.values()):
-                hook(self, (), {})
-        if self.foml:
-            torch._foreach_add_(parameters, self._collected, alpha=self.meta_lr)
-        else:
-            torch._foreach_lerp_(parameters, self._collected, self.meta_lr)
-        self._collected, self._tasks = [], 0
+                ranks.average_states(self._inner_state, tasks, self._group)
+            tasks = ranks.sum_over_ranks(mean, tasks, self._group)
+        torch._foreach_div_(mean, tasks)
+        parameters = list(self.module.parameters())
+        before = [p.detach().clone() for p in parameters]
         segment = self.pruner.segment
-        self.pruner.step()
-        if observed:
-            for parameter in self.module.parameters():
-                parameter.grad = None
+        observed = bool(self._step_pre_hooks) or self.pruner.mask_due
+        try:
+            if observed:
+                self._show_gradients(mean)
+                for hook in list(self._step_pre_hooks.values()):
+                    hook(self, (), {})
+            if self.foml:
+                torch._foreach_add_([p.detach() for p in parameters], mean, alpha=self.meta_lr)
+            else:
+                torch._foreach_lerp_([p.detach() for p in parameters], mean, self.meta_lr)
+            self.pruner.step()
+        except Exception:
+            torch._foreach_copy_([p.detach() for p in parameters], before)
+            raise
+        finally:
+            if observed:
+                for parameter in parameters:
+                    parameter.grad = None
+        self._collected, self._tasks = [], 0
         if self.structured and self.pruner.segment is not segment:
             self._workspaces.clear()  # their shapes are those of the old segment
 
@@ -299,7 +308,7 @@ class PrunedReptile(nn.Module):
         """
         # Cut tensors have the state's shapes only later.
         parameters = dict(self.module.named_parameters())
-        _check_extra_state(state, parameters, shapes=not self.structured)
+        check_reptile_state(state, parameters, shapes=not self.structured)
         self.pruner.load_state_dict(state["pruner"])
         self._workspaces.clear()
         self._inner_state = [copied_state(entry) for entry in state["inner_state"]]
@@ -317,15 +326,15 @@ class PrunedReptile(nn.Module):
                     state[key] = fn(value)
         return self
 
-    def _show_gradients(self) -> None:
+    def _show_gradients(self, means: list[Tensor]) -> None:
         """Reptile's meta-gradient as ``grad``: Nichol et al., 2018, Section 2."""
-        for parameter, mean in zip(self.module.parameters(), self._collected, strict=True):
+        for parameter, mean in zip(self.module.parameters(), means, strict=True):
             parameter.grad = -mean if self.foml else parameter.detach() - mean
 
     def _released(self, learner: Learner) -> Workspace:
         if not isinstance(learner, Learner):
             raise TypeError(f"this takes a learner made by clone(), got {_values.told(learner)}")
-        return learner.release(self)
+        return learner.release(self, self.iteration)
 
     def _carried_states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         return zip(self.module.parameters(), self._inner_state, strict=False)
@@ -336,83 +345,3 @@ class PrunedReptile(nn.Module):
     def _check_usable(self) -> None:
         if self.pruner.finalized:
             raise RuntimeError("PrunedReptile was finalized: make a new one to train on")
-
-
-def _check_extra_state(state: Any, parameters: dict[str, nn.Parameter], shapes: bool) -> None:
-    keys = {"pruner", "inner_state", "collected", "tasks"}
-    if not isinstance(state, dict) or set(state) != keys:
-        raise ValueError("this is not a PrunedReptile state dict of this version")
-    tasks, collected, inner = (state[key] for key in ("tasks", "collected", "inner_state"))
-    if type(tasks) is not int or tasks < 0:
-        raise ValueError(f"the checkpoint's tasks must be a number >= 0, got {tasks!r}")
-    if len(collected) != (len(parameters) if tasks else 0):
-        raise ValueError(f"the checkpoint has {len(collected)} collected tensors of {tasks} tasks")
-    if len(inner) not in (0, len(parameters)):
-        raise ValueError(f"the checkpoint's inner_state is of {len(inner)} parameters")
-    if not shapes:
-        return
-    for (name, parameter), total in zip(parameters.items(), collected, strict=False):
-        if total.shape != parameter.shape:
-            raise ValueError(f"the checkpoint's collected weights do not fit {name}")
-
-
-class Learner(nn.Module):
-    """A task's own copy of the model; made by :meth:`PrunedReptile.clone`.
-
-    Attributes:
-        module: A plain copy of the model; while sparse its pruned weights are exactly 0 after
-            every :meth:`adapt` and before every forward.
-    """
-
-    def __init__(self, reptile: PrunedReptile, workspace: Workspace) -> None:
-        super().__init__()
-        self.module = workspace.module
-        self.training = workspace.module.training
-        # In __dict__, so that the meta-model does not become a submodule of each learner.
-        self.__dict__.update(_reptile=reptile, _workspace=workspace, _born=reptile.iteration)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the learner's model under the mask.
-
-        Raises:
-            RuntimeError: If the learner was collected.
-        """
-        self.workspace.project()
-        return self.module(*args, **kwargs)
-
-    def adapt(self, loss: Tensor) -> None:
-        """One inner step of the inner optimizer on ``loss``.
-
-        Args:
-            loss: Scalar that depends on this learner's parameters.
-
-        Raises:
-            RuntimeError: If the learner was collected, or ``loss`` does not depend on it.
-            TypeError: If ``loss`` is no tensor.
-            ValueError: If ``loss`` holds several numbers.
-        """
-        self.workspace.adapt(loss)
-
-    def release(self, reptile: PrunedReptile) -> Workspace:
-        """Give the working copy back (called by :meth:`PrunedReptile.collect`)."""
-        workspace = self.workspace
-        if self.__dict__["_reptile"] is not reptile:
-            raise RuntimeError("this learner was cloned from another PrunedReptile")
-        if self.__dict__["_born"] != reptile.iteration:
-            raise RuntimeError("this learner was cloned before the last step(): its start is stale")
-        workspace.project()
-        self.__dict__["_workspace"] = None
-        del self.module
-        return workspace
-
-    @property
-    def workspace(self) -> Workspace:
-        """The working copy behind the learner, with its optimizer, masks and weights.
-
-        Raises:
-            RuntimeError: If the learner was collected.
-        """
-        workspace: Workspace | None = self.__dict__["_workspace"]
-        if workspace is None:
-            raise RuntimeError("this learner was collected: clone() a new one")
-        return workspace

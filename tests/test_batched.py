@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from l2l_prune import DSDSchedule, PrunedReptile
+from l2l_prune import DSDSchedule, PrunedReptile, inner_loop
 from l2l_prune.batched import ELEMENTWISE, BatchedLearners
 from l2l_prune.cavia import CAVIA
 from l2l_prune.data import Episode
@@ -75,6 +75,22 @@ def test_the_reptile_is_left_as_it_was(net):
         learners.each(lambda f, x, y: F.cross_entropy(f(x), y), x[:, 0].float(), y[:, 0])
     )
     assert str(reptile.state_dict()) == before
+
+
+def test_the_working_copy_is_used_again(net, monkeypatch):
+    copies = []
+    plain_copy = inner_loop.plain_copy
+    monkeypatch.setattr(
+        inner_loop, "plain_copy", lambda model: copies.append(1) or plain_copy(model)
+    )
+    reptile = PrunedReptile(net.double(), SCHEDULE)
+    train(reptile, 1)
+    found = [
+        few_shot_accuracy(reptile, episodes(), steps=2, batch_size=3, tasks_at_once=2).values
+        for _ in range(2)
+    ]
+    assert found[0] == found[1]
+    assert len(copies) == 1
 
 
 def episodes():

@@ -474,3 +474,44 @@ def test_an_inner_optimizer_with_state_of_other_shapes_resumes(net, batch):
     iterate_once(resumed)
     for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("foml", [False, True])
+def test_a_step_that_fails_changes_nothing_and_can_be_repeated(net, foml):
+    """A hook that raises, and weights that are NaN when a mask is due."""
+    schedule = DSDSchedule(0.5, pretrain=1, prune=2, retrain=1)
+    reptile = PrunedReptile(net, schedule, foml=foml)
+    twin = PrunedReptile(copy.deepcopy(net), schedule, foml=foml)
+    for one in (reptile, twin):
+        for number in range(2):
+            one.collect(adapt(one.clone(), task(number)))
+    twin.step()
+    before = str(reptile.state_dict())
+
+    def failing(reptile, args, kwargs):
+        raise ArithmeticError("no")
+
+    handle = reptile.register_step_pre_hook(failing)
+    for _ in range(2):
+        with pytest.raises(ArithmeticError):
+            reptile.step()
+    handle.remove()
+    kept = reptile.pruner._tensors[0].module.weight_orig.detach().clone()
+    total, reptile._collected[0] = reptile._collected[0], torch.full_like(kept, torch.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        reptile.step()
+    reptile._collected[0] = total
+    assert str(reptile.state_dict()) == before
+    assert all(p.grad is None for p in net.parameters())
+    reptile.step()
+    for p, q in zip(reptile.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("entry", ["collected", "inner_state"])
+def test_a_state_without_its_lists_is_refused(net, entry):
+    reptile = PrunedReptile(net, SCHEDULE)
+    state = reptile.get_extra_state()
+    state[entry] = None
+    with pytest.raises(ValueError, match="not a PrunedReptile state dict"):
+        reptile.set_extra_state(state)

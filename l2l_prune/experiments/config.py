@@ -9,6 +9,7 @@ from typing import Any
 
 from l2l_prune import _values
 from l2l_prune.experiments.check_config import check_types
+from l2l_prune.experiments.defaults import DEFAULTS, INSTANCES, PUBLISHED
 from l2l_prune.experiments.methods import METHODS, make_schedule, published_phases
 from l2l_prune.schedules import Schedule
 from l2l_prune.selection import Layers
@@ -25,7 +26,7 @@ class RunConfig:
         name: Name of the method, for tables and files.
         schedule: When to prune, and how much; its length is the run's.
         seed: Seed of weights, tasks and minibatches. Runs with one seed see the same tasks.
-        algorithm: A key of :data:`DEFAULTS`.
+        algorithm: A key of :data:`~l2l_prune.experiments.defaults.DEFAULTS`.
         data: Name of the data set, see :func:`l2l_prune.data.load_images`.
         data_root: Folder of its files.
         ways: Classes of a task.
@@ -161,92 +162,6 @@ class RunConfig:
         return {**values, "schedule": self.schedule.to_dict()}
 
 
-_LEARN2LEARN: dict[str, Any] = {
-    "train_shots": 1,
-    "train_queries": 5,
-    "layers": "all",
-    "tasks": 4,
-    "inner_steps": 1,
-    "inner_lr": 0.5,
-    "meta_lr": 3e-3,
-    "eval_steps": 1,
-}
-
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "reptile": {},
-    "maml": _LEARN2LEARN,
-    "fomaml": _LEARN2LEARN,
-    "anil": _LEARN2LEARN,
-    "metasgd": _LEARN2LEARN,
-    "sparsemaml": _LEARN2LEARN,
-    "protonet": {**_LEARN2LEARN, "meta_lr": 1e-3},
-    "cavia": {
-        **_LEARN2LEARN,
-        "channels": 128,
-        "inner_steps": 2,
-        "inner_lr": 1.0,
-        "eval_steps": 2,
-    },
-    "metaoptnet": {
-        **_LEARN2LEARN,
-        "backbone": "resnet12",
-        "train_shots": 2,
-        "train_queries": 4,
-        "tasks": 1,
-        "meta_lr": 0.1,
-        "curve_tasks": 4,
-        "final_tasks": 100,
-    },
-}
-"""What each algorithm sets differently from :class:`RunConfig`, for short runs on glyphs."""
-
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "reptile": {
-        "iterations": 100_000,
-        "train_shots": 15,
-        "tasks": 5,
-        "inner_steps": 8,
-        "inner_batch": 10,
-        "eval_steps": 50,
-        "queries": 1,
-        "final_tasks": 10_000,
-    },
-    "cavia": {
-        "iterations": 60_000,
-        "meta_lr": 1e-3,
-        "train_queries": 15,
-        "queries": 15,
-        "tasks": 16,
-        "final_tasks": 1_000,
-    },
-    "metaoptnet": {
-        "iterations": 60_000,
-        "train_shots": 15,
-        "train_queries": 6,
-        "queries": 15,
-        "tasks": 8,
-        "final_tasks": 1_000,
-    },
-}
-"""The published settings on mini-ImageNet, beside :data:`DEFAULTS`: the pruning paper's Section
-5.1, and the defaults of the authors' scripts of CAVIA and MetaOptNet."""
-
-PUBLISHED_SINE: dict[str, Any] = {
-    "iterations": 50_000,
-    "tasks": 25,
-    "shots": 10,
-    "queries": 10,
-    "inner_steps": 1,
-    "inner_lr": 1.0,
-    "meta_lr": 1e-3,
-}
-"""CAVIA's settings for :class:`~l2l_prune.data.SineTasks` with ``CaviaMLP()``: the defaults of the
-authors' regression script."""
-
-_INSTANCES = {"glyphs": 20, "omniglot": 20}
-"""Examples of a class, where MetaOptNet's published 15 shots and 6 queries do not fit."""
-
-
 def make_config(
     algorithm: str,
     schedule: str,
@@ -263,7 +178,7 @@ def make_config(
     """The settings of a run from an algorithm's defaults and what is given.
 
     Args:
-        algorithm: A key of :data:`DEFAULTS`.
+        algorithm: A key of :data:`~l2l_prune.experiments.defaults.DEFAULTS`.
         schedule: A key of :data:`~l2l_prune.experiments.methods.METHODS`, which may set more than
             the schedule.
         iterations: Meta-iterations, 400 (or the published number) by default.
@@ -272,8 +187,8 @@ def make_config(
         pretrain: See ``sparsity``.
         retrain: See ``sparsity``.
         rounds: See ``sparsity``.
-        published: Start from :data:`PUBLISHED`, with all training classes; for Reptile on a data
-            set of the paper also from its phases and rates.
+        published: Start from :data:`~l2l_prune.experiments.defaults.PUBLISHED`, with all training
+            classes; for Reptile on a data set of the paper also from its phases and rates.
         scale: Factor on the meta-iterations, > 0; phases shrink alike.
         **settings: Fields of :class:`RunConfig`; those that are ``None`` keep their default.
 
@@ -307,8 +222,8 @@ def make_config(
         chosen["train_shots"] = chosen.get("shots", RunConfig.shots)
     if data != "glyphs":
         chosen.setdefault("train_classes", None)
-    if published and data in _INSTANCES and settings.get("train_queries") is None:
-        room = _INSTANCES[data] - chosen.get("train_shots", RunConfig.train_shots)
+    if published and data in INSTANCES and settings.get("train_queries") is None:
+        room = INSTANCES[data] - chosen.get("train_shots", RunConfig.train_shots)
         chosen["train_queries"] = min(chosen.get("train_queries", 0), max(room, 0))
     if settings.get("final_tasks") and not settings.get("curve_tasks"):
         usual = chosen.get("curve_tasks", RunConfig.curve_tasks)

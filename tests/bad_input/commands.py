@@ -13,7 +13,7 @@ from tests.bad_input.case import Case
 
 WORK = (
     "l2l_prune.experiments.demo.run_demo",
-    "l2l_prune.experiments.demo.run_and_report",
+    "l2l_prune.experiments.one_seed.run_and_report",
     "l2l_prune.experiments.compare.compare",
     "l2l_prune.experiments.sweep.sweep",
     "l2l_prune.data.glyphs.render_glyphs",

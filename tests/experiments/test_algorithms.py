@@ -10,7 +10,8 @@ from torch import nn
 
 from l2l_prune.data import EpisodeSampler
 from l2l_prune.experiments.algorithms import build
-from l2l_prune.experiments.config import DEFAULTS, make_config
+from l2l_prune.experiments.config import make_config
+from l2l_prune.experiments.defaults import DEFAULTS
 from tests.conftest import without_compiler
 
 pytest.importorskip("learn2learn")

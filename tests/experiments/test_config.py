@@ -5,7 +5,8 @@ import json
 import pytest
 
 from l2l_prune import DSDSchedule, IHTSchedule
-from l2l_prune.experiments.config import DEFAULTS, PUBLISHED, RunConfig, make_config
+from l2l_prune.experiments.config import RunConfig, make_config
+from l2l_prune.experiments.defaults import DEFAULTS, PUBLISHED
 from l2l_prune.experiments.methods import METHODS, make_schedule
 
 

@@ -24,7 +24,8 @@ from l2l_prune.experiments.algorithms.base import (
 from l2l_prune.experiments.algorithms.masks import Masks
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.inner_loop import adam
-from l2l_prune.reptile import Learner, PrunedReptile
+from l2l_prune.learner import Learner
+from l2l_prune.reptile import PrunedReptile
 from l2l_prune.structured import Structured
 
 
