@@ -246,7 +246,7 @@ class PrunedReptile(nn.Module):
         torch._foreach_div_(mean, tasks)
         parameters = list(self.module.parameters())
         before = [p.detach().clone() for p in parameters]
-        segment = self.pruner.segment
+        iteration, segment = self.iteration, self.pruner.segment
         observed = bool(self._step_pre_hooks) or self.pruner.mask_due
         try:
             if observed:
@@ -259,13 +259,15 @@ class PrunedReptile(nn.Module):
                 torch._foreach_lerp_([p.detach() for p in parameters], mean, self.meta_lr)
             self.pruner.step()
         except Exception:
-            torch._foreach_copy_([p.detach() for p in parameters], before)
+            if self.iteration == iteration:  # else a hook failed after the step
+                torch._foreach_copy_([p.detach() for p in parameters], before)
             raise
         finally:
             if observed:
                 for parameter in parameters:
                     parameter.grad = None
-        self._collected, self._tasks = [], 0
+            if self.iteration != iteration:
+                self._collected, self._tasks = [], 0
         if self.structured and self.pruner.segment is not segment:
             self._workspaces.clear()  # their shapes are those of the old segment
 

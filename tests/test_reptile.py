@@ -480,8 +480,8 @@ def test_an_inner_optimizer_with_state_of_other_shapes_resumes(net, batch):
 def test_a_step_that_fails_changes_nothing_and_can_be_repeated(net, foml):
     """A hook that raises, and weights that are NaN when a mask is due."""
     schedule = DSDSchedule(0.5, pretrain=1, prune=2, retrain=1)
-    reptile = PrunedReptile(net, schedule, foml=foml)
     twin = PrunedReptile(copy.deepcopy(net), schedule, foml=foml)
+    reptile = PrunedReptile(net, schedule, foml=foml)
     for one in (reptile, twin):
         for number in range(2):
             one.collect(adapt(one.clone(), task(number)))
@@ -503,7 +503,16 @@ def test_a_step_that_fails_changes_nothing_and_can_be_repeated(net, foml):
     reptile._collected[0] = total
     assert str(reptile.state_dict()) == before
     assert all(p.grad is None for p in net.parameters())
-    reptile.step()
+
+    def failing_afterwards(pruner):
+        raise ArithmeticError("no")
+
+    reptile.pruner.register_step_hook(failing_afterwards)
+    with pytest.raises(ArithmeticError):
+        reptile.step()
+    assert reptile.iteration == 1  # the step itself is done, and its tasks are used up
+    with pytest.raises(RuntimeError, match="without a task"):
+        reptile.step()
     for p, q in zip(reptile.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
 
