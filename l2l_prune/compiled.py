@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +23,17 @@ Named = dict[str, Tensor]
 _UPDATES: dict[type[torch.optim.Optimizer], Callable[..., None]] = {Adam: adam, AdamW: adamw}
 
 
+class _Network(NamedTuple):
+    """What a loss is computed from."""
+
+    loss: Loss
+    module: nn.Module
+    trained: Named
+    fixed: Named
+    buffers: Named
+    data: tuple[Any, ...]
+
+
 class CompiledStep:
     """Inner steps through ``torch.compile``; the same numbers as plain ones to rounding.
 
@@ -34,7 +45,8 @@ class CompiledStep:
     The first step for each shape of data, phase and training mode compiles, for some ten seconds
     each; torch needs a C++ compiler for that on a CPU. Adam and AdamW step within the compiled
     function, others after it. A fresh optimizer makes its first step uncompiled. Dropout draws
-    other numbers than in plain steps.
+    other numbers than in plain steps. Pruned weights are set to 0 at the end of each step: what
+    somebody writes there in between is used once.
 
     Args:
         loss: ``loss(learner, *data)``, a scalar of ``learner(x)``. Make it once: torch compiles
@@ -83,10 +95,10 @@ class CompiledStep:
             learner.adapt(loss)
             return loss.detach()
         values = {name: parameter.detach() for name, parameter in trained.items()}
-        network = (self._loss, workspace.module, values, fixed, buffers, data)
+        network = _Network(self._loss, workspace.module, values, fixed, buffers, data)
         with torch.no_grad():
             if update is None:
-                gradients, found = self._gradients(*network)
+                gradients, found = self._gradients(network)
                 for parameter in workspace.parameters:
                     parameter.grad = None
                 for name, gradient in gradients.items():
@@ -99,7 +111,7 @@ class CompiledStep:
                 settings["beta1"], settings["beta2"] = group["betas"]
                 held = [optimizer.state[parameter] for parameter in trained.values()]
                 states = [[s[key] for s in held] for key in ("exp_avg", "exp_avg_sq", "step")]
-                found = self._optimizer_step(update, settings, states, workspace.masks, *network)
+                found = self._optimizer_step(update, settings, states, workspace.masks, network)
         return found
 
     def _sorted_tensors(self, workspace: Workspace, data: tuple[Any, ...]) -> tuple[Named, ...]:
@@ -109,7 +121,8 @@ class CompiledStep:
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
         weights = dict(module.named_parameters())
         trained: Named = {name: p for name, p in weights.items() if p.requires_grad}
-        with torch.enable_grad(), torch.random.fork_rng():
+        cuda = {p.device for p in weights.values() if p.is_cuda}
+        with torch.enable_grad(), torch.random.fork_rng(devices=list(cuda)):
             loss = self._loss(lambda *a, **k: functional_call(module, copies, a, k), *data)
             of = "this learner"
             found = inner_gradients(loss, list(trained.values()), create_graph=False, of=of)
@@ -127,21 +140,15 @@ def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
     return not (others or any(hooks) or group.get("amsgrad") or group.get("differentiable"))
 
 
-def _gradients(
-    loss: Loss,
-    module: nn.Module,
-    trained: Named,
-    fixed: Named,
-    buffers: Named,
-    data: tuple[Any, ...],
-) -> tuple[Named, Tensor]:
+def _gradients(network: _Network) -> tuple[Named, Tensor]:
     """Gradients of the trained weights, and the loss; buffers move as in a forward pass."""
+    loss, module, trained, fixed, buffers, data = network
 
     def scalar(trained: Named, buffers: Named) -> tuple[Tensor, Named]:
-        def network(*args: Any, **kwargs: Any) -> Any:
+        def learner(*args: Any, **kwargs: Any) -> Any:
             return functional_call(module, {**fixed, **trained, **buffers}, args, kwargs)
 
-        return check_loss(loss(network, *data)).reshape(()), buffers
+        return check_loss(loss(learner, *data)).reshape(()), buffers
 
     copies = {name: buffer.clone() for name, buffer in buffers.items()}
     gradients, (value, moved) = grad_and_value(scalar, has_aux=True)(trained, copies)
@@ -155,15 +162,11 @@ def _optimizer_step(
     settings: dict[str, Any],
     states: list[list[Tensor]],
     masks: Named,
-    loss: Loss,
-    module: nn.Module,
-    trained: Named,
-    fixed: Named,
-    buffers: Named,
-    data: tuple[Any, ...],
+    network: _Network,
 ) -> Tensor:
     """The whole inner step; weights, optimizer state and buffers are changed in place."""
-    gradients, value = _gradients(loss, module, trained, fixed, buffers, data)
+    gradients, value = _gradients(network)
+    trained = network.trained
     firsts, seconds, counts = states
     steps = [count.double() for count in counts]  # in float32 1 - 0.999 is 5e-5 off
     update(

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 
 import hypothesis
 import pytest
 import torch
 from torch import nn
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))),
+    reason="torch.compile needs a C++ compiler",
+)
 
 hypothesis.settings.register_profile("nightly", max_examples=5000, deadline=None, print_blob=True)
 

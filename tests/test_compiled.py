@@ -17,7 +17,7 @@ from l2l_prune.data import Episode
 from l2l_prune.evaluation import few_shot_accuracy
 from l2l_prune.inner_loop import adam
 from l2l_prune.structured import Structured
-from tests.conftest import SmallNet, without_compiler
+from tests.conftest import SmallNet, needs_compiler, without_compiler
 
 SCHEDULE = DSDSchedule(0.5, pretrain=1, prune=2, retrain=2)
 OPTIMIZERS = {
@@ -82,6 +82,7 @@ def test_the_function_before_compilation_is_the_plain_step(net, optimizer, carry
     assert_same(plain, ours)
 
 
+@needs_compiler
 @pytest.mark.parametrize("optimizer", ["default", "SGD"])
 def test_compiled_steps_are_plain_steps(net, optimizer):
     torch._dynamo.reset()
@@ -94,6 +95,7 @@ def test_compiled_steps_are_plain_steps(net, optimizer):
     assert not counters["graph_break"]
 
 
+@needs_compiler
 def test_batch_statistics_move_as_in_plain_steps(net):
     x, y = torch.randn(6, 1, 6, 6).double(), torch.randint(0, 3, (6,))
     buffers = []
@@ -133,6 +135,7 @@ def test_channels_that_are_cut_out_and_regrown(net):
     assert_same(plain, ours)
 
 
+@needs_compiler
 def test_resumes_bit_exactly(net):
     step = CompiledStep(loss)
     whole, resumed = make(net), make(net)
@@ -144,6 +147,7 @@ def test_resumes_bit_exactly(net):
     assert torch.equal(whole.module.conv1.bias, resumed.module.conv1.bias)
 
 
+@needs_compiler
 def test_autocast_follows_the_plain_path(net):
     def in_bf16(learner, x, y):
         with torch.autocast("cpu", torch.bfloat16):
@@ -161,6 +165,7 @@ def test_autocast_follows_the_plain_path(net):
     assert 0 < apart < 0.1
 
 
+@needs_compiler
 def test_evaluation_by_compiled_steps(net):
     reptile = make(net)
     episodes = [

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.conftest import needs_compiler
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 NEEDS = {
@@ -40,7 +42,14 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=named)
+def with_blocks():
+    for page in PAGES:
+        if text := "\n".join(blocks(page, "python")):
+            marks = [needs_compiler] if "CompiledStep" in text else []
+            yield pytest.param(page, marks=marks, id=named(page))
+
+
+@pytest.mark.parametrize("page", with_blocks())
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     text = "\n".join(blocks(page, "python"))
     for word, package in NEEDS.items():
