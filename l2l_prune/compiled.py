@@ -53,17 +53,23 @@ class CompiledStep:
             anew for each function that it has not seen. For bfloat16 use ``torch.autocast`` in it.
 
     Raises:
+        RuntimeError: If torch is older than 2.6, which cannot compile the step as a whole and whose
+            kernels turn off subnormal numbers in the whole process.
         TypeError: If ``loss`` is no function.
 
     Examples:
         >>> def loss(learner, x, y):
         ...     return torch.nn.functional.cross_entropy(learner(x), y)
-        >>> step = CompiledStep(loss)  # then: step(learner, x, y) for each minibatch
+        >>> step = CompiledStep(loss)  # doctest: +SKIP
     """
 
     def __init__(self, loss: Loss) -> None:
         if not callable(loss):
             raise TypeError(f"loss must be a function loss(learner, *data), got {loss!r}")
+        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+            raise RuntimeError(
+                f"compiled steps need torch 2.6 or newer, this is {torch.__version__}: use adapt()"
+            )
         self._loss = loss
         self._gradients = torch.compile(_gradients, dynamic=False)
         self._optimizer_step = torch.compile(_optimizer_step, dynamic=False)

@@ -57,6 +57,7 @@ class Workspace:
             raise ValueError("inner_optimizer must step on the parameters that it is given only")
         if isinstance(self.optimizer, LBFGS):
             raise ValueError("inner_optimizer must step on one loss; L-BFGS needs a closure")
+        self._fresh = [copied_state(self.optimizer.state.get(p, {})) for p in self.parameters]
         self._by_name = dict(self.module.named_parameters())
         self._first_step: RemovableHandle | None = None
         if isinstance(pruner, ChannelPruner) and pruner.regrown:
@@ -86,7 +87,8 @@ class Workspace:
                 self.masks[name] = torch.empty_like(self._by_name[name].data).copy_(mask)
         self._masked = [self._by_name[name].data for name in self.masks]
         self.before_last = [p.detach().clone() for p in self.parameters] if self._foml else []
-        _restore_state(self.optimizer, self.parameters, state)
+        # Some optimizers (Adagrad in older torch) make their state when they are made.
+        _restore_state(self.optimizer, self.parameters, state if any(state) else self._fresh)
 
     def adapt(self, loss: Tensor) -> None:
         """One step of the inner optimizer."""

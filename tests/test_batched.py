@@ -143,8 +143,8 @@ def test_what_cannot_go_together_is_refused(net):
     with pytest.raises(ValueError, match="structured learners adapt one at a time"):
         few_shot_accuracy(small, episodes(), **options)
     small.finalize()
-    joint = PrunedReptile(net, SCHEDULE, inner_optimizer=torch.optim.Adafactor)
-    with pytest.raises(ValueError, match="Adafactor may step on several weights together"):
+    joint = PrunedReptile(net, SCHEDULE, inner_optimizer=torch.optim.ASGD)
+    with pytest.raises(ValueError, match="ASGD may step on several weights together"):
         few_shot_accuracy(joint, episodes(), **options)
     cavia = CAVIA(CaviaMLP(), lr=0.1)
     with pytest.raises(ValueError, match="needs a PrunedReptile, got CAVIA"):

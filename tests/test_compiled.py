@@ -17,7 +17,7 @@ from l2l_prune.data import Episode
 from l2l_prune.evaluation import few_shot_accuracy
 from l2l_prune.inner_loop import adam
 from l2l_prune.structured import Structured
-from tests.conftest import SmallNet, needs_compiler, without_compiler
+from tests.conftest import OLD_TORCH, SmallNet, needs_compiler, without_compiler
 
 SCHEDULE = DSDSchedule(0.5, pretrain=1, prune=2, retrain=2)
 OPTIMIZERS = {
@@ -184,6 +184,13 @@ def test_evaluation_by_compiled_steps(net):
         evaluate(step=plainly, tasks_at_once=2)
 
 
+def test_old_torch_is_told(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(RuntimeError, match=r"torch 2\.6 or newer, this is 2\.5\.1"):
+        CompiledStep(loss)
+
+
+@pytest.mark.skipif(OLD_TORCH, reason="compiled steps need torch 2.6")
 def test_misuse_is_told(net, batch):
     with pytest.raises(TypeError, match=r"loss must be a function loss\(learner"):
         CompiledStep(torch.ones(1))

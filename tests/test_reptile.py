@@ -451,10 +451,11 @@ def test_autocast_to_bfloat16_follows_the_plain_path(net, batch):
     assert 0 < apart < 0.1
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Adafactor"), reason="torch 2.5 brought Adafactor")
 def test_an_inner_optimizer_with_state_of_other_shapes_resumes(net, batch):
     """Adafactor keeps rows and columns of squared gradients instead of one entry a weight."""
     x, y = batch
-    factory = functools.partial(torch.optim.Adafactor)
+    factory = torch.optim.Adafactor
 
     def make(model):
         return PrunedReptile(
