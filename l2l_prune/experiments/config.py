@@ -259,8 +259,6 @@ def _name(schedule: str, phases: dict[str, Any], settings: dict[str, Any]) -> st
         parts.append("channels")
     if settings.get("dropout"):
         parts.append(f"dropout {settings['dropout']:g}")
-    if settings.get("bf16"):
-        parts.append("bf16")
     if settings.get("weight_decay"):
         parts.append(f"decay {settings['weight_decay']:g}")
     return ", ".join(parts)

@@ -88,10 +88,10 @@ class FinishedRun:
 
     @property
     def size(self) -> str:
-        """The backbone as the paper writes it."""
-        if self.config["backbone"] == "conv4":
-            return "-".join([str(self.config["channels"])] * 4)
-        return "ResNet-12"
+        """The backbone as the paper writes it, and bfloat16 where it computes in that."""
+        conv4 = "-".join([str(self.config["channels"])] * 4)
+        backbone = conv4 if self.config["backbone"] == "conv4" else "ResNet-12"
+        return f"{backbone}, bf16" if self.config.get("bf16") else backbone
 
     @property
     def problem(self) -> tuple[str, str, int]:

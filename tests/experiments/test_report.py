@@ -71,6 +71,20 @@ def test_the_table_has_a_row_a_method_and_columns_for_shots(folder):
     assert body[1][5] == "3"
 
 
+def test_runs_in_bfloat16_are_compared_with_their_like(tmp_path):
+    for bf16, test in ((False, 0.7), (True, 0.6)):
+        for seed in (0, 1):
+            finish(tmp_path, "dense", 0.9, test, seed=seed, bf16=bf16)
+            finish(tmp_path, "dsd", 0.9, test + 0.05, seed=seed, bf16=bf16)
+    write_report(tmp_path)
+    shown = tables((tmp_path / "report.md").read_text())
+    sizes = {row[1]: row[3] for row in shown[0] if row[0] == "dense"}
+    assert sizes["64-64-64-64"].startswith("70.0")
+    assert sizes["64-64-64-64, bf16"].startswith("60.0")
+    differences = [row for table in shown for row in table if row[0] == "DSD 50%"]
+    assert sum("+5.0" in cell for row in differences for cell in row) == 2
+
+
 def test_differences_are_paired_by_seed(folder):
     header, *body = tables((folder / "report.md").read_text())[1]
     rows = {(row[0], row[2]): dict(zip(header, row, strict=True)) for row in body}
