@@ -149,7 +149,8 @@ def run(
         bool,
         typer.Option(
             "--compile",
-            help="Inner steps through torch.compile (reptile): faster on small images.",
+            help="Inner steps through torch.compile (reptile): faster on small images, after some "
+            "ten seconds of compiling for each phase and shape.",
             rich_help_panel="Settings",
         ),
     ] = False,

@@ -179,10 +179,17 @@ class Schedule:
 
         Returns:
             The axis.
+
+        Raises:
+            ImportError: If matplotlib is missing.
         """
         if ax is None:
-            import matplotlib.pyplot as plt
-
+            try:
+                import matplotlib.pyplot as plt
+            except ImportError as error:
+                raise ImportError(
+                    f'{error}; plots need: pip install "l2l-prune[experiments]"'
+                ) from None
             _, ax = plt.subplots(figsize=(6, 2.2), layout="constrained")
         edges, values = [0], []
         for _, stop, segment in self.spans():

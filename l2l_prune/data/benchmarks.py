@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+
+try:
+    import numpy as np
+    import numpy.typing as npt
+except ImportError as error:
+    raise ImportError(
+        f'{error}; l2l_prune.data needs: pip install "l2l-prune[experiments]"'
+    ) from None
 
 from l2l_prune._files import replace_file
 from l2l_prune.data.cache import cache_folder, locked

@@ -51,7 +51,9 @@ def verdicts(results: list[RunResult]) -> list[str]:
     if any(difference.significant and difference.mean > 0 for _, difference in found):
         lines.append("One seed only: the intervals are over tasks, not over training runs.")
     else:
-        lines.append("In this run (one seed), pruning did not raise test accuracy.")
+        some = any(difference.mean > 0 for _, difference in found)
+        word = " significantly" if some else ""
+        lines.append(f"In this run (one seed), pruning did not raise test accuracy{word}.")
     return lines
 
 
