@@ -127,10 +127,8 @@ class Workspace:
         Until :meth:`restore` the optimizer's state means nothing then, and no tensor is copied.
         """
         states = [dict(self.optimizer.state.get(p, {})) for p in self.parameters]
-        for parameter, spare in zip(self.parameters, into, strict=False):
-            self.optimizer.state[parameter] = spare
-        if not into:
-            self.optimizer.state.clear()
+        self.optimizer.state.clear()
+        self.optimizer.state.update(zip(self.parameters, into, strict=False))
         return states
 
 

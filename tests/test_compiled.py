@@ -66,20 +66,21 @@ def assert_same(one, other, atol=1e-10):
             torch.testing.assert_close(states[1][name], expected, rtol=0, atol=atol, msg=name)
 
 
-@pytest.mark.parametrize("foml", [False, True])
-@pytest.mark.parametrize("carry_state", [False, True])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_the_function_before_compilation_is_the_plain_step(net, optimizer, carry_state, foml):
-    options = {
-        "inner_optimizer": OPTIMIZERS[optimizer],
-        "carry_state": carry_state,
-        "foml": foml,
-    }
+def train_alike(net, **options):
+    """Plain and (uncompiled) compiled steps from one start, which must end alike; the latter's."""
     plain, ours = make(net, **options), make(net, **options)
     train(plain, plainly)
     with without_compiler():
         train(ours, CompiledStep(loss))
     assert_same(plain, ours)
+    return ours
+
+
+@pytest.mark.parametrize("foml", [False, True])
+@pytest.mark.parametrize("carry_state", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_function_before_compilation_is_the_plain_step(net, optimizer, carry_state, foml):
+    train_alike(net, inner_optimizer=OPTIMIZERS[optimizer], carry_state=carry_state, foml=foml)
 
 
 @needs_compiler
@@ -113,13 +114,8 @@ def test_weights_that_the_loss_does_not_reach_stay(net):
     """An optimizer leaves them alone, where a gradient of zeros would let them decay."""
     net.spare = nn.Linear(2, 2)
     net.norm.weight.requires_grad_(False)
-    options = {"inner_optimizer": OPTIMIZERS["decay"], "skip": "spare"}
-    plain, ours = make(net, **options), make(net, **options)
-    before = copy.deepcopy(ours.module.spare.state_dict())
-    train(plain, plainly)
-    with without_compiler():
-        train(ours, CompiledStep(loss))
-    assert_same(plain, ours)
+    before = copy.deepcopy(net.spare).double().state_dict()
+    ours = train_alike(net, inner_optimizer=OPTIMIZERS["decay"], skip="spare")
     for name, weight in ours.module.spare.state_dict().items():
         assert torch.equal(weight, before[name])
     assert (ours.module.norm.weight == 1).all()
@@ -127,12 +123,7 @@ def test_weights_that_the_loss_does_not_reach_stay(net):
 
 def test_channels_that_are_cut_out_and_regrown(net):
     pytest.importorskip("torch_pruning")
-    options = {"structured": Structured(torch.zeros(1, 1, 6, 6).double())}
-    plain, ours = make(net, **options), make(net, **options)
-    train(plain, plainly)
-    with without_compiler():
-        train(ours, CompiledStep(loss))
-    assert_same(plain, ours)
+    train_alike(net, structured=Structured(torch.zeros(1, 1, 6, 6).double()))
 
 
 @needs_compiler
