@@ -114,6 +114,7 @@ class Pruner(OnSchedule):
         self._choice = MaskChoice(
             self._tensors, schedule, criterion, None if self._global else pattern
         )
+        self._step_pre_hooks: dict[int, StepHook] = OrderedDict()
         self._step_hooks: dict[int, StepHook] = OrderedDict()
         self._following = FollowingOptimizers(
             model, self._tensors, optimizer, match=regrow_state == "match"
@@ -214,6 +215,8 @@ class Pruner(OnSchedule):
             ValueError: If weights are NaN or infinite when a mask is due; nothing is changed.
         """
         self._check_attached()
+        for hook in list(self._step_pre_hooks.values()):
+            hook(self)
         self.project()
         position = self.schedule.index(self._iteration + 1)
         changed = position != self._position
@@ -225,6 +228,16 @@ class Pruner(OnSchedule):
         self._iteration += 1
         for hook in list(self._step_hooks.values()):
             hook(self)
+
+    def register_step_pre_hook(self, hook: StepHook) -> RemovableHandle:
+        """Call ``hook(pruner)`` at the start of each :meth:`step`, before any mask changes.
+
+        Returns:
+            A handle; its ``remove()`` takes the hook off.
+        """
+        handle = RemovableHandle(self._step_pre_hooks)
+        self._step_pre_hooks[handle.id] = hook
+        return handle
 
     def register_step_hook(self, hook: StepHook) -> RemovableHandle:
         """Call ``hook(pruner)`` at the end of each :meth:`step`, as torch's optimizers do.
