@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from l2l_prune.prunable import LayerTensor
-from l2l_prune.reparam import attach, detach, held_names, held_tensors, set_mask
+from l2l_prune.reparam import (
+    attach,
+    close_mask,
+    detach,
+    held_names,
+    held_tensors,
+    open_mask,
+    set_mask,
+)
 
 
 class HeldMasks:
@@ -48,16 +56,13 @@ class HeldMasks:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Within it all masks are ones, while the pruned weights are still 0."""
-        held = [(t.module._buffers, f"{t.name}_mask") for t in self._tensors]
-        masks = [buffers[name] for buffers, name in held]
+        """Within it gradients reach the pruned entries, which stay 0."""
+        mine = [t for t in self._tensors if open_mask(t.module, t.name)]
         try:
-            for (buffers, name), mask in zip(held, masks, strict=True):
-                buffers[name] = torch.ones_like(mask)  # type: ignore[arg-type]
             yield
         finally:
-            for (buffers, name), mask in zip(held, masks, strict=True):
-                buffers[name] = mask
+            for tensor in mine:
+                close_mask(tensor.module, tensor.name)
 
     def take_off(self) -> None:
         """Plain modules again; pruned weights stay 0 as values."""
