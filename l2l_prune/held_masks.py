@@ -82,11 +82,13 @@ class HeldMasks:
                     "(prune.remove?); use Pruner.finalize() to take masks off"
                 )
 
-    def check_same(self, iteration: int) -> None:
+    def check_same(self, iteration: int, *, thoroughly: bool = False) -> None:
         """Masks in the model may be moved, cast or reloaded, but must say the same.
 
         Args:
             iteration: Whose masks they must be, for the error.
+            thoroughly: Look also at buffers that nobody is known to have written to: DDP's
+                broadcasts leave no trace.
 
         Raises:
             RuntimeError: Naming the tensor whose mask differs.
@@ -94,13 +96,14 @@ class HeldMasks:
         for position, tensor in enumerate(self._tensors):
             _, buffer = held_tensors(tensor.module, tensor.name)
             seen, version = self._seen[position]
-            if buffer is seen and buffer._version == version:
+            if not thoroughly and buffer is seen and buffer._version == version:
                 continue
             self.values[position] = self.values[position].to(buffer.device)
             if not torch.equal(buffer.bool(), self.values[position]):
                 raise RuntimeError(
                     f"the mask of {tensor.full_name} is not the one of this Pruner's iteration "
-                    f"{iteration}: load Pruner.state_dict() together with the model's"
+                    f"{iteration}: load Pruner.state_dict() together with the model's, and "
+                    "under DistributedDataParallel give Pruner its group="
                 )
         self._remember_buffers()
 

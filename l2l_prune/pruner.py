@@ -227,7 +227,7 @@ class Pruner(OnSchedule):
                 masks differ between the ranks of ``group``.
             ValueError: If weights are NaN or infinite when a mask is due; nothing is changed.
         """
-        self._check_attached()
+        self._check_attached(thoroughly=self.mask_due)
         for hook in list(self._step_pre_hooks.values()):
             hook(self)
         self.project()
@@ -331,7 +331,7 @@ class Pruner(OnSchedule):
         Raises:
             RuntimeError: If called twice, or if a mask was changed by somebody else.
         """
-        self._check_attached()
+        self._check_attached(thoroughly=True)
         self._held.take_off()
         self._following.let_go()
         self._finalized = True
@@ -395,12 +395,12 @@ class Pruner(OnSchedule):
         self._held.set(masks)
         self._following.follow(old, masks)
 
-    def _check_attached(self, masks: bool = True) -> None:
+    def _check_attached(self, masks: bool = True, thoroughly: bool = False) -> None:
         if self._finalized:
             raise RuntimeError("the Pruner was finalized: make a new one to prune again")
         self._held.check_there()
         if masks:
-            self._held.check_same(self._iteration)
+            self._held.check_same(self._iteration, thoroughly=thoroughly)
 
 
 def _share(kept: int, total: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -313,6 +314,28 @@ def failing_ranks(rank, ranks, folder):
 
 def test_ranks_that_disagree_fail_together(tmp_path):
     mp.spawn(failing_ranks, args=(2, str(tmp_path)), nprocs=2)
+
+
+def without_group(rank, ranks, folder):
+    """DDP writes the first rank's masks into the others' buffers, and no version tells."""
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+    torch.manual_seed(0)
+    net = SmallNet()
+    scores = criteria.random(torch.Generator().manual_seed(rank))
+    pruner = Pruner(net, SCHEDULE, criterion=scores)
+    model = DistributedDataParallel(net)
+    refused = pytest.raises(RuntimeError, match="DistributedDataParallel give Pruner its group=")
+    with refused if rank else contextlib.nullcontext():
+        for iteration in range(5):
+            model(batch(iteration, rank)[0]).sum().backward()
+            pruner.step()
+        assert rank == 0
+    assert pruner.iteration == (4 if rank else 5)
+    dist.destroy_process_group()
+
+
+def test_masks_that_ddp_has_overwritten_are_noticed(tmp_path):
+    mp.spawn(without_group, args=(2, str(tmp_path)), nprocs=2)
 
 
 def test_a_pruner_of_one_process_has_no_group(net):
