@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -155,10 +155,11 @@ def dense_gradients(pruner: Pruner, loss: Callable[[], Tensor]) -> dict[str, Ten
         TypeError: If the loss is no tensor.
         ValueError: If it holds several numbers, or does not reach a tensor, which is named.
     """
-    weights, model = pruner.weights, pruner.model
-    # DDP would wait for a backward() of its own after a forward.
-    local = model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
-    with pruner.opened_masks(), local, torch.enable_grad():
+    weights = pruner.weights
+    with ExitStack() as local, pruner.opened_masks(), torch.enable_grad():
+        for module in pruner.model.modules():
+            if isinstance(module, DistributedDataParallel):  # it would wait for a backward()
+                local.enter_context(module.no_sync())
         value = check_loss(loss())
         gradients: tuple[Tensor | None, ...] = (None,) * len(weights)
         if value.requires_grad:
