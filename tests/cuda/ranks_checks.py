@@ -73,11 +73,14 @@ def two_ranks(place: Place) -> None:
     kind = torch.device(place.device).type
     if kind == "cuda" and torch.cuda.device_count() < RANKS:
         pytest.skip("there is one GPU only")
-    multiprocessing.start_processes(  # forks are there at once, but know no GPU
+    # Forks of a process that has this module and nothing else: neither a GPU nor threads, which
+    # forks of this one might miss, and no import of torch for each rank and run.
+    multiprocessing.set_forkserver_preload([__name__])
+    multiprocessing.start_processes(
         work,
         (kind, str(place.folder), place.fault),
         nprocs=RANKS,
-        start_method="spawn" if kind == "cuda" else "fork",
+        start_method="forkserver",
     )
 
     def saved(name):
