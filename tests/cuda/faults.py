@@ -154,8 +154,8 @@ def another_generator(original):
 
 
 def a_choice_of_each_rank(original):
-    def choose(self, position, weights, when):
-        found = original(self, position, weights, when)
+    def choose(self, *args, **kwargs):
+        found = original(self, *args, **kwargs)
         if torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
             return [mask.flip(0) for mask in found]
         return found

@@ -16,11 +16,12 @@ from tests.cuda.pruner_checks import adam, sgd
 
 RANKS = 2
 # Carried state is averaged over ranks, so that only without it one process does the same.
-KINDS = {"adam": {}, "plain adam": {"inner_optimizer": torch.optim.Adam}, "carried": {}}
+PLAIN = {"inner_optimizer": torch.optim.Adam}  # counts its steps on the CPU
+KINDS = {"adam": {}, "plain adam": PLAIN, "carried": {}, "carried plain": PLAIN}
 
 
 def reptile_trace(device, kind, tasks, group=None):
-    options = {"carry_state": kind == "carried", **KINDS[kind], "group": group}
+    options = {"carry_state": "carried" in kind, **KINDS[kind], "group": group}
     reptile = PrunedReptile(network().to(device), SCHEDULE, inner_lr=0.01, **options)
     for iteration in range(SCHEDULE.iterations):
         for task in tasks:
@@ -96,5 +97,5 @@ def two_ranks(place: Place) -> None:
     for name in KINDS:
         first, second = saved(f"{name} reptile")
         assert_alike(second, first, atol=0)
-        if name != "carried":
+        if "carried" not in name:
             assert_alike(first, reptile_trace("cpu", name, range(RANKS)))

@@ -13,11 +13,12 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from l2l_prune import PrunedReptile, Pruner, held_masks, reparam
+from l2l_prune import PrunedReptile, Pruner, held_masks, ranks, reparam
 from l2l_prune.criteria import Movement
 from l2l_prune.mask_choice import MaskChoice, _scores
 from l2l_prune.masks import _threshold
@@ -44,7 +45,7 @@ def _pretended(monkeypatch):
     monkeypatch.setattr(
         MaskChoice,
         "masks",
-        lambda self, position, weights, when: [torch.rand_like(w) < 0.5 for w in weights],
+        lambda self, position, weights, *_, **__: [torch.rand_like(w) < 0.5 for w in weights],
     )
     monkeypatch.setattr(MaskChoice, "check", lambda *args: None)
     monkeypatch.setattr(reparam, "copy", types.SimpleNamespace(deepcopy=deepcopy))
@@ -215,3 +216,19 @@ def test_a_mask_on_the_cpu_is_noticed(monkeypatch):
     net, _, _ = pruned("SGD")
     with pytest.raises(RuntimeError, match="cpu"):
         net(torch.rand(2, 1, 8, 8, device="cuda"))
+
+
+def test_states_that_count_on_the_cpu_are_averaged_over_ranks(monkeypatch):
+    """One message holds tensors of one device, and nccl speaks of GPUs only."""
+    sent = []
+    monkeypatch.setattr(FakeTensor, "__int__", lambda self: 1, raising=False)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: sent.append(tensor.device.type))
+    net = network()
+    optimizer = OPTIMIZERS["Adam"](net.parameters())
+    give_gradients(net.parameters())
+    with allowed_to_wait():
+        optimizer.step()
+        states = list(optimizer.state.values())
+        ranks.average_states(states, 1, None)
+    assert set(sent) == {"cuda"}
+    assert {state["step"].device.type for state in states} == {"cpu"}
