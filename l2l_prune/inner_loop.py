@@ -143,8 +143,9 @@ def _restore_state(
         if group.get("fused") or group.get("capturable"):  # these count their steps on the device
             for parameter in group["params"]:
                 state = optimizer.state[parameter]
-                if "step" in state:
-                    state["step"] = state["step"].to(parameter.device)
+                for key, value in state.items():  # "step", and NAdam's "mu_product"
+                    if isinstance(value, Tensor):
+                        state[key] = value.to(parameter.device)
 
 
 def _copy_states(sources: list[dict[str, Any]], targets: list[dict[str, Any]]) -> None:
@@ -165,6 +166,13 @@ def _copy_states(sources: list[dict[str, Any]], targets: list[dict[str, Any]]) -
         torch._foreach_copy_(old, new)
 
 
-def copied_state(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the state of one parameter."""
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+def copied_state(state: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    """A copy of the state of one parameter, on ``device`` if one is given.
+
+    Single numbers (Adam's step count) stay where they are: :meth:`Workspace.restore` knows where
+    an optimizer counts.
+    """
+    return {
+        k: v.to(device if v.dim() else None, copy=True) if isinstance(v, Tensor) else v
+        for k, v in state.items()
+    }

@@ -135,7 +135,7 @@ def _scores(criterion: Criterion, weight: Tensor) -> Tensor:
         raise ValueError("it must give a score for each of its weights")
     if scores.dtype == torch.bool or scores.is_complex():
         raise TypeError(f"it must give real numbers as scores, got {scores.dtype}")
-    return scores
+    return scores.to(weight.device)
 
 
 def _all_true(weight: Tensor) -> Tensor:

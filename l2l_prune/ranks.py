@@ -133,15 +133,17 @@ def sum_over_ranks(tensors: Sequence[Tensor], count: int, group: dist.ProcessGro
     Returns:
         The sum of ``count``.
     """
+    # Counts of steps may be on the CPU beside weights on a GPU, the only place nccl knows.
+    device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
     kinds = list(dict.fromkeys(tensor.dtype for tensor in tensors))
     for kind in kinds:
         mine = [tensor for tensor in tensors if tensor.dtype == kind]
-        flat = torch.cat([tensor.flatten() for tensor in mine])
+        flat = torch.cat([tensor.flatten().to(device) for tensor in mine])
         dist.all_reduce(flat, group=group)
         parts = torch.split(flat, [tensor.numel() for tensor in mine])
         for tensor, part in zip(mine, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
-    total = torch.tensor([count], device=tensors[0].device)
+    total = torch.tensor([count], device=device)
     dist.all_reduce(total, group=group)
     return int(total)
 

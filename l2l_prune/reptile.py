@@ -319,8 +319,15 @@ class PrunedReptile(nn.Module):
         check_reptile_state(state, parameters, shapes=not self.structured)
         self.pruner.load_state_dict(state["pruner"])
         self._workspaces.clear()
-        self._inner_state = [copied_state(entry) for entry in state["inner_state"]]
-        self._collected = [total.clone() for total in state["collected"]]
+        devices = [parameter.device for parameter in parameters.values()]
+        self._inner_state = [
+            copied_state(entry, device)
+            for entry, device in zip(state["inner_state"], devices, strict=False)
+        ]
+        self._collected = [
+            total.to(device, copy=True)
+            for total, device in zip(state["collected"], devices, strict=False)
+        ]
         self._tasks = state["tasks"]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrunedReptile:
