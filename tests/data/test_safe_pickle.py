@@ -99,6 +99,7 @@ def test_nested_tuples_are_no_keys():
         SafeUnpickler(io.BytesIO(content)).load()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("count", [3_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_mutated_pickles_do_no_harm(count):
     done = subprocess.run(

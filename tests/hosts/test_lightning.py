@@ -414,6 +414,7 @@ torch.save((pruning.pruner.masks, module.state_dict()), f"{folder}/{{fit.global_
 """
 
 
+@pytest.mark.process
 def test_ddp_on_two_processes(tmp_path):
     from pathlib import Path
 
@@ -429,6 +430,8 @@ def test_ddp_on_two_processes(tmp_path):
     assert sum(int((~m).sum()) for m in masks.values()) > 0
 
 
+@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are tried on forked processes")
 @pytest.mark.parametrize("name", ["maml", "protonet"])
 def test_killed_fits_end_as_if_they_never_were(name):
