@@ -92,13 +92,24 @@ class Workspace:
 
     def adapt(self, loss: Tensor) -> None:
         """One step of the inner optimizer."""
+        self.backward(loss)
+        self.step()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a loss on the parameters that it reaches, none on the others.
+
+        Raises:
+            RuntimeError: If it reaches none.
+            TypeError: If it is no tensor.
+            ValueError: If it holds several numbers.
+        """
         check_loss(loss)
         if loss.requires_grad:
-            self.optimizer.zero_grad()
+            for parameter in self.parameters:
+                parameter.grad = None
             loss.backward()  # type: ignore[no-untyped-call]
         if not loss.requires_grad or all(parameter.grad is None for parameter in self.parameters):
             raise RuntimeError("loss does not depend on this learner: compute it from learner(x)")
-        self.step()
 
     def step(self) -> None:
         """The inner optimizer's step on the gradients that are there."""
