@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from l2l_prune import _values
+from l2l_prune._precision import widened
 from l2l_prune.masks import check_finite, kept_count, top_mask
 
 
@@ -150,9 +151,7 @@ class Block(Pattern):
         rows, columns = height // self.rows, width // self.columns
         blocks = matrix.view(rows, self.rows, columns, self.columns)
         size = self.rows * self.columns
-        if blocks.dtype in (torch.float16, torch.bfloat16):  # sums of many would lose their order
-            blocks = blocks.float()
-        kept = top_mask(blocks.sum(dim=(1, 3)), self.count(scores.shape, keep) // size)
+        kept = top_mask(widened(blocks).sum(dim=(1, 3)), self.count(scores.shape, keep) // size)
         spread = kept[:, None, :, None].expand(rows, self.rows, columns, self.columns)
         return spread.reshape(scores.shape)
 

@@ -218,7 +218,6 @@ class Pruner(OnSchedule):
         position = self.schedule.index(self._iteration + 1)
         changed = position != self._position
         masks = self._new_masks(position, self._held.originals()) if changed else []
-        self._following.regrown = {}  # the first optimizer step after a release is over
         if changed:
             self._position = position
             self._put_masks(masks)
@@ -329,7 +328,7 @@ class Pruner(OnSchedule):
         self._choice.check(in_order, position, f"iteration {state['iteration']}'s")
         self._iteration, self._position = state["iteration"], position
         self._held.set(list(self._restored(state["masks"]).values()))
-        self._following.regrown = self._restored(state["regrown"])
+        self._following.resume(self._held.values, self._restored(state["regrown"]))
 
     # ---- inside -----------------------------------------------------------------------------
 
