@@ -11,7 +11,7 @@ from torch import Tensor
 from l2l_prune.allocation import global_count, global_masks
 from l2l_prune.criteria import Criterion
 from l2l_prune.masks import check_finite
-from l2l_prune.patterns import Pattern
+from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.prunable import LayerTensor
 from l2l_prune.segments import Schedule
 from l2l_prune.selection import segment_counts
@@ -92,21 +92,23 @@ class MaskChoice:
             return [_all_true(weight) for weight in weights]
         counts, pattern = self._counts[position], self._pattern
         if pattern is None:
-            scores = []
+            ranked = []
             for tensor, weight in zip(self._tensors, weights, strict=True):
                 with _named(tensor, when):
-                    scores.append(_scores(self._criterion, weight))
-                    check_finite(scores[-1])
-            return global_masks(scores, *counts)
+                    ranked.append(_scores(self._criterion, weight))
+                    check_finite(ranked[-1])
+            return global_masks(ranked, *counts)
         masks = []
         for tensor, weight, keep in zip(self._tensors, weights, counts, strict=True):
             with _named(tensor, when):
-                dense = keep == weight.numel()
-                masks.append(
-                    _all_true(weight)
-                    if dense
-                    else pattern.mask(_scores(self._criterion, weight), keep)
-                )
+                if keep == weight.numel():
+                    masks.append(_all_true(weight))
+                    continue
+                scores = _scores(self._criterion, weight)
+                if pattern == UNSTRUCTURED:  # has no directions; ties go by the weight's own order
+                    masks.append(pattern.mask(scores, keep))
+                else:
+                    masks.append(tensor.swapped(pattern.mask(tensor.swapped(scores), keep)))
         return masks
 
 

@@ -14,7 +14,10 @@ from l2l_prune.masks import check_finite, kept_count, top_mask
 
 
 class Pattern(ABC):
-    """A rule for the places of a mask."""
+    """A rule for the places of a mask.
+
+    Tensors come as ``[outputs, inputs / groups, ...]``, those of transposed convolutions too.
+    """
 
     @abstractmethod
     def count(self, shape: torch.Size, keep: int) -> int:
@@ -55,7 +58,8 @@ class NByM(Pattern):
     """``n`` of every ``m`` neighbours along the input dimension stay, as sparse tensor cores ask.
 
     The input dimension is the second: columns of a linear layer, input channels of a convolution
-    (at each kernel position, as NVIDIA's ASP does). The schedule's sparsity must be ``1 - n / m``.
+    (at each kernel position, as NVIDIA's ASP does). A transposed convolution, which holds its
+    inputs first, is pruned along its inputs too. The schedule's sparsity must be ``1 - n / m``.
 
     Args:
         n: Weights that stay in each group, 1 .. ``m - 1``.
@@ -107,6 +111,8 @@ class NByM(Pattern):
 @dataclass(frozen=True)
 class Block(Pattern):
     """Whole blocks of the matrix ``[outputs, inputs x kernel]`` stay or go.
+
+    For a transposed convolution, which holds its inputs first, the matrix is the same.
 
     A block's score is the sum of its weights' scores. The number of blocks that stay is rounded
     as the number of weights is in :class:`Unstructured`.

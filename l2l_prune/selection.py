@@ -235,7 +235,8 @@ def _in_pattern(tensor: LayerTensor, keep: int, pattern: Pattern) -> int:
     if keep in (0, shape.numel()):  # nothing to arrange
         return keep
     try:
-        return pattern.count(shape, keep)
+        as_outputs = tensor.swapped(torch.empty(shape, device="meta")).shape
+        return pattern.count(as_outputs, keep)
     except ValueError as error:
         raise ValueError(
             f"{tensor.full_name} of shape {tuple(shape)} cannot take the pattern {pattern}: "
