@@ -45,7 +45,7 @@ class LayerTensor:
         """
         if self.name != "weight" or not isinstance(self.module, nn.modules.conv._ConvTransposeNd):
             return tensor
-        grouped = tensor.unflatten(0, (self.module.groups, -1))
+        grouped = tensor.reshape(self.module.groups, -1, *tensor.shape[1:])
         return grouped.transpose(1, 2).flatten(0, 1)
 
     def named_by(self, pattern: str) -> bool:

@@ -36,6 +36,10 @@ class Pruner(OnSchedule):
     segment, the ``k_l`` best weights of each tensor by ``criterion`` are kept and the others become
     exactly 0; on leaving it they restart from 0 (Algorithm 1 of the paper).
 
+    Reading ``module.weight`` gives a new product, so what is written to it in place is lost: write
+    to ``weight_orig``. ``reset_parameters()`` and functions given to ``model.apply(...)`` reach the
+    stored weights as they are.
+
     Args:
         model: The module to prune, or a learn2learn wrapper (MAML, MetaSGD, ...) around it.
         schedule: When to prune, and how much.

@@ -126,7 +126,7 @@ def test_scores_rest_with_pruned_weights_and_do_not_jump_at_release(beta1):
     schedule = DSDSchedule(0.5, pretrain=10, prune=released_at - 10, retrain=5)
     pruner = Pruner(maml, schedule, optimizer)
     target = torch.randn(20, 1, generator=generator).double()
-    for iteration in range(released_at + 1):
+    for _ in range(released_at + 1):
         optimizer.zero_grad()
         for _ in range(2):
             x = torch.randn(2, 16, 20, generator=generator).double()
