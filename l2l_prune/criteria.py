@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from l2l_prune import _values
+from l2l_prune._precision import step_gradient, widened
 
 Criterion: TypeAlias = Callable[[Tensor], Tensor]
 """Gets one weight, as the parameter that it is (with its ``grad``, if any), and returns a real
@@ -62,7 +63,7 @@ def snip(weight: Tensor) -> Tensor:
         Lee, Ajanthan and Torr, *SNIP: Single-shot Network Pruning based on Connection
         Sensitivity*, ICLR 2019, Equation 6 (its division by the sum changes no order).
     """
-    return (weight * _gradient(weight, "snip")).abs()
+    return (widened(weight) * _gradient(weight, "snip")).abs()
 
 
 def taylor(weight: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def taylor(weight: Tensor) -> Tensor:
     Source:
         Molchanov et al., *Importance Estimation for Neural Network Pruning*, CVPR 2019, Equation 8.
     """
-    return (weight * _gradient(weight, "taylor")).square()
+    return (widened(weight) * _gradient(weight, "taylor")).square()
 
 
 def grasp(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Criterion:
@@ -109,13 +110,12 @@ def grasp(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Criterion
                     "grasp's loss gives no gradient for it: compute the loss from the model that "
                     "is pruned, and leave tensors that it does not use out with skip="
                 )
-            flow = sum(
-                ((g * g.detach()).sum() for g in gradients if g is not None), torch.zeros(())
-            )
+            flows = (widened(g) * widened(g.detach()) for g in gradients if g is not None)
+            flow = sum((part.sum() for part in flows), torch.zeros(()))
             (product,) = torch.autograd.grad(flow, weight, allow_unused=True)
         if product is None:  # a loss that is linear in this weight
             product = torch.zeros_like(weight)
-        return weight.detach() * product
+        return widened(weight.detach()) * widened(product)
 
     return scores
 
@@ -142,12 +142,14 @@ class Movement:
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._parameters: Sequence[Tensor] = list(parameters)
-        self._sums = [torch.zeros_like(p) for p in self._parameters]
+        self._sums = [torch.zeros_like(widened(p.detach())) for p in self._parameters]
         self._seen = 0
 
     @torch.no_grad()
     def observe(self, source: Any = None, args: Any = (), kwargs: Any = None) -> None:
         """Add a step's ``-w * g``; call it before the step, as a step pre-hook is.
+
+        Sums are in float32 at least. A step that a gradient scaler skips adds nothing.
 
         Raises:
             ValueError: If the optimizer steps with a closure, which finds the gradient only later.
@@ -156,8 +158,12 @@ class Movement:
             raise ValueError("movement cannot watch an optimizer that steps with a closure")
         for number, parameter in enumerate(self._parameters):
             if parameter.grad is not None:
-                total = self._sums[number].to(parameter)
-                self._sums[number] = total.addcmul_(parameter, parameter.grad, value=-1)
+                weight = widened(parameter)
+                total, gradient = (
+                    self._sums[number].to(weight),
+                    step_gradient(source, parameter.grad),
+                )
+                self._sums[number] = total.addcmul_(weight, gradient, value=-1)
         self._seen += 1
 
     def __call__(self, weight: Tensor) -> Tensor:
@@ -197,7 +203,7 @@ def _gradient(weight: Tensor, name: str) -> Tensor:
             f"{name} needs gradients when a mask is due: begin with a dense phase, and call step() "
             "between backward() and zero_grad()"
         )
-    return weight.grad
+    return widened(weight.grad)
 
 
 def _position(weight: Tensor, parameters: Sequence[Tensor], name: str) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from l2l_prune import _values, optimizer_state
+from l2l_prune._precision import skips_step
 from l2l_prune.prunable import LayerTensor
 from l2l_prune.reparam import held_tensors
 from l2l_prune.selection import learning_rates
@@ -27,8 +29,8 @@ class FollowingOptimizers:
 
     Attributes:
         all: The optimizers.
-        regrown: Entries that were released at the last change of masks, by dense name, until the
-            first step after it is over.
+        regrown: Entries that were released, by dense name, until every optimizer that holds the
+            tensor has made a step on them. Steps that a gradient scaler skips do not count.
 
     Raises:
         TypeError: If ``optimizer`` is something else.
@@ -48,6 +50,8 @@ class FollowingOptimizers:
         for given in self.all:
             optimizer_state.check_holds(given, weights)
         self.regrown: dict[str, Tensor] = {}
+        self._masks: Sequence[Tensor] = []
+        self._stepped: set[tuple[str, int, bool]] = set()  # name, which optimizer, whether rates
         self._tensors, self._rates = tensors, learning_rates(model, tensors)
         self._match = match
         self._handles: list[RemovableHandle] = []
@@ -78,20 +82,46 @@ class FollowingOptimizers:
             old: The masks before; none at the start.
             new: The masks now.
         """
+        self._masks = new
         for position, (tensor, mask) in enumerate(zip(self._tensors, new, strict=True)):
             regrown = mask & ~old[position] if old else torch.zeros_like(mask)
+            waiting = self.regrown.pop(tensor.full_name, None)
+            if waiting is not None:  # for a step since the last change of masks
+                regrown |= waiting.to(mask.device) & mask
             match = self._match and bool(regrown.any())
-            for optimizer, parameter in self._states(position):
+            for optimizer, parameter, _ in self._states(position):
                 optimizer_state.clear_momentum(optimizer, parameter, mask)
                 if match:
-                    optimizer_state.level_second_moment(optimizer, parameter, ~regrown, regrown)
+                    kept = mask & ~regrown
+                    optimizer_state.level_second_moment(optimizer, parameter, kept, regrown)
             if match and self.all:
                 self.regrown[tensor.full_name] = regrown
+                self._stepped = {step for step in self._stepped if step[0] != tensor.full_name}
+
+    def resume(self, masks: Sequence[Tensor], regrown: Mapping[str, Tensor]) -> None:
+        """Go on with masks whose changes the optimizers' state has followed already.
+
+        Args:
+            masks: The masks now.
+            regrown: What :attr:`regrown` was.
+        """
+        self._masks, self.regrown, self._stepped = masks, dict(regrown), set()
 
     def let_go(self) -> None:
         """Watch no more."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles: torch copies an optimizer without its hooks."""
+        return {**self.__dict__, "_handles": [], "_watching": bool(self._handles)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        watching = state.pop("_watching")
+        self.__dict__.update(state)
+        if watching:
+            self.watch()
 
     def _watch(self, optimizer: Optimizer) -> None:
         hook = optimizer_state.gradient_hook(self._raise_to_gradients)
@@ -99,20 +129,35 @@ class FollowingOptimizers:
 
     @torch.no_grad()
     def _raise_to_gradients(self, optimizer: Optimizer) -> None:
-        if not self.regrown:
+        if not self.regrown or skips_step(optimizer):
             return
         for position, tensor in enumerate(self._tensors):
-            regrown = self.regrown.get(tensor.full_name)
-            if regrown is not None:
-                for held, parameter in self._states(position):
-                    if held is optimizer:
-                        optimizer_state.raise_to_gradient(optimizer, parameter, regrown)
+            name = tensor.full_name
+            if name not in self.regrown:
+                continue
+            waiting = False
+            for held, parameter, step in self._states(position):
+                if step in self._stepped or id(parameter) not in optimizer_state.held_ids(held):
+                    continue
+                if held is not optimizer or parameter.grad is None:
+                    waiting = True
+                    continue
+                regrown, mask = (
+                    m.to(parameter.device) for m in (self.regrown[name], self._masks[position])
+                )
+                optimizer_state.raise_to_gradient(optimizer, parameter, mask & ~regrown, regrown)
+                self._stepped.add(step)
+            if not waiting:
+                del self.regrown[name]
 
-    def _states(self, position: int) -> Iterator[tuple[Optimizer, Tensor]]:
-        """Every optimizer with each parameter whose state follows the mask of a tensor."""
+    def _states(self, position: int) -> Iterator[tuple[Optimizer, Tensor, tuple[str, int, bool]]]:
+        """Every optimizer with each parameter whose state follows the mask of a tensor.
+
+        Third is what tells the pair apart, in copies too.
+        """
         tensor, rates = self._tensors[position], self._rates[position]
         original, _ = held_tensors(tensor.module, tensor.name)
-        for optimizer in self.all:
-            yield optimizer, original
+        for number, optimizer in enumerate(self.all):
+            yield optimizer, original, (tensor.full_name, number, False)
             if rates is not None:
-                yield optimizer, rates
+                yield optimizer, rates, (tensor.full_name, number, True)

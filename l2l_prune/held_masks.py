@@ -94,7 +94,7 @@ class HeldMasks:
             RuntimeError: Naming the tensor whose mask differs.
         """
         for position, tensor in enumerate(self._tensors):
-            _, buffer = held_tensors(tensor.module, tensor.name)
+            buffer = _buffer(tensor)
             seen, version = self._seen[position]
             if not thoroughly and buffer is seen and buffer._version == version:
                 continue
@@ -108,5 +108,12 @@ class HeldMasks:
         self._remember_buffers()
 
     def _remember_buffers(self) -> None:
-        buffers = [held_tensors(t.module, t.name)[1] for t in self._tensors]
+        buffers = [_buffer(tensor) for tensor in self._tensors]
         self._seen = [(buffer, buffer._version) for buffer in buffers]
+
+
+def _buffer(tensor: LayerTensor) -> Tensor:
+    """Its mask as it is in the model, whoever wrote it."""
+    buffer = tensor.module._buffers[f"{tensor.name}_mask"]
+    assert buffer is not None
+    return buffer

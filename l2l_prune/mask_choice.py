@@ -13,7 +13,7 @@ from l2l_prune import ranks
 from l2l_prune.allocation import global_count, global_masks
 from l2l_prune.criteria import Criterion
 from l2l_prune.masks import check_finite
-from l2l_prune.patterns import Pattern
+from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.prunable import LayerTensor
 from l2l_prune.segments import Schedule
 from l2l_prune.selection import segment_counts
@@ -108,7 +108,10 @@ class MaskChoice:
                 continue
             scores = self._scores(tensor, weight, when)
             with _named(tensor, when):
-                masks.append(pattern.mask(scores, keep))
+                if pattern == UNSTRUCTURED:  # has no directions; ties go by the weight's own order
+                    masks.append(pattern.mask(scores, keep))
+                else:
+                    masks.append(tensor.swapped(pattern.mask(tensor.swapped(scores), keep)))
         return masks
 
     def _scores(self, tensor: LayerTensor, weight: Tensor, when: str) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from l2l_prune._precision import widened
+
 _LARGE = 2**22  # entries from which memory counts for more than passes over them
 _BITS = {
     torch.float16: torch.int16,
@@ -75,9 +77,7 @@ def _threshold(flat: Tensor, keep: int) -> Tensor | float:
         return flat.sort().values[flat.numel() - keep]
     if flat.numel() > _LARGE and flat.dtype in _BITS:
         return _bisected_threshold(flat, keep)
-    # float32 holds every half and bfloat16 value exactly, and has kthvalue on all devices.
-    if flat.dtype in (torch.float16, torch.bfloat16):
-        flat = flat.float()
+    flat = widened(flat)  # float32 has kthvalue on all devices
     return flat.kthvalue(flat.numel() - keep + 1).values
 
 

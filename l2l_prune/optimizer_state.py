@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from l2l_prune import _values
+from l2l_prune._precision import step_gradient, widened
 
 # State of torch.optim that divides the step: squared gradients, or their size in Adamax.
 _SQUARED = frozenset({"exp_avg_sq", "square_avg"})
 _DIVIDING = _SQUARED | {"max_exp_avg_sq", "sum", "exp_inf"}
 # Rprop's per-weight step and Adadelta's past steps belong to no gradient; 0 would stop them.
-_UNTOUCHED = frozenset({"step_size", "acc_delta"})
+_STEP_SIZE = "step_size"
+_UNTOUCHED = frozenset({_STEP_SIZE, "acc_delta"})
 
 
 def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
@@ -84,10 +86,13 @@ def level_second_moment(
 ) -> None:
     """Give regrown entries the largest second moment that a kept entry of the tensor has.
 
+    Rprop, which divides by nothing, gets the mean of the kept entries' step sizes there.
+
     Args:
         optimizer: Any torch optimizer.
         parameter: A parameter that the optimizer may hold.
-        kept: Boolean tensor of the parameter's shape: entries that were trained all along.
+        kept: Boolean tensor of the parameter's shape: entries that were trained all along, and
+            still are. Those that are pruned now are neither kept nor regrown.
         regrown: Boolean tensor of the same shape: entries that are released now.
     """
     level_state(optimizer.state.get(parameter, {}), parameter.shape, kept, regrown)
@@ -106,31 +111,38 @@ def level_state(state: dict[str, Any], shape: torch.Size, kept: Tensor, regrown:
         if _divides(key):
             level = torch.where(kept, value, 0.0).max()
             value.copy_(torch.where(regrown, torch.maximum(value, level), value))
+        elif key == _STEP_SIZE:
+            mean = _mean(widened(value), kept).to(value.dtype)
+            value.copy_(torch.where(regrown & kept.any(), mean, value))
 
 
-def raise_to_gradient(optimizer: Optimizer, parameter: Tensor, regrown: Tensor) -> None:
+def raise_to_gradient(
+    optimizer: Optimizer, parameter: Tensor, kept: Tensor, regrown: Tensor
+) -> None:
     """Before the first step after release: a second moment that fits the gradient.
 
     Adam started afresh divides the first gradient by its own size, for a step of one learning
     rate. This raises the second moment of regrown entries further, so that a gradient of this
     size moves them by as much as the kept entries of the tensor moved on average in their last
     step (between a tenth of a learning rate and one), even where those have converged and their
-    second moments are tiny. The surplus decays like all of Adam's memory.
+    second moments are tiny. The surplus decays like all of Adam's memory. A step that a gradient
+    scaler lets change nothing changes nothing here either.
 
     Args:
         optimizer: Any torch optimizer, about to step with ``parameter.grad``.
         parameter: A parameter that the optimizer may hold.
-        regrown: Boolean tensor of the parameter's shape.
+        kept: As in :func:`level_second_moment`.
+        regrown: As in :func:`level_second_moment`.
     """
-    gradient = parameter.grad
-    state = optimizer.state.get(parameter, {})
-    if gradient is None:
+    if parameter.grad is None:
         return
+    gradient = step_gradient(optimizer, parameter.grad)
+    state = optimizer.state.get(parameter, {})
     correction = _bias_correction(optimizer, parameter)
     for key, value in _entries(optimizer, parameter):
         if key in _SQUARED:
-            step = _mean_step(state.get("exp_avg"), value, correction, ~regrown)
-            floor = (gradient.detach() / step).square() * correction
+            step = _mean_step(state.get("exp_avg"), value, correction, kept)
+            floor = (gradient / step).square() * correction
             value.copy_(torch.where(regrown, torch.maximum(value, floor.to(value.dtype)), value))
 
 
@@ -164,8 +176,13 @@ def _mean_step(
     """Mean size of the kept entries' last step in learning rates, within [0.1, 1]."""
     if momentum is None:
         return 0.5
-    sizes = momentum.abs() / (squared / correction).sqrt().clamp_min(1e-30)
-    return (torch.where(kept, sizes, 0.0).sum() / kept.sum().clamp_min(1)).clamp(0.1, 1.0)
+    sizes = widened(momentum).abs() / (widened(squared) / correction).sqrt().clamp_min(1e-30)
+    return _mean(sizes, kept).clamp(0.1, 1.0)
+
+
+def _mean(values: Tensor, kept: Tensor) -> Tensor:
+    """Over the kept entries; 0 if there are none."""
+    return torch.where(kept, values, 0.0).sum() / kept.sum().clamp_min(1)
 
 
 def _entries(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from l2l_prune import _values
+from l2l_prune._precision import widened
 from l2l_prune.masks import check_finite, kept_count, top_mask
 
 
 class Pattern(ABC):
-    """A rule for the places of a mask."""
+    """A rule for the places of a mask.
+
+    Tensors come as ``[outputs, inputs / groups, ...]``, those of transposed convolutions too.
+    """
 
     @abstractmethod
     def count(self, shape: torch.Size, keep: int) -> int:
@@ -54,7 +58,8 @@ class NByM(Pattern):
     """``n`` of every ``m`` neighbours along the input dimension stay, as sparse tensor cores ask.
 
     The input dimension is the second: columns of a linear layer, input channels of a convolution
-    (at each kernel position, as NVIDIA's ASP does). The schedule's sparsity must be ``1 - n / m``.
+    (at each kernel position, as NVIDIA's ASP does). A transposed convolution, which holds its
+    inputs first, is pruned along its inputs too. The schedule's sparsity must be ``1 - n / m``.
 
     Args:
         n: Weights that stay in each group, 1 .. ``m - 1``.
@@ -107,6 +112,8 @@ class NByM(Pattern):
 class Block(Pattern):
     """Whole blocks of the matrix ``[outputs, inputs x kernel]`` stay or go.
 
+    For a transposed convolution, which holds its inputs first, the matrix is the same.
+
     A block's score is the sum of its weights' scores. The number of blocks that stay is rounded
     as the number of weights is in :class:`Unstructured`.
 
@@ -150,9 +157,7 @@ class Block(Pattern):
         rows, columns = height // self.rows, width // self.columns
         blocks = matrix.view(rows, self.rows, columns, self.columns)
         size = self.rows * self.columns
-        if blocks.dtype in (torch.float16, torch.bfloat16):  # sums of many would lose their order
-            blocks = blocks.float()
-        kept = top_mask(blocks.sum(dim=(1, 3)), self.count(scores.shape, keep) // size)
+        kept = top_mask(widened(blocks).sum(dim=(1, 3)), self.count(scores.shape, keep) // size)
         spread = kept[:, None, :, None].expand(rows, self.rows, columns, self.columns)
         return spread.reshape(scores.shape)
 

@@ -37,6 +37,17 @@ class LayerTensor:
         assert weight is not None
         return weight.shape
 
+    def swapped(self, tensor: Tensor) -> Tensor:
+        """A tensor of its shape as ``[outputs, inputs, ...]``, or such a tensor in its shape again.
+
+        Transposed convolutions hold ``[inputs, outputs / groups, ...]``, which becomes
+        ``[outputs, inputs / groups, ...]`` as convolutions have it; others stay as they are.
+        """
+        if self.name != "weight" or not isinstance(self.module, nn.modules.conv._ConvTransposeNd):
+            return tensor
+        grouped = tensor.reshape(self.module.groups, -1, *tensor.shape[1:])
+        return grouped.transpose(1, 2).flatten(0, 1)
+
     def named_by(self, pattern: str) -> bool:
         """Whether a module name, tensor name or ``fnmatch`` pattern means this tensor."""
         return fnmatchcase(self.path, pattern) or fnmatchcase(self.full_name, pattern)

@@ -37,6 +37,10 @@ class Pruner(OnSchedule):
     segment, the ``k_l`` best weights of each tensor by ``criterion`` are kept and the others become
     exactly 0; on leaving it they restart from 0 (Algorithm 1 of the paper).
 
+    Reading ``module.weight`` gives a new product, so what is written to it in place is lost: write
+    to ``weight_orig``. ``reset_parameters()`` and functions given to ``model.apply(...)`` reach the
+    stored weights as they are.
+
     Args:
         model: The module to prune, or a learn2learn wrapper (MAML, MetaSGD, ...) around it.
         schedule: When to prune, and how much.
@@ -234,7 +238,6 @@ class Pruner(OnSchedule):
         position = self.schedule.index(self._iteration + 1)
         changed = position != self._position
         masks = self._new_masks(position, self._held.originals()) if changed else []
-        self._following.regrown = {}  # the first optimizer step after a release is over
         if changed:
             self._position = position
             self._put_masks(masks)
@@ -371,7 +374,7 @@ class Pruner(OnSchedule):
         self._choice.check(in_order, position, f"iteration {state['iteration']}'s")
         self._iteration, self._position = state["iteration"], position
         self._held.set(list(self._restored(state["masks"]).values()))
-        self._following.regrown = self._restored(state["regrown"])
+        self._following.resume(self._held.values, self._restored(state["regrown"]))
 
     # ---- inside -----------------------------------------------------------------------------
 

@@ -6,13 +6,21 @@ tensors, and moves the parameter to the end of ``parameters()``. Here ``weight``
 a subclass of the module's own class instead: each access multiplies ``weight_orig`` by
 ``weight_mask`` with torch's own ``apply_mask``. Torch's names and its pre-hook object stay, so
 that ``prune.is_pruned`` and other tools recognise the module.
+
+An entry of a mask that is not 0 keeps its weight whole: averages of a model's buffers (EMA, SWA)
+make fractions of masks, while the averaged ``weight_orig`` is the average of the masked weights
+already. Writing in place to ``module.weight`` writes to a product that nobody holds; functions
+given to ``Module.apply`` and ``reset_parameters()`` get the stored weight instead.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 
 import torch
@@ -63,7 +71,7 @@ def attach(module: nn.Module, name: str, *, dense_keys: bool = False) -> None:
     base = held_base(module)
     _rename_parameter(module, name, f"{name}_orig")
     mask = torch.ones_like(weight, memory_format=torch.preserve_format)
-    module.register_buffer(f"{name}_mask", mask.detach())
+    module.register_buffer(f"{name}_mask", _marked(mask))
     module.__dict__.pop("_flat_weights", None)  # recurrent layers: see _flat_weights_property
     module.__class__ = held_class(base, (*names, name))
     module.register_forward_pre_hook(HeldMask(name))
@@ -82,7 +90,7 @@ def detach(module: nn.Module, name: str) -> None:
         TypeError: If ``module`` holds no such mask, or is a wrapper class made around it.
     """
     names, base = held_names(module), held_base(module)
-    if name not in names or type(module) is not held_class(base, names):
+    if name not in names or not _is_own_class(type(module), base, names):
         raise TypeError(f"{type(module).__name__} holds no mask on {name!r} that could be removed")
     remaining = tuple(held for held in names if held != name)
     original, mask = held_tensors(module, name)
@@ -122,7 +130,7 @@ def set_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     """
     original, _ = held_tensors(module, name)
     new = torch.empty_like(original).copy_(mask)  # in its memory format, or products are slow
-    module._buffers[f"{name}_mask"] = new
+    module._buffers[f"{name}_mask"] = _marked(new.data)  # counts its versions from 0
     with torch.no_grad():
         original.masked_fill_(new == 0, 0)  # also where it is infinite
 
@@ -156,9 +164,58 @@ def close_mask(module: nn.Module, name: str) -> None:
 
 
 def held_tensors(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-    """The stored parameter ``<name>_orig`` and the buffer ``<name>_mask``."""
+    """The stored parameter ``<name>_orig`` and the buffer ``<name>_mask`` of ones and zeros."""
+    _make_exact(module, name)
     original = cast(Tensor, module._parameters[f"{name}_orig"])
     return original, cast(Tensor, module._buffers[f"{name}_mask"])
+
+
+def _marked(mask: Tensor) -> Tensor:
+    """A mask of which it is known that it holds ones and zeros, until it is written to.
+
+    The mark counts while the version is 0: that of no mask that was written to, copies included.
+    """
+    mask._l2l_prune_exact = True  # type: ignore[attr-defined]
+    return mask
+
+
+def _make_exact(module: nn.Module, name: str) -> None:
+    """Replace a mask that somebody wrote to (an average, a loaded file) by one of ones and zeros.
+
+    No device is waited for. The old buffer stays as it is: a backward may still need it.
+    """
+    mask = module._buffers.get(f"{name}_mask")
+    if mask is None or mask.is_inference():
+        return
+    if mask._version or not hasattr(mask, "_l2l_prune_exact"):
+        module._buffers[f"{name}_mask"] = _marked((mask != 0).to(mask.dtype))
+
+
+@contextmanager
+def stored_weights(module: nn.Module) -> Iterator[None]:
+    """Within it ``module.<name>`` is the stored parameter, so that it can be written in place.
+
+    What was written to pruned entries is set to 0 afterwards.
+
+    Args:
+        module: A module that holds masks.
+    """
+    names, base = held_names(module), held_base(module)
+    if type(module) is not held_class(base, names):
+        yield
+        return
+    opened = _stored_class(base, names)
+    module.__class__ = opened
+    try:
+        yield
+    finally:
+        if type(module) is opened:
+            module.__class__ = held_class(base, names)
+        with torch.no_grad():
+            for name in held_names(module):
+                original, mask = held_tensors(module, name)
+                if original.is_leaf:
+                    original.masked_fill_(mask == 0, 0)
 
 
 def held_names(module: nn.Module) -> tuple[str, ...]:
@@ -213,7 +270,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for key, value in state.items():
         if key in originals:
             mask = state[f"{originals[key]}_mask"]
-            dense[originals[key]] = value * mask.to(value.dtype)
+            dense[originals[key]] = value * (mask != 0)
         elif key not in masks:
             dense[key] = value
     return dense
@@ -244,6 +301,9 @@ def _make_held_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.M
             return _reduce_held(base, names, base.__reduce_ex__(self, protocol))
 
         def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+            for key in (f"{prefix}{name}_mask" for name in names):
+                if isinstance(state_dict.get(key), Tensor):  # fractions, if it was averaged
+                    state_dict[key] = (state_dict[key] != 0).to(state_dict[key].dtype)
             _translate_dense_keys(self, state_dict, prefix, error_msgs=args[-1])
             base._load_from_state_dict(self, state_dict, prefix, *args)
 
@@ -252,6 +312,20 @@ def _make_held_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.M
                 _refuse_assignment(base, name)
             base.register_parameter(self, name, parameter)
 
+        def apply(self: nn.Module, fn: Callable[[nn.Module], Any]) -> nn.Module:
+            def within(module: nn.Module) -> None:
+                if module is self:
+                    with stored_weights(self):
+                        fn(self)
+                else:
+                    fn(module)
+
+            return base.apply(self, within)
+
+        namespace["apply"] = apply
+        for method in ("reset_parameters", "_reset_parameters"):
+            if hasattr(base, method):
+                namespace[method] = _on_stored_weights(getattr(base, method))
         namespace["register_parameter"] = register
         namespace["__reduce_ex__"] = reduce_ex
         namespace["_load_from_state_dict"] = load
@@ -259,13 +333,48 @@ def _make_held_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.M
     return types.new_class(f"Pruned{base.__name__}", (base,), exec_body=fill)
 
 
-def _masked_property(base: type[nn.Module], name: str) -> property:
+def _on_stored_weights(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with stored_weights(self):
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+_STORED: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def _stored_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The held class for the time of :func:`stored_weights`."""
+
+    def fill(namespace: dict[str, Any]) -> None:
+        for name in names:
+            namespace[name] = _masked_property(base, name, stored=True)
+
+    if (base, names) not in _STORED:
+        held = held_class(base, names)
+        _STORED[base, names] = types.new_class(held.__name__, (held,), exec_body=fill)
+    return _STORED[base, names]
+
+
+def _is_own_class(cls: type[nn.Module], base: type[nn.Module], names: tuple[str, ...]) -> bool:
+    """Whether a class was made here, and is no wrapper around one that was."""
+    return cls in (_CLASSES.get((base, names)), _STORED.get((base, names)))
+
+
+def _masked_property(base: type[nn.Module], name: str, stored: bool = False) -> property:
     method = HeldMask(name)
+
+    def read_stored(module: nn.Module) -> Tensor:
+        return cast(Tensor, module._parameters[f"{name}_orig"])
 
     def read(module: Any) -> Tensor:
         if name in module._l2l_prune_opened:
             original, mask = held_tensors(module, name)
             return torch.where(mask != 0, original, module._l2l_prune_opened[name])
+        if not torch.compiler.is_compiling():
+            _make_exact(module, name)
         return cast(Tensor, method.apply_mask(module))  # type: ignore[no-untyped-call]
 
     def write(module: nn.Module, value: object) -> None:
@@ -274,7 +383,7 @@ def _masked_property(base: type[nn.Module], name: str) -> property:
     def delete(module: nn.Module) -> None:
         _refuse_assignment(base, name)
 
-    return property(read, write, delete)
+    return property(read_stored if stored else read, write, delete)
 
 
 def _refuse_assignment(base: type[nn.Module], name: str) -> NoReturn:
@@ -303,7 +412,7 @@ def _reduce_held(base: type[nn.Module], names: tuple[str, ...], reduced: Any) ->
     function, args, *rest = reduced
     if rest and "_l2l_prune_opened" in rest[0]:  # a copy is another model: its masks are closed
         rest[0] = {key: value for key, value in rest[0].items() if key != "_l2l_prune_opened"}
-    if function.__name__ != "__newobj__" or args[0] is not held_class(base, names):
+    if function.__name__ != "__newobj__" or not _is_own_class(args[0], base, names):
         raise TypeError(
             f"{base.__name__} has its own way to be pickled, which would lose the masks: "
             "save dense_state_dict(model), or finalize the Pruner first"
@@ -323,7 +432,7 @@ def _give_dense_keys(
     mine = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
     for name in held_names(module):
         mask = mine.pop(f"{prefix}{name}_mask")
-        mine[f"{prefix}{name}_orig"] = mine[f"{prefix}{name}_orig"] * mask
+        mine[f"{prefix}{name}_orig"] = mine[f"{prefix}{name}_orig"] * (mask != 0)
     dense = {f"{prefix}{name}_orig": f"{prefix}{name}" for name in held_names(module)}
     state_dict.update((dense.get(key, key), value) for key, value in mine.items())
 

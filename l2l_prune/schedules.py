@@ -277,10 +277,8 @@ class IHTSchedule(Schedule):
         if not pretrain and total % rounds:
             raise ValueError(f"total={total} does not divide into rounds={rounds} of equal length")
         length = in_rounds // rounds
-        round_shares = {"prune": prune * rounds, "retrain": retrain * rounds}
-        parts = apportion(
-            length, {k: v / sum(round_shares.values()) for k, v in round_shares.items()}
-        )
+        whole = (prune + retrain) or 1  # rounds may be empty
+        parts = apportion(length, {"prune": prune / whole, "retrain": retrain / whole})
         return cls(
             sparsity,
             pretrain=total - rounds * length,

@@ -125,21 +125,23 @@ def segment_counts(
 
 
 def learning_rates(model: nn.Module, tensors: Iterable[LayerTensor]) -> list[nn.Parameter | None]:
-    """The learned rates that belong to each tensor entry by entry, as in learn2learn's Meta-SGD.
+    """What is learned of each tensor's inner steps entry by entry, as in learn2learn's Meta-SGD.
 
     Meta-SGD keeps one rate tensor for each parameter of its network, in the same order, as
-    ``lrs``. The state that an optimizer has for them must follow the masks like the weights'.
+    ``lrs``; SparseMAML its ``scores``. They get no gradients where weights are pruned, so the
+    state that an optimizer has for them must follow the masks like the weights'.
 
     Args:
         model: The model that was given to the Pruner.
         tensors: The selected tensors, before anything is attached.
 
     Returns:
-        For each tensor its rates, of the same shape, or None.
+        For each tensor its rates or scores, of the same shape, or None.
     """
     rates: dict[int, nn.Parameter] = {}
     for wrapper in model.modules():
-        network, lrs = wrapper._modules.get("module"), wrapper._modules.get("lrs")
+        network, held = wrapper._modules.get("module"), wrapper._modules
+        lrs = held.get("lrs", held.get("scores"))
         if network is not None and isinstance(lrs, nn.ParameterList):
             pairs = list(zip(network.parameters(), lrs.parameters(), strict=False))
             if all(parameter.shape == rate.shape for parameter, rate in pairs):
@@ -233,7 +235,8 @@ def _in_pattern(tensor: LayerTensor, keep: int, pattern: Pattern) -> int:
     if keep in (0, shape.numel()):  # nothing to arrange
         return keep
     try:
-        return pattern.count(shape, keep)
+        as_outputs = tensor.swapped(torch.empty(shape, device="meta")).shape
+        return pattern.count(as_outputs, keep)
     except ValueError as error:
         raise ValueError(
             f"{tensor.full_name} of shape {tuple(shape)} cannot take the pattern {pattern}: "

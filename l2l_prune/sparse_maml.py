@@ -30,6 +30,8 @@ class SparseMAML(nn.Module):
     Each parameter has a score ``m`` of its own shape; the inner step is
     ``w - lr * 1[m >= 0] * g``. The outer optimizer trains weights and scores alike
     (``parameters()`` holds both); the step function's gradient is taken straight through.
+    A :class:`~l2l_prune.Pruner` of the network is given this object, not the network alone, so
+    that the optimizer's state of the scores rests with pruned weights.
 
     Args:
         model: The network; pruned or not, before or after it is wrapped.

@@ -213,7 +213,8 @@ class ChannelPruner(OnSchedule):
         @torch.no_grad()
         def act(optimizer: Optimizer) -> None:
             for name, mask in self.regrown.items():
-                optimizer_state.raise_to_gradient(optimizer, model.get_parameter(name), mask)
+                weight = model.get_parameter(name)
+                optimizer_state.raise_to_gradient(optimizer, weight, ~mask, mask)
 
         return optimizer_state.gradient_hook(act)
 

@@ -180,15 +180,20 @@ def estimate_smoothness(
 ) -> tuple[float, float]:
     """Estimates of G and H around the current parameters, by sampling.
 
-    Gradients are taken at ``samples`` random points within ``radius``; G is the largest norm, H
-    the largest ratio of a gradient's change to the parameters' between pairs of points (half of
-    them close by). Both are lower bounds of the true constants. The parameters are put back.
+    Gradients are taken at random points within ``radius``; G is the largest norm. H is the largest
+    curvature ``|∇²loss v|`` at such a point in a random direction ``v`` of norm 1, or the largest
+    ratio of the gradient's change to the parameters' between two points that lie apart, so that
+    kinks count: half of the samples each. Where rounding could make a change of the gradient up,
+    the curvature is taken instead. Both are lower bounds of the true constants. The parameters
+    are put back.
+
+    The loss must be twice differentiable by autograd.
 
     Args:
         loss: Computes the loss from the parameters in place.
         parameters: The tensors to vary, with gradients.
         radius: Largest distance from the current parameters, > 0.
-        samples: Number of pairs of points, >= 1.
+        samples: Number of curvatures and pairs of points, >= 1.
         generator: Source of the points.
 
     Returns:
@@ -212,33 +217,47 @@ def estimate_smoothness(
         for tensor, part in zip(tensors, torch.split(point, sizes), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
-    def gradient(point: Tensor) -> Tensor:
+    def gradient(point: Tensor, create_graph: bool = False) -> Tensor:
         move(point)
         value = _values.instance("loss's result", loss(), Tensor, "a tensor")
         if not bool(value.isfinite()):
             raise ValueError(f"the loss is not finite within radius {radius}: take a smaller one")
         parts: tuple[Tensor | None, ...] = (None,)
         if value.requires_grad:
-            parts = torch.autograd.grad(value, tensors, allow_unused=True)
+            parts = torch.autograd.grad(
+                value, tensors, create_graph=create_graph, allow_unused=True
+            )
         if any(part is None for part in parts):
             raise ValueError("the loss does not depend on parameters that were given to vary")
         return torch.cat([part.flatten() for part in parts if part is not None])
+
+    def curvature(point: Tensor, direction: Tensor) -> float:
+        slope = gradient(point, create_graph=True) @ direction
+        if not slope.requires_grad:  # a linear loss
+            return 0.0
+        parts = torch.autograd.grad(slope, tensors, allow_unused=True)
+        return math.hypot(*(float(part.norm()) for part in parts if part is not None))
 
     def step(length: float) -> Tensor:
         direction = torch.randn(start.shape, generator=generator, dtype=start.dtype)
         moved: Tensor = length * direction / direction.norm()
         return moved.to(start.device)
 
+    resolved = math.sqrt(torch.finfo(start.dtype).eps)
     lipschitz = smoothness = 0.0
     try:
         for number in range(samples):
-            distance = float(torch.rand(1, generator=generator)) * radius / 2
-            apart = radius / 2 if number % 2 else radius * 1e-3
-            a = start + step(distance)
-            b = a + step(apart)
+            a = start + step(float(torch.rand(1, generator=generator)) * radius / 2)
+            direction = step(1.0)
+            b = a + radius / 2 * direction
             ga, gb = gradient(a), gradient(b)
             lipschitz = max(lipschitz, float(ga.norm()), float(gb.norm()))
-            smoothness = max(smoothness, float((ga - gb).norm() / (a - b).norm()))
+            moved, change = float((a - b).norm()), float((ga - gb).norm())
+            told_apart = moved > resolved * float(a.norm())
+            if number % 2 and told_apart and change > resolved * float(ga.norm() + gb.norm()):
+                smoothness = max(smoothness, change / moved)
+            else:
+                smoothness = max(smoothness, curvature(a, direction))
     finally:
         move(start)
     return lipschitz, smoothness

@@ -202,3 +202,48 @@ def test_grasp_refuses_a_loss_that_does_not_reach_a_weight(net, batch):
         scores(net.fc.weight)
     with pytest.raises(ValueError, match="gives no gradient"):
         grasp(lambda: net(batch[0]).sum().detach(), net.parameters())(net.fc.weight)
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("criterion", "formula"),
+    [(snip, lambda w, g: (w * g).abs()), (taylor, lambda w, g: (w * g).square())],
+)
+def test_gradient_criteria_do_not_underflow_in_half_precision(criterion, formula, dtype):
+    """The order is that of float64 on the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter((torch.randn(1000, generator=generator) * 0.01).to(dtype))
+    weight.grad = (torch.randn(1000, generator=generator) * 0.001).to(dtype)
+    exact = formula(weight.detach().double(), weight.grad.double())
+    scores = criterion(weight).detach()
+    torch.testing.assert_close(scores.double(), exact, rtol=1e-6, atol=0)
+    assert torch.equal(scores.argsort(stable=True), exact.argsort(stable=True))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_movement_sums_do_not_stall_in_half_precision(dtype):
+    weight = nn.Parameter(torch.full((3,), 0.125, dtype=dtype))
+    movement = Movement([weight])
+    weight.grad = torch.full((3,), -0.125, dtype=dtype)
+    for _ in range(1280):
+        movement.observe()
+    assert movement(weight).tolist() == [20.0] * 3  # a sum in bfloat16 stops at 4
+    resumed = Movement([weight])
+    resumed.load_state_dict(movement.state_dict())
+    assert torch.equal(resumed(weight), movement(weight))
+
+
+def test_grasp_does_not_underflow_in_half_precision():
+    weight = nn.Parameter(torch.tensor([1e-3, 2e-3, 3e-3], dtype=torch.float16))
+    factors = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float16)
+
+    def loss():
+        return (factors * weight.square()).sum()
+
+    w, f = weight.detach().double(), factors.double()
+    expected = w * (2 * f) * (2 * f * w)  # w * H g of a diagonal quadratic
+    found = grasp(loss, [weight])(weight).double()
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0)

@@ -75,7 +75,7 @@ def test_raise_to_gradient_bounds_the_next_adam_step(betas):
     last = (state["exp_avg"] / (state["exp_avg_sq"] / correction).sqrt()).abs()[:2].mean()
     before = parameter.detach().clone()
     parameter.grad = torch.tensor([1.0, 1.0, 1.0, 1e-3])
-    raise_to_gradient(optimizer, parameter, ~KEPT)
+    raise_to_gradient(optimizer, parameter, KEPT, ~KEPT)
     optimizer.step()
     moved = (parameter.detach() - before).abs()[2:]
     assert (moved > 0).all()
@@ -85,7 +85,7 @@ def test_raise_to_gradient_bounds_the_next_adam_step(betas):
 def test_without_gradient_or_state_nothing_happens():
     parameter = nn.Parameter(torch.ones(4))
     optimizer = torch.optim.Adam([parameter])
-    raise_to_gradient(optimizer, parameter, ~KEPT)
+    raise_to_gradient(optimizer, parameter, KEPT, ~KEPT)
     clear_momentum(optimizer, parameter, KEPT)
     level_second_moment(optimizer, parameter, KEPT, ~KEPT)
     assert not optimizer.state.get(parameter)

@@ -161,3 +161,44 @@ def test_a_checkpoint_of_another_pattern_is_refused():
 def test_nan_scores_are_named():
     with pytest.raises(ValueError, match="NaN or infinity"):
         NByM(2, 4).mask(torch.full((2, 4), float("nan")), 4)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("pattern", [NByM(2, 4), Block(3, 4)], ids=str)
+def test_transposed_convolutions_are_pruned_along_their_inputs(pattern, groups):
+    """Their weight is [inputs, outputs / groups, kernel]; each place is looked up by hand."""
+    layer = nn.ConvTranspose2d(8 * groups, 6 * groups, (2, 2), groups=groups)
+    weight = layer.weight.detach().abs().clone()
+    pruner = Pruner(layer, DSDSchedule(0.5, pretrain=0, prune=1, retrain=1), pattern=pattern)
+    mask = pruner.masks["weight"]
+    kernel = list(itertools.product(range(2), range(2)))
+
+    def place(output, column):
+        """Where the matrix [outputs, inputs / groups x kernel] has an entry."""
+        group, input_ = output // 6, column // 4
+        return (group * 8 + input_, output % 6, *kernel[column % 4])
+
+    def at(tensor, places):
+        return torch.stack([tensor[one] for one in places])
+
+    if isinstance(pattern, NByM):
+        for output, start, k in itertools.product(range(6 * groups), (0, 4), range(4)):
+            four = [place(output, 4 * (start + i) + k) for i in range(4)]
+            kept = at(weight, four).argsort(descending=True)[:2]
+            assert at(mask, four).nonzero().flatten().tolist() == sorted(kept.tolist())
+    else:
+        blocks = {
+            (row, column): [place(row + r, column + c) for r in range(3) for c in range(4)]
+            for row, column in itertools.product(range(0, 6 * groups, 3), range(0, 32, 4))
+        }
+        best = sorted(blocks, key=lambda at_: -float(at(weight, blocks[at_]).sum()))
+        for number, at_ in enumerate(best):
+            assert at(mask, blocks[at_]).tolist() == [number < len(best) // 2] * 12
+
+
+def test_a_transposed_convolution_is_measured_by_its_inputs():
+    with pytest.raises(ValueError, match=r"weight of shape \(6, 8, 3\) .*it has 6 inputs"):
+        Pruner(nn.ConvTranspose1d(6, 8, 3), SCHEDULE, pattern=NByM(2, 4))
+    pruner = Pruner(nn.ConvTranspose1d(8, 6, 3), SCHEDULE, pattern=NByM(2, 4))
+    pruner.step()
+    assert pruner.sparsity == 0.5

@@ -418,3 +418,165 @@ def test_masks_have_the_memory_format_of_their_weights():
     assert conv.weight_mask.stride() == conv.weight_orig.stride()
     learner = PrunedReptile(pruner.finalize(), pruner.schedule).clone()
     assert learner.workspace.masks["weight"].stride() == learner.module.weight.stride()
+
+
+# ---- masks that somebody averaged -----------------------------------------------------------
+
+
+def first_updates(kind):
+    """Ways to average a model with its buffers, as an update of an average by a model."""
+    if kind == "lerp":  # from the first update on, without a copy before
+
+        def update(average, model):
+            with torch.no_grad():
+                for mine, theirs in zip(
+                    [*average.parameters(), *average.buffers()],
+                    [*model.parameters(), *model.buffers()],
+                    strict=True,
+                ):
+                    if mine.is_floating_point():
+                        mine.lerp_(theirs, 0.3)
+
+        return copy.deepcopy, update
+    options = {"use_buffers": True}
+    if kind == "ema":
+        options["multi_avg_fn"] = torch.optim.swa_utils.get_ema_multi_avg_fn(0.7)
+    return (lambda m: AveragedModel(m, **options)), lambda a, m: a.update_parameters(m)
+
+
+@pytest.mark.parametrize("read_between", [False, True])
+@pytest.mark.parametrize("kind", ["swa", "ema", "lerp"])
+def test_an_average_of_buffers_too_is_the_average_of_the_masked_weights(kind, read_between):
+    """Oracle: the same average of plain modules that hold the masked weights."""
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+    pruner = Pruner(net, Schedule((Segment(2), Segment(9, sparse=True, sparsity=0.5))))
+
+    def plain():
+        twin = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+        twin.load_state_dict(dense_state_dict(net))
+        return twin
+
+    make, update = first_updates(kind)
+    average, oracle, x = make(net), make(plain()), torch.randn(7, 6)
+    for _ in range(5):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        pruner.step()
+        update(average, net)
+        update(oracle, plain())
+        if read_between:
+            torch.testing.assert_close(average(x), oracle(x))
+    torch.testing.assert_close(average(x), oracle(x))
+    inner = getattr(average, "module", average)
+    expected = getattr(oracle, "module", oracle).state_dict()
+    for key, value in dense_state_dict(inner).items():
+        torch.testing.assert_close(value, expected[key])
+    fresh = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+    Pruner(fresh, SPARSE)
+    fresh.load_state_dict(inner.state_dict())  # fractions in the file
+    assert all(set(m.unique().tolist()) <= {0, 1} for m in fresh.buffers())
+    torch.testing.assert_close(fresh(x), oracle(x))
+    for layer in (inner[0], inner[2]):
+        prune.remove(layer, "weight")
+    torch.testing.assert_close(average(x), oracle(x))
+
+
+def test_an_averaged_mask_in_the_model_itself_loses_no_weight(net):
+    pruner = Pruner(net, SPARSE)
+    stored = net.fc.weight_orig.detach().clone()
+    with torch.no_grad():
+        net.fc.weight_mask.mul_(0.72)
+    pruner.project()
+    pruner.step()
+    assert torch.equal(net.fc.weight_orig, stored)
+    assert torch.equal(net.fc.weight, stored)
+    pruner.finalize()
+    assert torch.equal(net.fc.weight, stored)
+
+
+# ---- writing to a weight in place -----------------------------------------------------------
+
+
+def by_a_formula(module):
+    if isinstance(module, nn.Linear):
+        nn.init.constant_(module.weight, 3.0)
+        module.bias.data.copy_(torch.ones_like(module.bias))
+    elif isinstance(module, nn.Conv2d):
+        module.weight.data.fill_(3.0)
+
+
+def test_apply_reaches_masked_weights(pruned):
+    parameters = list(pruned.parameters())
+    assert pruned.apply(by_a_formula) is pruned
+    for layer in (pruned.conv1, pruned.conv2, pruned.fc):
+        assert torch.equal(layer.weight_orig, 3.0 * layer.weight_mask)
+        assert torch.equal(layer.weight, layer.weight_orig)
+    assert all(a is b for a, b in zip(pruned.parameters(), parameters, strict=True))
+    assert (pruned.fc.bias == 1).all()
+
+
+def test_apply_on_a_held_module_itself_and_its_children():
+    """Each module once, and those that are under a mask give their stored weights."""
+    seen = []
+    attention = nn.MultiheadAttention(4, 2)
+    attach(attention, "in_proj_weight")
+    attach(attention.out_proj, "weight")
+    attention.apply(lambda m: seen.append(m))
+    assert seen == [attention.out_proj, attention]
+    attention.apply(lambda m: (m.in_proj_weight if m is attention else m.weight).data.fill_(2.0))
+    assert (attention.in_proj_weight == 2).all()
+    assert (attention.out_proj.weight == 2).all()
+
+
+def test_masks_can_be_taken_off_within_apply(pruned):
+    pruned.apply(lambda m: prune.remove(m, "weight") if hasattr(m, "weight_mask") else None)
+    assert type(pruned.fc) is nn.Linear
+    assert (pruned.fc.weight == 0).sum() == 24
+
+
+def test_copies_within_apply_are_pruned_ones(pruned, batch):
+    copies = []
+    pruned.apply(lambda m: copies.append(copy.deepcopy(m)))
+    twin = copies[-1]
+    assert type(twin.fc) is type(pruned.fc)
+    assert torch.equal(twin(batch[0]), pruned(batch[0]))
+
+
+def test_an_error_within_apply_leaves_the_masks_on(pruned):
+    def fail(module):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        pruned.apply(fail)
+    for layer in (pruned.conv1, pruned.conv2, pruned.fc):
+        assert torch.equal(layer.weight, layer.weight_orig * layer.weight_mask)
+        assert type(layer).__name__.startswith("Pruned")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(6, 5),
+        lambda: nn.Conv2d(3, 4, 3),
+        lambda: nn.ConvTranspose1d(3, 4, 3),
+        lambda: nn.Bilinear(3, 4, 5),
+        lambda: nn.Embedding(5, 4),
+        lambda: nn.LSTM(3, 4),
+        lambda: nn.BatchNorm1d(8),
+    ],
+)
+def test_reset_parameters_is_that_of_a_plain_module_under_the_mask(make):
+    module, plain = make(), make()
+    names = [name for name, p in module.named_parameters() if "bias" not in name]
+    pruner = Pruner(module, SPARSE, only=names)
+    torch.manual_seed(5)
+    module.reset_parameters()
+    torch.manual_seed(5)
+    plain.reset_parameters()
+    for name, mask in pruner.masks.items():
+        assert torch.equal(getattr(module, name), getattr(plain, name).detach() * mask)
+        assert torch.equal(getattr(module, f"{name}_orig"), getattr(module, name))
+    for name, parameter in plain.named_parameters():
+        if name not in pruner.masks:
+            assert torch.equal(getattr(module, name), parameter)

@@ -120,6 +120,15 @@ def test_the_shortest_runs():
     assert IHTSchedule.from_fractions(0.5, 1, **one, rounds=1).prune == 1
 
 
+def test_a_run_that_is_all_pretraining():
+    """Its rounds are empty: fractions of 0 divide nothing."""
+    for make in (DSDSchedule, IHTSchedule):
+        schedule = make.from_fractions(0.5, 10, pretrain=1, prune=0, retrain=0)
+        assert [(start, stop) for start, stop, _ in schedule.spans()] == [(0, 10)]
+        assert not schedule.segment(0).sparse
+        assert schedule.scaled(20).iterations == 20
+
+
 def test_scaled_keeps_the_shape():
     short = DSDSchedule.paper("mini-imagenet").scaled(1000)
     assert (short.pretrain, short.prune, short.retrain) == (300, 600, 100)

@@ -114,3 +114,31 @@ def test_misuse():
         learner.adapt(torch.ones(()))
     with pytest.raises(ValueError, match="loss"):
         learner.adapt(learner(torch.ones(3, 2)))
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_scores_rest_with_pruned_weights_and_do_not_jump_at_release(beta1):
+    """A linear task family; steps in learning rates against those of the kept entries' scores."""
+    generator = torch.Generator().manual_seed(0)
+    lr, released_at = 0.01, 310
+    maml = SparseMAML(nn.Linear(20, 1, bias=False).double(), 0.05, generator=generator)
+    optimizer = torch.optim.Adam(maml.parameters(), lr=lr, betas=(beta1, 0.999))
+    schedule = DSDSchedule(0.5, pretrain=10, prune=released_at - 10, retrain=5)
+    pruner = Pruner(maml, schedule, optimizer)
+    target = torch.randn(20, 1, generator=generator).double()
+    for _ in range(released_at + 1):
+        optimizer.zero_grad()
+        for _ in range(2):
+            x = torch.randn(2, 16, 20, generator=generator).double()
+            y = x @ (target + 0.3 * torch.randn(20, 1, generator=generator).double())
+            learner = maml.clone()
+            learner.adapt((learner(x[0]) - y[0]).square().mean())
+            (learner(x[1]) - y[1]).square().mean().backward()
+        before = maml.scores[0].detach().clone()
+        optimizer.step()
+        moved = (maml.scores[0].detach() - before).abs() / lr
+        if pruner.sparse:
+            mask = pruner.masks["module.weight"]
+            assert (moved[~mask] == 0).all()
+        pruner.step()
+    assert 0 < moved[~mask].max() <= moved[mask].max()

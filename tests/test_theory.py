@@ -103,6 +103,42 @@ def test_smoothness_of_a_quadratic():
     assert theta.grad is None
 
 
+@pytest.mark.parametrize("radius", [1.0, 1e-2, 1e-4, 1e-6])
+def test_smoothness_in_float32_is_that_of_float64_at_every_radius(radius):
+    """Differences of gradients at close points are rounding errors; H is A's largest eigenvalue."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 10, generator=generator, dtype=torch.float64)
+    y = 5 + x @ torch.randn(10, generator=generator, dtype=torch.float64)
+    largest = float(torch.linalg.eigvalsh(2 * x.T @ x / len(x)).max())
+
+    def estimated(dtype):
+        theta = nn.Parameter(torch.linspace(-3, 3, 10, dtype=dtype))
+        inputs, targets = x.to(dtype), y.to(dtype)
+
+        def loss():
+            return (inputs @ theta - targets).square().mean()
+
+        own = torch.Generator().manual_seed(1)
+        return estimate_smoothness(loss, [theta], radius=radius, samples=100, generator=own)[1]
+
+    assert 0.8 * largest < estimated(torch.float32) <= (1 + 1e-3) * largest
+    assert 0.8 * largest < estimated(torch.float64) <= (1 + 1e-9) * largest
+
+
+def test_a_linear_loss_is_perfectly_smooth():
+    theta = nn.Parameter(torch.ones(3))
+    lipschitz, smoothness = estimate_smoothness(lambda: 2 * theta.sum(), [theta], radius=1e-3)
+    assert lipschitz == pytest.approx(2 * math.sqrt(3))
+    assert smoothness == 0
+
+
+def test_kinks_count_between_points_that_lie_apart():
+    """The gradient of |theta| jumps by 2 at 0, though its curvature is 0 everywhere else."""
+    theta = nn.Parameter(torch.tensor([0.1]))
+    _, smoothness = estimate_smoothness(lambda: theta.abs().sum(), [theta], radius=1.0)
+    assert smoothness == pytest.approx(4.0)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -389,8 +389,6 @@ PLANTED: list[tuple[Check, Fault]] = [
 ]
 
 MODULES = pruner_checks, reptile_checks, moving_checks, waiting_checks, ranks_checks
-# Expected to fail until the library unscales what GradScaler hands to fused optimizers.
-AWAITED = {pruner_checks.under_grad_scaler_fused}
 CHECKS: list[Check] = [
     function
     for module in MODULES
@@ -398,11 +396,4 @@ CHECKS: list[Check] = [
     if getattr(function, "__module__", None) == module.__name__
     and getattr(function, "__annotations__", {}) == {"place": "Place", "return": "None"}
 ]
-each_check = pytest.mark.parametrize(
-    "check",
-    [
-        pytest.param(check, marks=pytest.mark.xfail(strict=True)) if check in AWAITED else check
-        for check in CHECKS
-    ],
-    ids=[check.__name__ for check in CHECKS],
-)
+each_check = pytest.mark.parametrize("check", CHECKS, ids=[check.__name__ for check in CHECKS])

@@ -1,0 +1,48 @@
+"""Numbers that half precision would lose, and gradients that a gradient scaler has scaled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """``tensor`` in float32 if it is of half precision: products and sums of it keep their order.
+
+    float32 holds every half and bfloat16 number exactly.
+    """
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def step_gradient(optimizer: Any, gradient: Tensor) -> Tensor:
+    """The gradient that a step, which is about to be made, uses, in float32 at least.
+
+    ``torch.amp.GradScaler`` hands its factor, and whether a gradient overflowed, to optimizers
+    with ``fused=True``, whose step takes both into account; ``grad`` is still scaled before it.
+
+    Args:
+        optimizer: Whose step.
+        gradient: A parameter's ``grad``.
+
+    Returns:
+        Unscaled; zeros if the step will change nothing. No device is waited for.
+    """
+    gradient = widened(gradient.detach())
+    scale, found = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if scale is not None:
+        gradient = gradient / scale.to(gradient.device)
+    if found is not None:
+        gradient = gradient.masked_fill(found.to(gradient.device) > 0, 0)
+    return gradient
+
+
+def skips_step(optimizer: Any) -> bool:
+    """Whether a step, which is about to be made or was just made, changes nothing.
+
+    True within the hooks of a fused optimizer's step for which ``torch.amp.GradScaler`` found an
+    overflow. (Steps of other optimizers are not made at all then.) Waits for the device.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found > 0)
