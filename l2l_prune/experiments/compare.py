@@ -12,12 +12,14 @@ from tabulate import tabulate
 
 from l2l_prune._files import replace_file
 from l2l_prune.evaluation import paired_difference
+from l2l_prune.experiments import alike
 from l2l_prune.experiments.checkpoint import remove_checkpoint
 from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.finished import schedule_rate
 from l2l_prune.experiments.over_seeds import OverSeeds, with_verdict
 from l2l_prune.experiments.results import write_results
 from l2l_prune.experiments.run import RunResult
-from l2l_prune.experiments.side_by_side import run_side_by_side
+from l2l_prune.experiments.side_by_side import RunFailed, run_side_by_side
 from l2l_prune.experiments.storage import finished_run
 
 
@@ -41,11 +43,16 @@ def compare(
         The table and the verdicts as Markdown.
 
     Raises:
-        RunFailed: If a run failed; those that ended before stay in ``folder``.
-        ValueError: If ``folder`` holds results of other settings.
+        RunFailed: If a run failed; those that ended before stay in ``folder``, and the failed one's
+            folder holds ``error.txt``, which a report reads.
+        ValueError: If ``folder`` holds results of other settings, or ``configs`` differ in more
+            than method and seed.
     """
+    _check(configs)
     folder.mkdir(parents=True, exist_ok=True)
     missing = [c for c in configs if finished_run(folder / c.slug, c) is None]
+    for config in missing:
+        (folder / config.slug / "error.txt").unlink(missing_ok=True)
 
     def keep(config: RunConfig, result: RunResult) -> None:
         place = folder / config.slug
@@ -54,14 +61,37 @@ def compare(
         remove_checkpoint(checkpoints / f"{config.slug}.pt")
 
     checkpoints = folder / "checkpoints"
-    run_side_by_side(
-        missing, console, jobs=jobs, on_result=keep, checkpoints=checkpoints, events=events
-    )
+    try:
+        run_side_by_side(
+            missing, console, jobs=jobs, on_result=keep, checkpoints=checkpoints, events=events
+        )
+    except RunFailed as failed:
+        place = folder / failed.config.slug
+        place.mkdir(exist_ok=True)
+        (place / "error.txt").write_text(f"{failed.said}\n", encoding="utf-8")
+        raise
     shutil.rmtree(checkpoints, ignore_errors=True)
     text = _markdown([(c, finished_run(folder / c.slug, c)) for c in configs])
     with replace_file(folder / "table.md") as path:
         path.write_text(text)
     return text
+
+
+def _check(configs: list[RunConfig]) -> None:
+    """A row pools seeds, and differences pair them: all else must be the same."""
+    plain = [config.to_json() for config in configs]
+    if differing := alike.varying(alike.setting(values) for values in plain):
+        raise ValueError(
+            f"runs to compare must differ in method and seed alone, not in {', '.join(differing)}: "
+            "sweep them instead"
+        )
+    seeds = sorted({config.seed for config in configs})
+    for name in dict.fromkeys(config.name for config in configs):
+        mine = [values for values in plain if values["name"] == name]
+        if differing := alike.varying(map(alike.identity, mine)):
+            raise ValueError(f"runs of {name} must differ in seed alone: not in {differing[0]}")
+        if sorted(values["seed"] for values in mine) != seeds:
+            raise ValueError(f"{name} must have each of the seeds {seeds} once, as all methods")
 
 
 def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:
@@ -70,15 +100,17 @@ def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:
     values: dict[tuple[str, str], OverSeeds] = {}
     rows = []
     for method in methods:
-        mine = [(config, run) for config, run in runs if config.name == method]
+        mine = sorted(
+            ((config, run) for config, run in runs if config.name == method),
+            key=lambda pair: pair[0].seed,
+        )
         for part in ("train", "test"):
             means = tuple(run[part]["mean"] for _, run in mine)
             values[method, part] = OverSeeds(means)
         values[method, "gap"] = paired_difference(values[method, "train"], values[method, "test"])
-        rates = {s.sparsity_label for s in mine[0][0].schedule.segments if s.sparse}
         parts = [str(values[method, part]) for part in ("train", "test", "gap")]
         seconds = math.fsum(run["seconds"] for _, run in mine) / len(mine)
-        rows.append((method, max(rates, default="-"), *parts, f"{seconds:.0f}"))
+        rows.append((method, schedule_rate(mine[0][0].schedule), *parts, f"{seconds:.0f}"))
     table = tabulate(
         rows,
         headers=("method", "rate", "train", "test", "gap", "seconds"),
@@ -86,9 +118,10 @@ def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:
         disable_numparse=True,
     )
     config = runs[0][0]
+    lengths = " or ".join(map(str, sorted({c.schedule.iterations for c, _ in runs})))
     lines = [
         f"Accuracy [%] of {config.algorithm} on {config.data}, {config.ways}-way "
-        f"{config.shots}-shot, {config.schedule.iterations} meta-iterations: mean ± 95% CI over "
+        f"{config.shots}-shot, {lengths} meta-iterations: mean ± 95% CI over "
         f"{len(seeds)} seeds, {config.final_tasks} tasks each.\n",
         table,
         "",

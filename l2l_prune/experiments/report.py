@@ -9,14 +9,14 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 from l2l_prune._files import replace_file
-from l2l_prune.experiments.finished import FinishedRun, by_method, collect, grouped
+from l2l_prune.experiments.finished import Collection, FinishedRun, by_method, collect, grouped
 from l2l_prune.experiments.plots import curves_by_method
 from l2l_prune.experiments.studies import (
     bounds_figure,
     hyperparameter_figure,
     tradeoff_figure,
 )
-from l2l_prune.experiments.tables import difference_table, method_table
+from l2l_prune.experiments.tables import difference_table, markdown_table, method_table
 
 _STYLE = (
     "body{font:16px/1.5 sans-serif;max-width:80em;margin:2em auto;padding:0 1em}"
@@ -29,25 +29,32 @@ def write_report(folder: Path) -> list[Path]:
     """Write ``report.md``, ``report.html`` (one self-contained file) and the figures.
 
     Args:
-        folder: What ``l2l-prune paper``, ``sweep`` or ``run --seeds`` filled; all runs in it count.
+        folder: What ``l2l-prune paper``, ``sweep`` or ``run`` filled; all runs in it count.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: If there is no finished run in the folder, or a ``results.json`` is damaged.
+        ValueError: If there is no run in the folder, a ``results.json`` is damaged, or two hold
+            different results of the same settings and seed.
     """
-    runs = collect(folder)
-    parts, figures = ["# Runs"], []
-    for (algorithm, data, ways), mine in grouped(runs, lambda run: run.problem).items():
+    found = collect(folder)
+    parts, figures = ["# Runs", *_notes(found)], []
+    names: set[str] = set()
+    for (algorithm, data, ways), mine in grouped(found.runs, lambda run: run.problem).items():
         parts += [
             f"## {algorithm} on {data}, {ways}-way: accuracy [%]",
-            "Mean ± 95% confidence interval over seeds (the paper's: over tasks).",
+            "Mean ± 95% confidence interval over seeds (the paper's: over tasks). Differences are "
+            "to dense runs of the same settings, seed and length.",
             method_table(mine),
             difference_table(mine),
         ]
         for same in grouped(mine, lambda run: run.setting).values():
-            written = _figures(same, folder)
+            stem = re.sub(r"[^a-z0-9]+", "-", same[0].title.lower())
+            while stem in names:
+                stem += "-"
+            names.add(stem)
+            written = _figures(same, folder, stem)
             figures += [path for path, _ in written]
             parts.append(f"### {same[0].title}")
             parts += [f"![{title}]({path.name})\n\n{title}" for path, title in written]
@@ -60,10 +67,24 @@ def write_report(folder: Path) -> list[Path]:
     return [markdown, page, *figures]
 
 
-def _figures(runs: list[FinishedRun], folder: Path) -> list[tuple[Path, str]]:
+def _notes(found: Collection) -> list[str]:
+    """What of the folder is in no table of accuracies, and why."""
+    notes = []
+    if found.failed:
+        rows = [
+            {"run": name, "accuracy": f"none, it failed: {why}"}
+            for name, why in found.failed.items()
+        ]
+        notes.append(markdown_table(rows))
+    if found.copies:
+        listed = ", ".join(f"{copy} (of {first})" for copy, first in found.copies.items())
+        notes.append(f"Copies, which count as one run with what they copy: {listed}.")
+    return notes
+
+
+def _figures(runs: list[FinishedRun], folder: Path, stem: str) -> list[tuple[Path, str]]:
     """Every figure that the runs of one setting have data for, with its caption."""
     title = runs[0].title
-    stem = re.sub(r"[^a-z0-9]+", "-", title.lower())
     usual = [run for run in runs if run.iterations == run.usual_iterations]
     plain, others = [r for r in usual if r.plain], [r for r in usual if not r.plain]
     written = []

@@ -16,6 +16,7 @@ from l2l_prune._files import replace_file
 from l2l_prune._tensor_files import save_tensors
 from l2l_prune.evaluation import Mean, paired_difference, unpaired_difference
 from l2l_prune.experiments.config import RunConfig, file_name
+from l2l_prune.experiments.finished import schedule_rate
 from l2l_prune.experiments.over_seeds import signed
 from l2l_prune.experiments.plots import accuracy_curves
 from l2l_prune.experiments.run import RunResult
@@ -29,10 +30,9 @@ def results_table(configs: list[RunConfig], results: list[RunResult]) -> Table:
         table.add_column(header, justify="left" if header == "method" else "right")
     for config, result in zip(configs, results, strict=True):
         gap, width = unpaired_difference(result.train, result.test)
-        rates = [segment.sparsity_label for segment in config.schedule.segments if segment.sparse]
         table.add_row(
             result.name,
-            rates[-1] if rates else "-",
+            schedule_rate(config.schedule),
             str(result.train),
             str(result.test),
             f"{100 * gap:.1f} ± {100 * width:.1f}",

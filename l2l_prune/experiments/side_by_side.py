@@ -26,7 +26,16 @@ _PATIENCE = 120  # seconds for a meta-iteration of a process that is to end
 
 
 class RunFailed(RuntimeError):
-    """A run in another process raised; the message holds what it said."""
+    """A run in another process raised; the message holds what it said.
+
+    Args:
+        config: The run.
+        said: What it said.
+    """
+
+    def __init__(self, config: RunConfig, said: str) -> None:
+        super().__init__(f"the run {config.title!r} failed: {said}")
+        self.config, self.said = config, said
 
 
 def run_side_by_side(
@@ -95,7 +104,7 @@ def run_side_by_side(
                     on_result(configs[number], message)
                     _start_next(waiting)
                 else:
-                    raise RunFailed(f"the run {configs[number].title!r} failed: {message}")
+                    raise RunFailed(configs[number], str(message))
     finally:
         started = [worker for worker in workers if worker.pid is not None]
         for worker in started:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from l2l_prune._tensor_files import load_tensors
 from l2l_prune.data import EpisodeSampler, load_images
 from l2l_prune.experiments.algorithms.base import conv4
+from l2l_prune.experiments.alike import frozen, in_words, varying
 from l2l_prune.experiments.config import RunConfig, file_name
 from l2l_prune.experiments.finished import (
     FinishedRun,
@@ -21,6 +22,7 @@ from l2l_prune.experiments.finished import (
     gap_over_seeds,
     grouped,
     over_seeds,
+    rate_in_words,
 )
 from l2l_prune.experiments.over_seeds import OverSeeds
 from l2l_prune.experiments.plots import COLORS, new_figure, save_figure, styles
@@ -41,13 +43,16 @@ def tradeoff_figure(runs: list[FinishedRun], path: Path) -> bool:
     Returns:
         Whether there was something to draw: dense runs of two lengths, and another method.
     """
-    dense = [run for run in runs if run.config["name"] == "dense"]
-    others = by_method(run for run in runs if run.config["name"] != "dense")
+    dense = _reference(runs)
+    others = by_method(run for run in runs if run not in dense)
     lengths = sorted(grouped(dense, lambda run: run.iterations).items())
     if len(lengths) < 2 or not others:
         return False
     figure, (ax,) = new_figure((7, 4.6))
-    means = [[100 * over_seeds(same, p).mean for _, same in lengths] for p in ("train", "test")]
+    means = [
+        [100 * over_seeds(_once_a_seed(same), p).mean for _, same in lengths]
+        for p in ("train", "test")
+    ]
     ax.plot(*means, "-o", color=COLORS[0], label="dense")
     for (length, _), x, y in zip(lengths, *means, strict=True):
         ax.annotate(f"{length}", (x, y), xytext=(4, -12), textcoords="offset points", fontsize=8)
@@ -106,30 +111,34 @@ def hyperparameter_figure(runs: list[FinishedRun], path: Path) -> bool:
         Whether there was something to draw: three values of one length, all else alike.
     """
     panels = []
-    for label, family, value, alike in _STUDIES:
+    for label, family, value, held in _STUDIES:
         mine = [
             run
             for run in runs
             if run.family == family
             and run.config["criterion"] == "magnitude"
             and run.iterations == run.usual_iterations
+            and run.rate is not None
         ]
-        by_rate = grouped(mine, lambda run, alike=alike: (run.rate, alike(run)))  # type: ignore[misc]
-        lines = [same for same in by_rate.values() if len({value(run) for run in same}) > 2]
+        alike = grouped(mine, lambda r, held=held: (r.rate, held(r), frozen(_but_schedule(r))))  # type: ignore[misc]
+        lines = [same for same in alike.values() if len({value(run) for run in same}) > 2]
         if lines:
             panels.append((label, family, value, lines))
     if not panels:
         return False
     figure, axes = new_figure((1 + 4 * len(panels), 3.6), len(panels), sharey=True)
-    dense = [run for run in runs if run.method == "dense"]
+    dense = _once_a_seed(run for run in runs if run.baseline)
     for ax, (label, family, value, lines) in zip(axes, panels, strict=True):
         if dense:
             ax.axhline(100 * over_seeds(dense, "test").mean, color="0.4", ls="--", label="dense")
+        differing = varying(_but_schedule(same[0]) for same in lines)
         for style, same in zip(styles(others=True), lines, strict=False):
-            points = sorted(grouped(same, value).items())
-            means = [over_seeds(at, "test") for _, at in points]
-            label_of = f"{family} {100 * (same[0].rate or 0):g}%"
-            _line(ax, [x for x, _ in points], means, style, label_of)
+            # Schedules that differ by rounding alone stand at one place as points of their own.
+            points = list(grouped(sorted(same, key=value), lambda r: frozen(r.identity)).values())
+            means = [over_seeds(at, "test") for at in points]
+            parts = [f"{family} {rate_in_words(same[0].rate)}"]
+            parts += [in_words(name, same[0].identity[name]) for name in differing]
+            _line(ax, [value(at[0]) for at in points], means, style, ", ".join(parts))
         ax.set(xlabel=label)
         ax.legend(frameon=False, fontsize=8)
     axes[0].set_ylabel("test accuracy [%], 95% CI over seeds")
@@ -149,8 +158,8 @@ def bounds_figure(runs: list[FinishedRun], path: Path) -> bool:
     """
     plain = [run for run in runs if run.plain and run.rate is not None]
     rates = {run.rate for run in plain}
-    dense = [run for run in plain if run.family == "dense"]
-    weights = dense[0].folder / f"{file_name('dense')}.pt" if dense else path
+    dense = [run for run in plain if run.dense]
+    weights = dense[0].folder / f"{file_name(dense[0].config['name'])}.pt" if dense else path
     if len(rates) < 3 or dense[0].config["algorithm"] != "reptile" or not weights.is_file():
         return False
     figure, (left, right) = new_figure((10, 3.8), 2)
@@ -214,6 +223,20 @@ def _bounds(
         ([covering_gap_bound(k, p, setting) for k, p in counts], "all constants explicit", "--"),
         ([dense_gap_bound(total, setting)] * len(counts), "dense, sqrt(p / M)", ":"),
     ]
+
+
+def _reference(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
+    """The dense runs, of all lengths, that add no regulariser."""
+    return [run for run in runs if run.dense and run.regularisers == run.usual_regularisers]
+
+
+def _once_a_seed(dense: Iterable[FinishedRun]) -> list[FinishedRun]:
+    """Dense runs of one length can differ in what changes no score; no seed counts twice."""
+    return list({run.seed: run for run in dense}.values())
+
+
+def _but_schedule(run: FinishedRun) -> dict[str, Any]:
+    return {k: v for k, v in run.identity.items() if k not in ("name", "schedule")}
 
 
 def _pruning_share(run: FinishedRun) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 from tabulate import tabulate
 
 from l2l_prune.evaluation import paired_difference
+from l2l_prune.experiments import alike
 from l2l_prune.experiments.finished import (
     FinishedRun,
     by_method,
@@ -38,33 +40,37 @@ def method_table(runs: list[FinishedRun]) -> str:
                     f"{shots}-shot gap": str(gap_over_seeds(same)),
                     f"paper {shots}-shot": printed_accuracy(same[0]) or "",
                 }
-                row["seeds"] = str(len(same))
+                row["seeds"] = _seeds(mine)
             rows.append(row)
     idle = ("", "yes")
     used = {name for row in rows for name, value in row.items() if value not in idle}
     rows = [{name: value for name, value in row.items() if name in used} for row in rows]
-    return _markdown(rows)
+    return markdown_table(rows)
+
+
+def _seeds(runs: list[FinishedRun]) -> str:
+    """How many there are: ``"3"``, or ``"3 (1-shot), 2 (5-shot)"``."""
+    numbers = {shots: len(s) for shots, s in sorted(grouped(runs, lambda r: r.shots).items())}
+    if len(set(numbers.values())) == 1:
+        return str(next(iter(numbers.values())))
+    return ", ".join(f"{number} ({shots}-shot)" for shots, number in numbers.items())
 
 
 def difference_table(runs: list[FinishedRun]) -> str:
-    """Each method minus dense runs of the same length, paired over the seeds, as Markdown.
+    """Each method minus dense runs, paired over the seeds, as Markdown.
 
-    Shorter or longer dense runs stand against the usual ones.
+    The dense runs are those of the same settings and length, see :func:`dense_partner`.
     The last column, where there are dense runs of several lengths, is the difference in test
     accuracy to dense runs that were trained just as far (see :func:`at_equal_training_accuracy`).
     """
     rows = []
     for mine in grouped(runs, lambda run: run.setting).values():
-        dense = {(r.seed, r.iterations): r for r in mine if r.config["name"] == "dense"}
         equal = at_equal_training_accuracy(mine)
         for method, same in by_method(mine).items():
-            if method == "dense":
-                continue
+            pairs = [(r, dense) for r in same if (dense := dense_partner(r, mine))]
+            if same[0].baseline or (same[0].dense and not pairs):
+                continue  # what others are compared with
             row = {"minus dense": method, "backbone": same[0].size, "shots": str(same[0].shots)}
-            length = same[0].iterations
-            if same[0].config["name"] == "dense":
-                length = same[0].usual_iterations
-            pairs = [(r, dense[r.seed, length]) for r in same if (r.seed, length) in dense]
             row["seeds"] = str(len(pairs))
             if pairs:
                 ours, theirs = zip(*pairs, strict=True)
@@ -74,13 +80,35 @@ def difference_table(runs: list[FinishedRun]) -> str:
                 gaps = paired_difference(gap_over_seeds(ours), gap_over_seeds(theirs))
                 row["gap"] = with_verdict("gap", gaps)
             else:
-                row["test"] = "no dense run of the same seeds and length"
+                row["test"] = "no dense run of the same settings, seeds and length"
             if method in equal:
                 found, of = equal[method], len(same)
                 part_of = "" if len(found.values) == of else f", {len(found.values)} of {of} seeds"
                 row["test at equal training accuracy"] = with_verdict("test", found) + part_of
             rows.append(row)
-    return _markdown(rows)
+    return markdown_table(rows)
+
+
+def dense_partner(run: FinishedRun, runs: list[FinishedRun]) -> FinishedRun | None:
+    """The dense run of the same seed to set ``run`` against, out of the same setting.
+
+    For a pruned run, the dense one of the same regularisers and length. For a dense run with
+    regularisers of its own, the one without; for a shorter or longer one, that of usual length.
+    """
+    shorter = run.dense and run.regularisers == run.usual_regularisers
+    length = run.usual_iterations if shorter else run.iterations
+    return _closest(run, (d for d in _dense_beside(run, runs) if d.iterations == length))
+
+
+def _dense_beside(run: FinishedRun, runs: list[FinishedRun]) -> list[FinishedRun]:
+    """Dense runs of its seed, of all lengths, with the regularisers of its baseline."""
+    wanted = run.usual_regularisers if run.dense else run.regularisers
+    return [r for r in runs if r.dense and r.seed == run.seed and r.regularisers == wanted]
+
+
+def _closest(run: FinishedRun, dense: Iterable[FinishedRun]) -> FinishedRun | None:
+    """The one that is most like ``run``, where dense runs differ in what changes no score."""
+    return min(dense, key=lambda d: len(alike.varying([d.identity, run.identity])), default=None)
 
 
 def at_equal_training_accuracy(runs: list[FinishedRun]) -> dict[str, OverSeeds]:
@@ -94,19 +122,16 @@ def at_equal_training_accuracy(runs: list[FinishedRun]) -> dict[str, OverSeeds]:
         Differences by method, over the seeds whose dense runs span the training accuracy; empty
         without dense runs of two or more lengths.
     """
-    dense = [run for run in runs if run.config["name"] == "dense"]
-    if len({run.iterations for run in dense}) < 2:
-        return {}
-    curves = {
-        seed: sorted(_point(run) for run in mine)
-        for seed, mine in grouped(dense, lambda run: run.seed).items()
-    }
     differences = {}
-    for method, same in by_method(run for run in runs if run not in dense).items():
+    for method, same in by_method(runs).items():
+        if same[0].dense and same[0].regularisers == same[0].usual_regularisers:
+            continue
         found = []
         for run in same:
+            lengths = grouped(_dense_beside(run, runs), lambda dense: dense.iterations).values()
+            curve = [d for of_length in lengths if (d := _closest(run, of_length))]
             train, test = _point(run)
-            expected = _between(curves.get(run.seed, []), train)
+            expected = _between(sorted(map(_point, curve)), train)
             if expected is not None:
                 found.append(test - expected)
         if found:
@@ -127,7 +152,8 @@ def _between(curve: list[tuple[float, float]], train: float) -> float | None:
     return None
 
 
-def _markdown(rows: list[dict[str, str]]) -> str:
+def markdown_table(rows: list[dict[str, str]]) -> str:
+    """Rows as a Markdown table; empty without rows."""
     if not rows:
         return ""
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True, missingval="-")

@@ -2,40 +2,54 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from scipy import stats
 
 from l2l_prune.evaluation import Mean
-from l2l_prune.experiments import studies
-from l2l_prune.experiments.config import make_config
-from l2l_prune.experiments.finished import collect
+from l2l_prune.experiments import results, studies
+from l2l_prune.experiments.compare import compare
+from l2l_prune.experiments.config import RunConfig, make_config
+from l2l_prune.experiments.finished import collect, schedule_rate
 from l2l_prune.experiments.report import write_report
 from l2l_prune.experiments.results import write_results
 from l2l_prune.experiments.run import Point, RunResult
-from l2l_prune.experiments.storage import run_name
+from l2l_prune.experiments.side_by_side import RunFailed
+from l2l_prune.experiments.storage import finished_run, run_name
 from l2l_prune.experiments.sweep import expand, sweep
+from l2l_prune.schedules import Schedule, Segment
 
 TEST = {("dense", 0): 0.70, ("dense", 1): 0.74, ("dense", 2): 0.72}
 TEST |= {("dsd", 0): 0.75, ("dsd", 1): 0.78, ("dsd", 2): 0.77}
 TEST |= {("iht", 0): 0.69, ("iht", 1): 0.76, ("iht", 5): 0.99}  # seed 5 has no dense partner
 
 
-def finish(folder: Path, schedule: str, train: float, test: float, **options) -> None:
+def finish(folder: Path, schedule: str, train: float, test: float, **options) -> Path:
     """A folder as a run with these accuracies leaves it."""
-    config = make_config("reptile", schedule, **{"iterations": 40, **options})
+    algorithm = options.pop("algorithm", "reptile")
+    config = make_config(algorithm, schedule, **{"iterations": 40, **options})
+    return write(folder / run_name(config), config, train, test)
+
+
+def write(place: Path, config: RunConfig, train: float, test: float) -> Path:
+    """What the library writes of a run with these accuracies."""
     steps = [config.schedule.iterations // 2, config.schedule.iterations]
     curve = [
         Point(i, "x", 0.0, Mean((train, train)), Mean((test * i / steps[1],) * 2)) for i in steps
     ]
     result = RunResult(config.name, Mean((train, train)), Mean((test, test)), 3.0, curve)
-    (folder / run_name(config)).mkdir(parents=True)
-    write_results(folder / run_name(config), [config], [result])
+    place.mkdir(parents=True)
+    write_results(place, [config], [result])
+    return place
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -43,6 +57,20 @@ def tables(text: str) -> list[list[list[str]]]:
     blocks = re.findall(r"(?:^\|.*\|\n)+", text, flags=re.M)
     rows = [[line.split("|")[1:-1] for line in block.splitlines()] for block in blocks]
     return [[[c.strip() for c in row] for i, row in enumerate(t) if i != 1] for t in rows]
+
+
+def reported(folder: Path) -> list[dict[str, dict[str, str]]]:
+    """Rows of each table of the folder's report by their first cell, and in them by header."""
+    write_report(folder)
+    shown = tables((folder / "report.md").read_text())
+    return [{row[0]: dict(zip(t[0], row, strict=True)) for row in t[1:]} for t in shown]
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Pictures take most of the time, and say nothing here."""
+    monkeypatch.setattr(results, "accuracy_curves", lambda *arguments: None)
+    monkeypatch.setattr("l2l_prune.experiments.report._figures", lambda *arguments: [])
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +176,7 @@ def test_ablations_and_the_lengths_of_phases(tmp_path):
     assert header[2] == "pretrain"
     assert "retrain" not in header
     assert [(row[0], row[2]) for row in body if row[2] == "no"] == [("DSD 50%, no pretrain", "no")]
-    runs = collect(tmp_path)
+    runs = collect(tmp_path).runs
     drawn = {}
     for label, family, value, alike in studies._STUDIES:
         mine = [run for run in runs if run.family == family]
@@ -173,7 +201,7 @@ def test_bounds_stand_beside_the_measured_gap_of_real_runs(tmp_path):
     grid = {"schedule": ["dense", "dsd"], "sparsity": [0.3, 0.6]}
     sweep(expand(base, grid), tmp_path, Console(file=io.StringIO()), jobs=1)
     assert any(path.name.startswith("bounds-") for path in write_report(tmp_path))
-    dense = next(run for run in collect(tmp_path) if run.family == "dense")
+    dense = next(run for run in collect(tmp_path).runs if run.family == "dense")
     rates = np.array([0.0, 0.5, 0.9])
     theorem, explicit, full = studies._bounds(dense, dense.folder / "dense.pt", rates)
     total = sum(p.numel() for p in _net(dense).parameters())
@@ -196,3 +224,290 @@ def test_bad_folders(tmp_path):
         (tmp_path / "x" / "results.json").write_text(text)
         with pytest.raises(ValueError, match="is damaged"):
             write_report(tmp_path)
+
+
+OTHER = {  # of settings that are names
+    "data": "omniglot",
+    "data_root": "elsewhere",
+    "layers": "all",
+    "criterion": "random",
+    "allocation": "erk",
+    "regrow": "random",
+    "select": "best",
+}
+
+
+def other(field, value):
+    """Another possible value of a setting."""
+    if field.name in OTHER:
+        return OTHER[field.name]
+    if isinstance(value, bool) or value is None:
+        return not value
+    return value + 1 if isinstance(value, int) else value + 0.25
+
+
+@pytest.mark.parametrize("schedule", ["dense", "dsd"])
+def test_runs_that_differ_in_any_setting_are_rows_of_their_own(tmp_path, no_curves, schedule):
+    base = make_config("reptile", schedule, iterations=40, structured=False, train_classes=30)
+    base = dataclasses.replace(base, drop_block=False, rewind=0)
+    configs = [dataclasses.replace(base, seed=1)]
+    for field in dataclasses.fields(RunConfig):
+        if field.name in ("name", "schedule", "seed", "algorithm", "backbone"):
+            continue
+        changes = {field.name: other(field, getattr(base, field.name))}
+        if field.name == "structured":  # which takes no rewind
+            changes["rewind"] = None
+        configs.append(dataclasses.replace(base, **changes))
+    longer = Schedule(
+        (
+            *base.schedule.segments[:-1],
+            dataclasses.replace(
+                base.schedule.segments[-1], iterations=base.schedule.segments[-1].iterations + 1
+            ),
+        )
+    )
+    configs.append(dataclasses.replace(base, schedule=longer))
+    configs.append(dataclasses.replace(base, name=f"{base.name}, by hand"))
+    configs.append(dataclasses.replace(base, algorithm="maml"))
+    for number, config in enumerate((base, *configs)):
+        write(tmp_path / str(number), config, 0.9, 0.7)
+    rows: dict[tuple, list] = {}
+    for run in collect(tmp_path).runs:
+        rows.setdefault((run.problem, run.size, run.shots, run.method), []).append(run)
+    pooled = [same for same in rows.values() if len(same) > 1]
+    idle = ("criterion", "allocation", "regrow", "rewind", "layers") if schedule == "dense" else ()
+    assert len(rows) == len(configs) - len(idle)
+    assert [len(same) for same in pooled] == [2]
+    assert {run.seed for run in pooled[0]} == {0, 1}
+
+
+def test_a_grid_of_settings_is_not_pooled_as_seeds(tmp_path, no_curves):
+    """The accuracies say the rate, so that each mean tells what went into it."""
+    for seed in (0, 1):
+        for rate, level in ((1e-3, 0.6), (1e-2, 0.3)):
+            finish(tmp_path, "dense", 0.9, level + seed / 100, seed=seed, inner_lr=rate)
+            finish(tmp_path, "dsd", 0.9, level + 0.05 + seed / 100, seed=seed, inner_lr=rate)
+            finish(tmp_path, "dense", 0.8, level - 0.1, seed=seed, inner_lr=rate, iterations=20)
+    accuracies, differences = reported(tmp_path)
+    assert accuracies["dense, inner_lr 0.001"]["1-shot test"].startswith("60.5 ")
+    assert accuracies["dense, inner_lr 0.01"]["1-shot test"].startswith("30.5 ")
+    assert {row["seeds"] for row in accuracies.values()} == {"2"}
+    for rate in ("0.001", "0.01"):
+        row = differences[f"DSD 50%, inner_lr {rate}"]
+        assert row["test"] == "+5.0 ± 0.0 (better)"
+        assert row["test at equal training accuracy"].startswith("+5.0 ")
+        assert differences[f"dense, 20 iterations, inner_lr {rate}"]["test"].startswith("-10.5 ")
+    assert len(differences) == 4
+
+
+def test_a_setting_that_separates_methods_is_named_and_takes_the_baseline(tmp_path, no_curves):
+    finish(tmp_path, "dense", 0.9, 0.6)
+    finish(tmp_path, "dsd", 0.9, 0.7, inner_lr=1e-2)
+    accuracies, differences = reported(tmp_path)
+    assert list(accuracies) == ["dense, inner_lr 0.001", "DSD 50%, inner_lr 0.01"]
+    row = differences["DSD 50%, inner_lr 0.01"]
+    assert row["test"] == "no dense run of the same settings, seeds and length"
+
+
+@pytest.mark.parametrize("rival", [{"weight_decay": 0.5}, {"dropout": 1 / 3}])
+def test_a_regulariser_of_all_runs_keeps_the_baseline(tmp_path, rival):
+    for seed in (0, 1):
+        finish(tmp_path, "dense", 0.9, 0.6, seed=seed, **rival)
+        finish(tmp_path, "dsd", 0.9, 0.7, seed=seed, **rival)
+    accuracies, differences = reported(tmp_path)
+    assert list(accuracies) == ["dense", "DSD 50%"]
+    assert differences["DSD 50%"]["test"] == "+10.0 ± 0.0 (better)"
+    assert list(tmp_path.glob("curves-*.png"))
+
+
+def test_a_regulariser_of_some_runs_is_a_rival_of_pruning(tmp_path, no_curves):
+    for seed in (0, 1):
+        finish(tmp_path, "dense", 0.9, 0.6, seed=seed)
+        finish(tmp_path, "dense", 0.9, 0.64, seed=seed, weight_decay=0.5)
+        finish(tmp_path, "dsd", 0.9, 0.65, seed=seed)
+        finish(tmp_path, "dsd", 0.9, 0.66, seed=seed, weight_decay=0.5)
+    accuracies, differences = reported(tmp_path)
+    assert list(accuracies) == ["dense", "dense, decay 0.5", "DSD 50%", "DSD 50%, decay 0.5"]
+    assert {name: row["test"].split()[0] for name, row in differences.items()} == {
+        "dense, decay 0.5": "+4.0",
+        "DSD 50%": "+5.0",
+        "DSD 50%, decay 0.5": "+2.0",
+    }
+
+
+def test_what_follows_shots_or_length_is_not_named(tmp_path, no_curves):
+    for shots in (1, 5):
+        for seed in (0, 1):
+            options = {"algorithm": "maml", "shots": shots, "seed": seed}
+            finish(tmp_path, "dense", 0.9, 0.6, **options)  # train_shots as shots
+            finish(tmp_path, "dense", 0.8, 0.5, iterations=20, **options)  # eval_every follows
+            finish(tmp_path, "dsd", 0.85, 0.6, **options)
+            finish(tmp_path, "dsd", 0.85, 0.6, select="best", **options)
+            finish(tmp_path, "dense", 0.9, 0.6, select="best", **options)
+            finish(tmp_path, "dense", 0.8, 0.5, select="best", iterations=20, **options)
+    accuracies, differences = reported(tmp_path)
+    for choice in ("last", "best"):
+        assert accuracies[f"DSD 50%, select {choice}"]["5-shot test"] == "60.0 ± 0.0"
+        row = differences[f"DSD 50%, select {choice}"]
+        assert row["test at equal training accuracy"] == "+5.0 ± 0.0 (better)"
+    assert len(accuracies) == 6
+
+
+def test_schedules_of_one_name_are_told_apart(tmp_path, no_curves):
+    base = make_config("reptile", "dsd", iterations=40)
+    _, two, three = base.schedule.segments
+    shifted = Schedule((Segment(13), dataclasses.replace(two, iterations=23), three))
+    write(tmp_path / "a", base, 0.9, 0.6)
+    write(tmp_path / "b", dataclasses.replace(base, schedule=shifted, seed=1), 0.9, 0.8)
+    assert list(reported(tmp_path)[0]) == [
+        "DSD 50%, 12 pretrain + 24 prune (50%) + 4 retrain",
+        "DSD 50%, 13 dense + 23 prune (50%) + 4 retrain",
+    ]
+
+
+def test_numbers_of_seeds_stand_by_their_shots(tmp_path, no_curves):
+    for seed, shots in ((0, 1), (1, 1), (0, 5)):
+        finish(tmp_path, "dense", 0.9, 0.6, seed=seed, shots=shots)
+    assert reported(tmp_path)[0]["dense"]["seeds"] == "2 (1-shot), 1 (5-shot)"
+
+
+def test_the_lengths_of_phases_are_not_mixed_over_other_settings(tmp_path, monkeypatch):
+    drawn, line = {}, studies._line
+
+    def noted(ax, xs, means, style, label):
+        drawn[label] = xs, means
+        line(ax, xs, means, style, label)
+
+    monkeypatch.setattr(studies, "_line", noted)
+    for pretrain in (None, 0.0, 0.5):
+        finish(tmp_path, "dsd", 0.9, 0.6, pretrain=pretrain)
+        finish(tmp_path, "dsd", 0.9, 0.4, pretrain=pretrain, allocation="erk")
+    write_report(tmp_path)
+    for allocation, test in (("layerwise", 0.6), ("erk", 0.4)):
+        places, means = drawn[f"DSD 50%, allocation {allocation}"]
+        assert places == [0, 12, 20]
+        assert [mean.values for mean in means] == [(test,)] * 3
+
+
+def test_a_copied_folder_is_no_other_seed(tmp_path, no_curves):
+    for seed in (0, 1):
+        finish(tmp_path, "dense", 0.9, 0.7, seed=seed)
+        place = finish(tmp_path, "dsd", 0.9, 0.8 - seed / 20, seed=seed)
+    whole = reported(tmp_path)
+    for number in range(3):
+        shutil.copytree(place, tmp_path / f"copy-{number}")
+    again = tmp_path / "copy-0" / "results.json"  # the same run once more: another time of day
+    document = json.loads(again.read_text())
+    document["runs"][0]["seconds"] += 1
+    again.write_text(json.dumps(document))
+    assert reported(tmp_path) == whole
+    text = (tmp_path / "report.md").read_text()
+    assert "Copies" in text
+    assert all(f"{place.name} (of copy-0)" in text or f"copy-{n} (of" in text for n in range(3))
+
+
+def test_two_results_of_one_run_are_refused(tmp_path, no_curves):
+    place = finish(tmp_path, "dsd", 0.9, 0.8)
+    shutil.copytree(place, tmp_path / "other")
+    file = tmp_path / "other" / "results.json"
+    file.write_text(file.read_text().replace('"mean": 0.8', '"mean": 0.81'))
+    words = rf"(?=.*{place.name})(?=.*other).*different results of DSD 50%, seed 0"
+    with pytest.raises(ValueError, match=words):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_a_run_that_failed_has_a_row_that_says_so(tmp_path, no_curves):
+    finish(tmp_path, "dense", 0.9, 0.7)
+    failed = tmp_path / "reptile-dsd-50-seed3"
+    failed.mkdir()
+    (failed / "error.txt").write_text("Traceback\n  ...\nFloatingPointError: weights: not finite\n")
+    for number, weight in enumerate((float("nan"), float("inf"), 1.0)):
+        place = finish(tmp_path, "iht", 0.2, 0.2, seed=number)
+        torch.save({"a": torch.zeros(2), "b": torch.tensor([1.0, weight])}, place / "iht.pt")
+    shown, accuracies, differences = reported(tmp_path)
+    assert len(shown) == 3
+    assert (
+        shown[failed.name]["accuracy"] == "none, it failed: FloatingPointError: weights: not finite"
+    )
+    for number in (0, 1):
+        row = next(row for name, row in shown.items() if f"IHT 50%, seed {number}" in name)
+        assert row["accuracy"] == "none, it failed: its weights are not finite (b of iht.pt)"
+    assert accuracies["IHT 50%"]["seeds"] == "1"
+    assert list(differences) == ["IHT 50%"]
+
+
+def test_scores_that_are_no_numbers_are_no_scores(tmp_path, no_curves):
+    place = finish(tmp_path, "dsd", 0.9, 0.8)
+    file = place / "results.json"
+    file.write_text(file.read_text().replace('"mean": 0.8', '"mean": NaN'))
+    (shown,) = reported(tmp_path)
+    assert "its accuracies are not finite" in next(iter(shown.values()))["accuracy"]
+    with pytest.raises(ValueError, match=r"results\.json holds a run that diverged"):
+        finished_run(place, make_config("reptile", "dsd", iterations=40))
+
+
+def test_the_folder_of_one_seed_has_a_report(tmp_path):
+    configs = [make_config("reptile", kind, iterations=40) for kind in ("dense", "dsd")]
+    curve = [Point(40, "x", 0.0, Mean((0.9, 0.9)), Mean((0.7, 0.7)))]
+    found = [
+        RunResult(c.name, Mean((0.9, 0.9)), Mean((test, test)), 3.0, curve)
+        for c, test in zip(configs, (0.7, 0.8), strict=True)
+    ]
+    write_results(tmp_path, configs, found)
+    accuracies, differences = reported(tmp_path)
+    assert accuracies["dense"]["1-shot test"] == "70.0"
+    assert differences["DSD 50%"]["test"] == "+10.0 (one seed)"
+
+
+def compared(folder, configs, tests):
+    for config, test in zip(configs, tests, strict=True):
+        write(folder / config.slug, config, 0.9, test)
+    return compare(configs, folder, Console(file=io.StringIO()))
+
+
+def test_the_table_over_seeds_gives_the_largest_rate(tmp_path, no_curves):
+    ramp = [Segment(10, sparse=True, sparsity=rate) for rate in (0.02, 0.0999, 0.1, 0.05)]
+    config = RunConfig("ramp", Schedule(ramp), eval_every=20)
+    text = compared(tmp_path, [config, dataclasses.replace(config, seed=1)], (0.6, 0.7))
+    assert tables(text)[0][1][1] == "10%"
+    kept = Segment(1, sparse=True, keep={"*": 3})
+    assert schedule_rate(Schedule((*ramp, kept))) == "per layer"
+    assert schedule_rate(Schedule((Segment(3),))) == "-"
+
+
+def test_the_table_over_seeds_pairs_them_in_any_order(tmp_path, no_curves):
+    dense, dsd = (make_config("reptile", kind, iterations=40) for kind in ("dense", "dsd"))
+    configs = [
+        *(dataclasses.replace(dense, seed=seed) for seed in (0, 1)),
+        *(dataclasses.replace(dsd, seed=seed) for seed in (1, 0)),
+    ]
+    assert "test: +5.0 ± 0.0 (better)" in compared(tmp_path, configs, (0.5, 0.7, 0.75, 0.55))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([{}, {"seed": 1, "inner_lr": 0.5}], "not in inner_lr: sweep them"),
+        ([{}, {"seed": 1, "criterion": "random"}], "runs of DSD .* not in criterion"),
+        ([{}, {"seed": 1}, {"name": "other"}], r"other must have each of the seeds \[0, 1\]"),
+    ],
+)
+def test_a_table_over_seeds_of_other_settings_is_refused(tmp_path, changes, words):
+    base = make_config("reptile", "dsd", iterations=40)
+    configs = [dataclasses.replace(base, **change) for change in changes]
+    with pytest.raises(ValueError, match=words):
+        compare(configs, tmp_path / "out", Console(file=io.StringIO()))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_run_of_several_seeds_leaves_its_reason(tmp_path, no_curves):
+    good = make_config("reptile", "dense", iterations=40)
+    bad = dataclasses.replace(good, seed=1, shots=30)  # glyphs have 20 examples
+    good = dataclasses.replace(bad, seed=0)
+    write(tmp_path / good.slug, good, 0.9, 0.7)
+    with pytest.raises(RunFailed, match="has only 20 examples"):
+        compare([good, bad], tmp_path, Console(file=io.StringIO()))
+    shown, accuracies = reported(tmp_path)
+    assert "has only 20 examples" in shown["dense-seed1"]["accuracy"]
+    assert accuracies["dense"]["seeds"] == "1"
