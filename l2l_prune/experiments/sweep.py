@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import functools
-import inspect
 import itertools
 import math
 import os
@@ -24,7 +22,7 @@ from rich.console import Console
 
 from l2l_prune import _values
 from l2l_prune.experiments.checkpoint import remove_checkpoint
-from l2l_prune.experiments.config import RunConfig, make_config
+from l2l_prune.experiments.config import KNOWN, RunConfig, make_config
 from l2l_prune.experiments.results import write_results
 from l2l_prune.experiments.run import RunResult, run
 from l2l_prune.experiments.storage import finished_run, locked_folder, run_name
@@ -49,7 +47,7 @@ def expand(base: dict[str, Any], grid: dict[str, Any] | list[dict[str, Any]]) ->
         ValueError: If a setting is unknown or not possible.
 
     Examples:
-        >>> grid = {"schedule": ["dense", "dsd"], "sparsity": [0.3, 0.5], "seeds": 2}
+        >>> grid = {"method": ["dense", "dsd"], "sparsity": [0.3, 0.5], "seeds": 2}
         >>> len(expand({"algorithm": "reptile"}, grid))
         6
     """
@@ -62,6 +60,7 @@ def expand(base: dict[str, Any], grid: dict[str, Any] | list[dict[str, Any]]) ->
 
 
 def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]:
+    base, grid = _with_method(base), _with_method(grid)
     axes: dict[str, Sequence[Any]] = {
         name: value if isinstance(value, list) else [value] for name, value in grid.items()
     }
@@ -73,17 +72,25 @@ def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]
     size = math.prod(len(values) for values in axes.values())
     if size > MOST_RUNS:
         raise ValueError(f"the grid has {size} runs, and {MOST_RUNS} are the most")
-    fields = {field.name for field in dataclasses.fields(RunConfig)} - {"name"}
-    known = fields | set(inspect.signature(make_config).parameters) - {"settings"}
     given = base.keys() | axes.keys()
+    known = KNOWN | {"algorithm", "method"}
     if unknown := sorted(given - known):
         raise ValueError(f"there is no setting {', '.join(unknown)}; there are {sorted(known)}")
-    if missing := sorted({"algorithm", "schedule"} - given):
+    if missing := sorted({"algorithm", "method"} - given):
         raise ValueError(f"{' and '.join(missing)} must be given in [base] or [grid]")
     return [
         make_config(**base | dict(zip(axes, values, strict=True)))
         for values in itertools.product(*axes.values())
     ]
+
+
+def _with_method(table: dict[str, Any]) -> dict[str, Any]:
+    """``schedule`` is the old name of ``method``."""
+    if "schedule" not in table:
+        return table
+    if "method" in table:
+        raise ValueError("give method or schedule (its old name), not both")
+    return {"method" if name == "schedule" else name: value for name, value in table.items()}
 
 
 def _seeds(grid: dict[str, Any]) -> range:

@@ -76,7 +76,7 @@ CASES = [
     told(
         "the command's unknown algorithm", "algorithm .*reptile.*'mamml'", "run --algorithm mamml"
     ),
-    told("the command's unknown schedule", "schedule .*dense.*'sdd'", "run --schedule sdd"),
+    told("the command's unknown schedule", "method .*dense.*'sdd'", "run --schedule sdd"),
     told("the command's unknown data", "data .*glyphs.*'cub'", "run --data cub"),
     told("--sparsity 50%", "--sparsity", "run --sparsity 50%"),
     told("--sparsity 50", r"--sparsity.*50\.0 is not in \(0, 1\)", "run --sparsity 50"),
@@ -119,7 +119,7 @@ CASES = [
     told("sweep a folder", "here.*directory", "sweep here", folder_called("here")),
     sweep("sweep with a slip", "grid.toml: Expected", "[base"),
     sweep("sweep with another table", r"\[base\] and \[grid\]", GRID + "[run]\n"),
-    sweep("sweep of an empty file", "algorithm and schedule must be given", ""),
+    sweep("sweep of an empty file", "algorithm and method must be given", ""),
     sweep("sweep without a table", r"\[base\] and \[grid\]", 'algorithm = "reptile"'),
     sweep("sweep with a base that is no table", "base .*table.*3", "base = 3"),
     sweep("sweep with no values", "sparsity .*empty", GRID + "sparsity = []"),
