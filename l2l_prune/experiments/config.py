@@ -190,7 +190,8 @@ def make_config(
         published: Start from :data:`~l2l_prune.experiments.defaults.PUBLISHED`, with all training
             classes; for Reptile on a data set of the paper also from its phases and rates.
         scale: Factor on the meta-iterations, > 0; phases shrink alike.
-        **settings: Fields of :class:`RunConfig`; those that are ``None`` keep their default.
+        **settings: Fields of :class:`RunConfig`; those that are ``None`` keep their default. A
+            ``name`` replaces the one that says the schedule and what is special.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -229,12 +230,11 @@ def make_config(
         usual = chosen.get("curve_tasks", RunConfig.curve_tasks)
         chosen["curve_tasks"] = min(usual, settings["final_tasks"])  # no more on the way
     phases.pop("sparsity", None)
-    return RunConfig(
-        name=_name(schedule, {} if schedule == "dense" else phases, chosen),
-        schedule=pruning,
-        algorithm=algorithm,
-        **{"eval_every": max(1, iterations // 10), **chosen},
-    )
+    derived = {
+        "name": _name(schedule, {} if schedule == "dense" else phases, chosen),
+        "eval_every": max(1, iterations // 10),
+    }
+    return RunConfig(algorithm=algorithm, schedule=pruning, **{**derived, **chosen})
 
 
 def file_name(name: str) -> str:
