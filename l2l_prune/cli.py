@@ -120,10 +120,15 @@ def run(
     ] = "last",
     criterion: Annotated[
         str | None,
-        setting("Weights to keep: by magnitude, random, snip, taylor, grasp or movement.", None),
+        setting(
+            "Weights to keep: by magnitude, random, snip, taylor, grasp or movement.",
+            None,
+            "magnitude; random for set and rigl",
+        ),
     ] = None,
     allocation: Annotated[
-        str | None, setting("Pruned weights among layers: layerwise, erk or global.", None)
+        str | None,
+        setting("Pruned weights among layers: layerwise, erk or global.", None, "layerwise"),
     ] = None,
     iterations: Annotated[int | None, setting("Meta-iterations.", 20)] = None,
     ways: Annotated[int | None, setting("Classes of a task.", 2)] = None,

@@ -82,12 +82,12 @@ PublishedOption = Annotated[
 ]
 
 
-def setting(help_text: str, least: int | None = 1) -> Any:
-    """An option whose default goes by the algorithm."""
+def setting(help_text: str, least: int | None = 1, default: str = "by algorithm") -> Any:
+    """An option whose default is not one value; ``default`` says by what it goes."""
     return typer.Option(
         min=least,
         help=help_text,
-        show_default="by algorithm",
+        show_default=default,
         rich_help_panel="Settings",
     )
 
