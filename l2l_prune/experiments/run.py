@@ -82,6 +82,7 @@ def run(
     Raises:
         ValueError: If settings cannot be, or the checkpoint is damaged or of other settings.
         FileNotFoundError: If a file of the data set is missing.
+        FloatingPointError: If scores or the weights at the end are not finite: the run diverged.
     """
     splits = ("train", "test", "validation") if config.select == "best" else ("train", "test")
     data = {split: _load(config, split) for split in splits}
@@ -128,6 +129,11 @@ def run(
         for split in ("train", "test")
     )
     weights = algorithm.finalize().state_dict()
+    if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise FloatingPointError(
+            f"training diverged: {', '.join(wrong)} of the final weights are not finite; try a "
+            "lower learning rate"
+        )
     yield RunResult(config.name, train, test, state.seconds, state.curve, dict(weights))
 
 
