@@ -11,7 +11,7 @@ from typing import Any
 from l2l_prune._tensor_files import DamagedFile, load_tensors, save_tensors
 from l2l_prune.experiments.config import RunConfig
 
-_VERSION = 1
+_VERSION = 2
 
 
 def save_checkpoint(path: Path, config: RunConfig, state: dict[str, Any]) -> None:

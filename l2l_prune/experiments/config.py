@@ -75,6 +75,12 @@ class RunConfig:
     data_root: str | None = setting(
         None, "Folder of the data set's files.", panel="What", shown="none"
     )
+    split: int | None = setting(
+        None,
+        "Split the characters of glyphs into training, validation and test at random by this seed.",
+        least=0,
+        shown="by script",
+    )
     ways: int = setting(5, "Classes of a task.", least=2)
     shots: int = setting(1, "Support examples of a class at evaluation.", least=1)
     queries: int = setting(
@@ -117,7 +123,7 @@ class RunConfig:
         "magnitude",
         "Weights to keep",
         choices=("magnitude", "random", "snip", "taylor", "grasp", "movement"),
-        shown="magnitude, but for set and rigl",
+        shown="magnitude; random for set and rigl",
     )
     allocation: str = setting(
         "layerwise",
@@ -178,6 +184,8 @@ class RunConfig:
         if not _values.instance("name", self.name, str, "a string"):
             raise ValueError("name must not be empty: tables and files are called by it")
         check_settings(self)
+        if self.split is not None and self.data != "glyphs":
+            raise ValueError(f"split goes with glyphs only: {self.data} has splits of its own")
         special = ("dropout", "weight_decay", "structured", "compile", "bf16")
         if self.algorithm != "reptile" and any(getattr(self, name) for name in special):
             raise ValueError(
@@ -214,6 +222,12 @@ class RunConfig:
         """The same for file names: ``"dsd-seed0"``."""
         return f"{file_name(self.name)}-seed{self.seed}"
 
+    @property
+    def special(self) -> dict[str, Any]:
+        """What differs from the defaults, so that a new setting leaves the names of runs alone."""
+        usual = {f.name: f.default for f in dataclasses.fields(self)}
+        return {name: value for name, value in self.to_json().items() if value != usual[name]}
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, the schedule as its own dict."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -230,7 +244,8 @@ def make_config(algorithm: str, method: str, **settings: Any) -> RunConfig:
         **settings: Fields of :class:`Phases` and :class:`RunConfig`; those that are ``None`` keep
             their default. With ``published``, defaults are those of
             :data:`~l2l_prune.experiments.defaults.PUBLISHED`, with all training classes; for
-            Reptile on a data set of the paper also its phases and rates.
+            Reptile on a data set of the paper also its phases and rates. A ``name`` replaces the
+            one that says the method and what is special.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -273,15 +288,14 @@ def make_config(algorithm: str, method: str, **settings: Any) -> RunConfig:
         usual = chosen.get("curve_tasks", RunConfig.curve_tasks)
         chosen["curve_tasks"] = min(usual, given["final_tasks"])  # no more on the way
     shape.pop("sparsity", None)
-    return RunConfig(
-        name=_name(method, {} if method == "dense" else shape, chosen),
-        schedule=pruning,
-        algorithm=algorithm,
-        **{"eval_every": max(1, iterations // 10), **chosen},
-    )
+    derived = {
+        "name": _name(method, {} if method == "dense" else shape, chosen),
+        "eval_every": max(1, iterations // 10),
+    }
+    return RunConfig(algorithm=algorithm, schedule=pruning, **{**derived, **chosen})
 
 
-KNOWN = (settings_of(RunConfig).keys() | settings_of(Phases).keys()) - {"algorithm"}
+KNOWN = (settings_of(RunConfig).keys() | settings_of(Phases).keys() | {"name"}) - {"algorithm"}
 """The settings that :func:`make_config` takes beside algorithm and method."""
 
 

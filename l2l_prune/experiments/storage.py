@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -49,7 +50,10 @@ def finished_run(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     run = read_runs(file)[0]
-    if run["config"] != json.loads(json.dumps(config.to_json())):
+    usual = {field.name: field.default for field in dataclasses.fields(RunConfig)}  # since added
+    if json.loads(json.dumps({**usual, **run["config"]}, default=str)) != json.loads(
+        json.dumps(config.to_json())
+    ):
         raise ValueError(f"{file} was made with other settings: choose another folder")
     return run
 
@@ -65,6 +69,6 @@ def run_name(config: RunConfig) -> str:
     rates = [s.sparsity_label.rstrip("%") for s in config.schedule.segments if s.sparse]
     parts = [config.algorithm, file_name(config.name), *rates[-1:]]
     size = f"{config.channels}ch" if config.backbone == "conv4" else config.backbone
-    text = json.dumps(config.to_json(), sort_keys=True)
+    text = json.dumps(config.special, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return "-".join([*parts, size, f"{config.shots}shot", f"seed{config.seed}", digest])

@@ -156,3 +156,9 @@ def test_all_classes_are_trained_on_outside_glyphs():
 def test_bad_input(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_a_name_of_ones_own():
+    config = make_config("reptile", "dsd", name="mine", dropout=0.1)
+    assert (config.name, config.slug) == ("mine", "mine-seed0")
+    assert make_config("reptile", "dsd", name=None).name == "DSD"

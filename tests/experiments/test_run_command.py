@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+import typer
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -209,6 +210,18 @@ def test_what_a_run_refuses_is_told_in_a_line(tmp_path, arguments, words):
     assert "Traceback" not in done.stderr
     assert {path.name for path in tmp_path.glob("out/*")} <= {".lock", "checkpoints"}
     assert not list(tmp_path.glob("out/checkpoints/*.pt*"))
+
+
+def test_help_says_the_defaults_that_hold():
+    """Of the criterion and the allocation they go by the method, not by the algorithm."""
+    from l2l_prune.experiments.methods import METHODS
+
+    others = {n: m.settings["criterion"] for n, m in METHODS.items() if "criterion" in m.settings}
+    assert others == {"set": "random", "rigl": "random"}
+    assert not any("allocation" in m.settings for m in METHODS.values())
+    parameters = {p.name: p for p in typer.main.get_command(app).commands["run"].params}
+    assert parameters["criterion"].show_default == "magnitude; random for set and rigl"
+    assert parameters["allocation"].show_default == "layerwise"
 
 
 def test_estimates():
