@@ -4,7 +4,7 @@ DIST ?= dist
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-peers support lint docs dist install
+.PHONY: demo test test-cuda test-peers support lint docs dist install
 
 demo: install
 	$(BIN)/l2l-prune demo
@@ -12,6 +12,10 @@ demo: install
 # A file of tests stays in one process; each takes one thread, so that two do not wait for each other.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Every feature on a GPU against the CPU in float64; DEVICE=cpu runs the same code without one.
+test-cuda: install
+	L2L_PRUNE_TEST_DEVICE=$(or $(DEVICE),cuda) $(BIN)/python -m pytest tests/cuda/test_cuda.py
 
 # The hosts' own tests with the plugin attached; HIGHER=DIR adds those of a checkout of higher, and
 # CAVIA=DIR or METAOPTNET=DIR runs the public scripts with the diffs of docs/guides/.

@@ -1,4 +1,4 @@
-"""All benchmarks by one command: ``python -m benchmarks [--rounds N] [PART ...]``.
+"""All benchmarks by one command: ``python -m benchmarks [--rounds N] [--device cuda] [PART ...]``.
 
 On an idle machine; about 15 minutes on 2 cores.
 """
@@ -11,6 +11,8 @@ from typing import Annotated
 import torch
 import typer
 
+from benchmarks import workload
+
 PARTS = ("meta_iteration", "overhead", "growth", "sampling", "evaluation", "ranks")
 
 
@@ -19,12 +21,16 @@ def main(
         list[str] | None, typer.Argument(help=f"Of {', '.join(PARTS)}; all by default.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Timed rounds of each variant.")] = 15,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; ranks are on the CPU.")] = "cpu",
 ) -> None:
     """Time the library side by side with its peers and with pure forward and backward passes."""
     for part in parts or PARTS:
         if part not in PARTS:
             raise typer.BadParameter(f"{part!r} is none of {', '.join(PARTS)}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} cores, {rounds} rounds")
+    workload.run_on(device)
+    if workload.device().type == "cuda":
+        print(f"on {torch.cuda.get_device_name(device)}")
     torch.set_num_threads(1)
     for part in parts or PARTS:
         torch.manual_seed(0)

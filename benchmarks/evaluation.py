@@ -10,9 +10,9 @@ import functools
 import torch
 
 from benchmarks.timing import interleaved, rows, show
-from benchmarks.workload import SPARSE, WAYS, colours, conv4
+from benchmarks.workload import SPARSE, WAYS, colours, conv4, device
 from l2l_prune import PrunedReptile
-from l2l_prune.data import EpisodeSampler
+from l2l_prune.data import Episode, EpisodeSampler
 from l2l_prune.evaluation import few_shot_accuracy
 
 TASKS = 20
@@ -24,7 +24,8 @@ def main(rounds: int) -> None:
         reptile = PrunedReptile(conv4(size, channels), SPARSE)
         images = torch.rand(160, colours(size), size, size)
         sampler = EpisodeSampler(images, torch.arange(160) // 16, ways=WAYS, shots=1, queries=15)
-        episodes = [sampler.sample() for _ in range(TASKS)]
+        drawn = (sampler.sample() for _ in range(TASKS))
+        episodes = [Episode(*(part.to(device()) for part in episode)) for episode in drawn]
         variants = {
             name: functools.partial(
                 few_shot_accuracy, reptile, episodes, steps=15, batch_size=5, tasks_at_once=together

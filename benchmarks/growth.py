@@ -13,7 +13,16 @@ import torch
 from torch import nn
 
 from benchmarks.timing import interleaved, rows, show
-from benchmarks.workload import DENSE, SPARSE, STEPS, WAYS, meta_iteration, minibatch, passes
+from benchmarks.workload import (
+    DENSE,
+    SPARSE,
+    STEPS,
+    WAYS,
+    device,
+    meta_iteration,
+    minibatch,
+    passes,
+)
 from l2l_prune import PrunedReptile, Schedule
 
 
@@ -27,7 +36,7 @@ def network(channels: int, layers: int) -> nn.Module:
             nn.ReLU(),
         ]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, WAYS)]
-    return nn.Sequential(*blocks, *head).to(memory_format=torch.channels_last)
+    return nn.Sequential(*blocks, *head).to(device(), memory_format=torch.channels_last)
 
 
 def variants(channels: int, layers: int, tasks: int) -> dict[str, Callable[[], None]]:

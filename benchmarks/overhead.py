@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.timing import Times, interleaved, rows, show
-from benchmarks.workload import DENSE, SPARSE
+from benchmarks.workload import DENSE, SPARSE, device
 from l2l_prune import Pruner
 from l2l_prune.experiments.models import Conv4
 from l2l_prune.masks import top_mask
@@ -56,9 +56,11 @@ def protonet(model: nn.Module, x: torch.Tensor, y: torch.Tensor, end: Callable[[
 
 def measured(loop: Callable[..., None], image_size: int, rounds: int) -> Times:
     """Seconds of each round of ``loop`` without the plugin and with it, dense and sparse."""
-    x, y = torch.randn(10, 3, image_size, image_size), torch.arange(5).repeat(2)
+    x = torch.randn(10, 3, image_size, image_size).to(device())
+    y = torch.arange(5).repeat(2).to(device())
     models = {
-        name: Conv4(5, 64, 3, image_size, pooling="max") for name in ("without", "dense", "sparse")
+        name: Conv4(5, 64, 3, image_size, pooling="max").to(device())
+        for name in ("without", "dense", "sparse")
     }
     ends: dict[str, Callable[[], object]] = {
         "without": lambda: None,
@@ -87,9 +89,9 @@ def overhead(rounds: int) -> None:
 
 
 def mask_time() -> None:
-    net = l2l.vision.models.ResNet12(5, hidden_size=640, avg_pool=True)
+    net = l2l.vision.models.ResNet12(5, hidden_size=640, avg_pool=True).to(device())
     weights = [m.weight for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    x = torch.randn(25 + 75, 3, 84, 84)  # a 5-way 5-shot task with 15 queries a class
+    x = torch.randn(25 + 75, 3, 84, 84).to(device())  # a 5-way 5-shot task with 15 queries a class
 
     def masks() -> None:
         for weight in weights:

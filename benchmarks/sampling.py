@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from benchmarks.timing import interleaved, rows, show
-from benchmarks.workload import BATCH, STEPS, WAYS, colours, conv4, passes
+from benchmarks.workload import BATCH, STEPS, WAYS, colours, conv4, device, passes
 from l2l_prune.data import EpisodeSampler, Glyphs, minibatches
 
 TASKS, SHOTS = 5, 15
@@ -36,8 +36,8 @@ def mapped_colour_images(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 def training(images: torch.Tensor) -> Callable[[], None]:
     size = images.shape[-1]
     net = conv4(size, memory_format=torch.contiguous_format)
-    x = torch.rand(WAYS * SHOTS, colours(size), size, size)
-    y = torch.arange(WAYS).repeat(SHOTS)
+    x = torch.rand(WAYS * SHOTS, colours(size), size, size).to(device())
+    y = torch.arange(WAYS).repeat(SHOTS).to(device())
 
     def forward_and_backward() -> None:
         for _ in range(TASKS):

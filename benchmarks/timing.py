@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 
 from tabulate import tabulate
 
+from benchmarks.workload import finish
+
 Times = dict[str, list[float]]
 
 
@@ -18,8 +20,10 @@ def interleaved(variants: dict[str, Callable[[], object]], rounds: int, warmup: 
     for number in range(rounds + warmup):
         shift = number % len(order)
         for name in order[shift:] + order[:shift]:
+            finish()
             started = time.perf_counter()
             variants[name]()
+            finish()
             if number >= warmup:
                 times[name].append(time.perf_counter() - started)
     return times

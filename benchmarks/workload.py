@@ -17,9 +17,27 @@ WAYS, STEPS, BATCH = 5, 8, 10
 DENSE = Schedule((Segment(10**6),))
 SPARSE = Schedule((Segment(10**6, sparse=True, sparsity=0.5),))
 
+_DEVICE = [torch.device("cpu")]  # of one entry, which run_on() replaces
+
 Batches = Iterable[tuple[Tensor, Tensor]]
 Loss = Callable[[Any, Tensor, Tensor], Tensor]
 Step = Callable[[Learner, Tensor, Tensor], object]
+
+
+def device() -> torch.device:
+    """Where the benchmarks run."""
+    return _DEVICE[0]
+
+
+def run_on(name: str) -> None:
+    """Let the benchmarks run on a device, ``"cuda"`` for instance."""
+    _DEVICE[0] = torch.device(name)
+
+
+def finish() -> None:
+    """Wait for what the device has been given to do."""
+    if device().type == "cuda":
+        torch.cuda.synchronize(device())
 
 
 def colours(size: int) -> int:
@@ -33,12 +51,13 @@ def conv4(
     """The paper's network for images of ``size``."""
     pooling = "stride" if size == 28 else "max"
     net = Conv4(WAYS, channels, colours(size), size, pooling)
-    return net.to(memory_format=memory_format)
+    return net.to(device(), memory_format=memory_format)
 
 
 def minibatch(size: int) -> tuple[Tensor, Tensor]:
     """Random images and their labels."""
-    return torch.rand(BATCH, colours(size), size, size), torch.arange(BATCH) % WAYS
+    x, y = torch.rand(BATCH, colours(size), size, size), torch.arange(BATCH) % WAYS
+    return x.to(device()), y.to(device())
 
 
 def passes(net: nn.Module, batches: Batches) -> None:

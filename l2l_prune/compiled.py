@@ -1,60 +1,54 @@
-"""Reptile's inner step as one compiled function: forward, backward, optimizer and mask together."""
+"""Reptile's inner step through torch.compile: the loss and its gradients, then the update."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch.func import functional_call
 from torch.optim import Adam, AdamW
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from l2l_prune._losses import check_loss, inner_gradients
 from l2l_prune.inner_loop import Workspace
 from l2l_prune.learner import Learner
 
 Loss = Callable[..., Tensor]
 Named = dict[str, Tensor]
+Update = Callable[..., None]
 
-_UPDATES: dict[type[torch.optim.Optimizer], Callable[..., None]] = {Adam: adam, AdamW: adamw}
-
-
-class _Network(NamedTuple):
-    """What a loss is computed from."""
-
-    loss: Loss
-    module: nn.Module
-    trained: Named
-    fixed: Named
-    buffers: Named
-    data: tuple[Any, ...]
+_UPDATES: dict[type[torch.optim.Optimizer], Update] = {Adam: adam, AdamW: adamw}
+# What may be anything in their options: _update takes it, or it only chooses a kernel.
+_TAKEN = {"params", "lr", "betas", "eps", "weight_decay", "maximize"}
+_TAKEN |= {"foreach", "fused", "capturable"}
 
 
 class CompiledStep:
     """Inner steps through ``torch.compile``; the same numbers as plain ones to rounding.
 
     In place of ``learner.adapt(F.cross_entropy(learner(x), y))``. Normalisation, activations, the
-    step of Adam and the mask become a few kernels, and nothing of torch's autograd runs between
-    them. It pays where operations are small: conv4 steps a tenth faster at 28x28; at 84x84
-    on a CPU plain steps are faster (``python -m benchmarks meta_iteration``).
+    step of Adam and the mask become a few kernels. It pays where operations are small: conv4
+    steps a tenth faster at 28x28; at 84x84 on a CPU plain steps are faster
+    (``python -m benchmarks meta_iteration``).
 
     The first step for each shape of data, phase and training mode compiles, for some ten seconds
-    each; torch needs a C++ compiler for that on a CPU. Adam and AdamW step within the compiled
-    function, others after it. A fresh optimizer makes its first step uncompiled. Dropout draws
-    other numbers than in plain steps. Pruned weights are set to 0 at the end of each step: what
-    somebody writes there in between is used once.
+    each; torch needs a C++ compiler for that on a CPU. The step of Adam and AdamW is compiled if
+    all of its options are known here; else, for other optimizers, and for the first step of a
+    fresh one, the optimizer's own ``step()`` runs. Weights that a loss does not reach stay, as in
+    plain steps. Dropout draws other numbers than there. Pruned weights are set to 0 at the end of
+    each step: what somebody writes there in between is used once.
 
     Args:
         loss: ``loss(learner, *data)``, a scalar of ``learner(x)``. Make it once: torch compiles
             anew for each function that it has not seen. For bfloat16 use ``torch.autocast`` in it.
 
     Raises:
-        RuntimeError: If torch is older than 2.6, which cannot compile the step as a whole and whose
-            kernels turn off subnormal numbers in the whole process.
+        RuntimeError: If torch is older than 2.6, whose kernels turn off subnormal numbers in the
+            whole process.
         TypeError: If ``loss`` is no function.
 
     Examples:
@@ -71,9 +65,9 @@ class CompiledStep:
                 f"compiled steps need torch 2.6 or newer, this is {torch.__version__}: use adapt()"
             )
         self._loss = loss
-        self._gradients = torch.compile(_gradients, dynamic=False)
-        self._optimizer_step = torch.compile(_optimizer_step, dynamic=False)
-        self._tensors: WeakKeyDictionary[Workspace, tuple[Named, ...]] = WeakKeyDictionary()
+        self._compiled_loss = torch.compile(_loss_of, dynamic=False)
+        self._update = torch.compile(_update, dynamic=False)
+        self._tensors: WeakKeyDictionary[Workspace, tuple[Named, Named]] = WeakKeyDictionary()
 
     def __call__(self, learner: Learner, *data: Any) -> Tensor:
         """Adapt a learner by one step.
@@ -91,93 +85,88 @@ class CompiledStep:
             ValueError: If it holds several numbers.
         """
         workspace = learner.workspace
-        optimizer = workspace.optimizer
-        update = _UPDATES.get(type(optimizer)) if _is_plain(optimizer) else None
         if workspace not in self._tensors:
-            self._tensors[workspace] = self._sorted_tensors(workspace, data)
-        trained, fixed, buffers = self._tensors[workspace]
-        if update is not None and not all(optimizer.state.get(p) for p in trained.values()):
-            loss = self._loss(learner, *data)  # a plain step makes the state
-            learner.adapt(loss)
-            return loss.detach()
-        values = {name: parameter.detach() for name, parameter in trained.items()}
-        network = _Network(self._loss, workspace.module, values, fixed, buffers, data)
-        with torch.no_grad():
-            if update is None:
-                gradients, found = self._gradients(network)
-                for parameter in workspace.parameters:
-                    parameter.grad = None
-                for name, gradient in gradients.items():
-                    trained[name].grad = gradient
-                workspace.step()
-            else:
-                workspace.about_to_step()
-                group = optimizer.param_groups[0]
-                settings = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
-                settings["beta1"], settings["beta2"] = group["betas"]
-                held = [optimizer.state[parameter] for parameter in trained.values()]
-                states = [[s[key] for s in held] for key in ("exp_avg", "exp_avg_sq", "step")]
-                found = self._optimizer_step(update, settings, states, workspace.masks, network)
-        return found
+            module = workspace.module
+            self._tensors[workspace] = dict(module.named_parameters()), dict(module.named_buffers())
+        weights, buffers = self._tensors[workspace]
+        loss: Tensor = self._compiled_loss(self._loss, workspace.module, weights, buffers, data)
+        workspace.backward(loss)
+        reached = {name: p for name, p in weights.items() if p.grad is not None}
+        optimizer = workspace.optimizer
+        update = _functional(optimizer)
+        # A plain step makes the state of what has none yet.
+        if update is None or not all(optimizer.state.get(p) for p in reached.values()):
+            workspace.step()
+        else:
+            workspace.about_to_step()
+            self._update_all(update, optimizer, reached, workspace.masks)
+        return loss.detach().reshape(())
 
-    def _sorted_tensors(self, workspace: Workspace, data: tuple[Any, ...]) -> tuple[Named, ...]:
-        """Weights that the loss reaches, the others, which optimizers leave alone, and buffers."""
-        module = workspace.module
-        buffers = dict(module.named_buffers())
-        copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        weights = dict(module.named_parameters())
-        trained: Named = {name: p for name, p in weights.items() if p.requires_grad}
-        cuda = {p.device for p in weights.values() if p.is_cuda}
-        with torch.enable_grad(), torch.random.fork_rng(devices=list(cuda)):
-            loss = self._loss(lambda *a, **k: functional_call(module, copies, a, k), *data)
-            of = "this learner"
-            found = inner_gradients(loss, list(trained.values()), create_graph=False, of=of)
-        for name, gradient in zip(list(trained), found, strict=True):
-            if gradient is None:
-                del trained[name]
-        fixed = {name: p.detach() for name, p in weights.items() if name not in trained}
-        return trained, fixed, buffers
+    @torch.no_grad()
+    def _update_all(
+        self, update: Update, optimizer: torch.optim.Optimizer, reached: Named, masks: Named
+    ) -> None:
+        group = optimizer.param_groups[0]
+        settings = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
+        settings["beta1"], settings["beta2"] = group["betas"]
+        gradients = [parameter.grad for parameter in reached.values()]
+        held = [optimizer.state[parameter] for parameter in reached.values()]
+        self._update(
+            update,
+            settings,
+            [parameter.detach() for parameter in reached.values()],
+            gradients,
+            [[state[key] for state in held] for key in ("exp_avg", "exp_avg_sq", "step")],
+            {n: masks[name] for n, name in enumerate(reached) if name in masks},
+        )
 
 
-def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether one call of torch's functional Adam is the whole step."""
+def _functional(optimizer: torch.optim.Optimizer) -> Update | None:
+    """Torch's function for a step, if one call of it is known to be the whole step."""
+    update = _UPDATES.get(type(optimizer))
     (group, *others) = optimizer.param_groups
-    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    return not (others or any(hooks) or group.get("amsgrad") or group.get("differentiable"))
+    needed = {
+        "amsgrad": False,
+        "differentiable": False,
+        "decoupled_weight_decay": update is adamw,
+    }
+    known = all(
+        key in _TAKEN or (key in needed and needed[key] == value) for key, value in group.items()
+    )
+    hooks = (
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+    )
+    if others or not known or any(hooks) or "step" in vars(optimizer):
+        return None
+    return update
 
 
-def _gradients(network: _Network) -> tuple[Named, Tensor]:
-    """Gradients of the trained weights, and the loss; buffers move as in a forward pass."""
-    loss, module, trained, fixed, buffers, data = network
+def _loss_of(loss: Loss, module: nn.Module, weights: Named, buffers: Named, data: Any) -> Any:
+    """The loss of a network; buffers move as in a forward pass."""
 
-    def scalar(trained: Named, buffers: Named) -> tuple[Tensor, Named]:
-        def learner(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(module, {**fixed, **trained, **buffers}, args, kwargs)
+    def learner(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(module, {**weights, **buffers}, args, kwargs)
 
-        return check_loss(loss(learner, *data)).reshape(()), buffers
-
-    copies = {name: buffer.clone() for name, buffer in buffers.items()}
-    gradients, (value, moved) = grad_and_value(scalar, has_aux=True)(trained, copies)
-    for name, buffer in buffers.items():
-        buffer.copy_(moved[name])
-    return gradients, value
+    return loss(learner, *data)
 
 
-def _optimizer_step(
-    update: Callable[..., None],
+def _update(
+    update: Update,
     settings: dict[str, Any],
+    weights: list[Tensor],
+    gradients: list[Tensor | None],
     states: list[list[Tensor]],
-    masks: Named,
-    network: _Network,
-) -> Tensor:
-    """The whole inner step; weights, optimizer state and buffers are changed in place."""
-    gradients, value = _gradients(network)
-    trained = network.trained
+    masks: dict[int, Tensor],
+) -> None:
+    """The optimizer's step and the mask; weights and optimizer state are changed in place."""
     firsts, seconds, counts = states
     steps = [count.double() for count in counts]  # in float32 1 - 0.999 is 5e-5 off
     update(
-        list(trained.values()),
-        [gradients[name] for name in trained],
+        weights,
+        gradients,
         firsts,
         seconds,
         [],
@@ -189,7 +178,5 @@ def _optimizer_step(
     )
     for count, step in zip(counts, steps, strict=True):
         count.copy_(step)
-    for name, mask in masks.items():
-        if name in trained:
-            trained[name].mul_(mask)
-    return value
+    for number, mask in masks.items():
+        weights[number].mul_(mask)

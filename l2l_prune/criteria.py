@@ -89,7 +89,7 @@ def grasp(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Criterion
             reach do not count.
 
     Raises:
-        ValueError: On use, if a weight is not among ``parameters``.
+        ValueError: On use, if a weight is not among ``parameters``, or the loss does not reach it.
 
     Source:
         Wang, Zhang and Grosse, *Picking Winning Tickets Before Training by Preserving Gradient
@@ -98,9 +98,17 @@ def grasp(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Criterion
     held = list(parameters)
 
     def scores(weight: Tensor) -> Tensor:
-        _position(weight, held, "grasp")
+        number = _position(weight, held, "grasp")
         with torch.enable_grad():
-            gradients = torch.autograd.grad(loss(), held, create_graph=True, allow_unused=True)
+            value = loss()
+            gradients: tuple[Tensor | None, ...] = (None,) * len(held)
+            if value.requires_grad:
+                gradients = torch.autograd.grad(value, held, create_graph=True, allow_unused=True)
+            if gradients[number] is None:
+                raise ValueError(
+                    "grasp's loss gives no gradient for it: compute the loss from the model that "
+                    "is pruned, and leave tensors that it does not use out with skip="
+                )
             flow = sum(
                 ((g * g.detach()).sum() for g in gradients if g is not None), torch.zeros(())
             )

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from l2l_prune.prunable import LayerTensor
-from l2l_prune.reparam import attach, detach, held_names, held_tensors, set_mask
+from l2l_prune.reparam import (
+    attach,
+    close_mask,
+    detach,
+    held_names,
+    held_tensors,
+    open_mask,
+    set_mask,
+)
 
 
 class HeldMasks:
@@ -48,16 +56,13 @@ class HeldMasks:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Within it all masks are ones, while the pruned weights are still 0."""
-        held = [(t.module._buffers, f"{t.name}_mask") for t in self._tensors]
-        masks = [buffers[name] for buffers, name in held]
+        """Within it gradients reach the pruned entries, which stay 0."""
+        mine = [t for t in self._tensors if open_mask(t.module, t.name)]
         try:
-            for (buffers, name), mask in zip(held, masks, strict=True):
-                buffers[name] = torch.ones_like(mask)  # type: ignore[arg-type]
             yield
         finally:
-            for (buffers, name), mask in zip(held, masks, strict=True):
-                buffers[name] = mask
+            for tensor in mine:
+                close_mask(tensor.module, tensor.name)
 
     def take_off(self) -> None:
         """Plain modules again; pruned weights stay 0 as values."""
@@ -77,11 +82,13 @@ class HeldMasks:
                     "(prune.remove?); use Pruner.finalize() to take masks off"
                 )
 
-    def check_same(self, iteration: int) -> None:
+    def check_same(self, iteration: int, *, thoroughly: bool = False) -> None:
         """Masks in the model may be moved, cast or reloaded, but must say the same.
 
         Args:
             iteration: Whose masks they must be, for the error.
+            thoroughly: Look also at buffers that nobody is known to have written to: DDP's
+                broadcasts leave no trace.
 
         Raises:
             RuntimeError: Naming the tensor whose mask differs.
@@ -89,13 +96,14 @@ class HeldMasks:
         for position, tensor in enumerate(self._tensors):
             _, buffer = held_tensors(tensor.module, tensor.name)
             seen, version = self._seen[position]
-            if buffer is seen and buffer._version == version:
+            if not thoroughly and buffer is seen and buffer._version == version:
                 continue
             self.values[position] = self.values[position].to(buffer.device)
             if not torch.equal(buffer.bool(), self.values[position]):
                 raise RuntimeError(
                     f"the mask of {tensor.full_name} is not the one of this Pruner's iteration "
-                    f"{iteration}: load Pruner.state_dict() together with the model's"
+                    f"{iteration}: load Pruner.state_dict() together with the model's, and "
+                    "under DistributedDataParallel give Pruner its group="
                 )
         self._remember_buffers()
 

@@ -92,13 +92,24 @@ class Workspace:
 
     def adapt(self, loss: Tensor) -> None:
         """One step of the inner optimizer."""
+        self.backward(loss)
+        self.step()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a loss on the parameters that it reaches, none on the others.
+
+        Raises:
+            RuntimeError: If it reaches none.
+            TypeError: If it is no tensor.
+            ValueError: If it holds several numbers.
+        """
         check_loss(loss)
         if loss.requires_grad:
-            self.optimizer.zero_grad()
+            for parameter in self.parameters:
+                parameter.grad = None
             loss.backward()  # type: ignore[no-untyped-call]
         if not loss.requires_grad or all(parameter.grad is None for parameter in self.parameters):
             raise RuntimeError("loss does not depend on this learner: compute it from learner(x)")
-        self.step()
 
     def step(self) -> None:
         """The inner optimizer's step on the gradients that are there."""
@@ -143,8 +154,9 @@ def _restore_state(
         if group.get("fused") or group.get("capturable"):  # these count their steps on the device
             for parameter in group["params"]:
                 state = optimizer.state[parameter]
-                if "step" in state:
-                    state["step"] = state["step"].to(parameter.device)
+                for key, value in state.items():  # "step", and NAdam's "mu_product"
+                    if isinstance(value, Tensor):
+                        state[key] = value.to(parameter.device)
 
 
 def _copy_states(sources: list[dict[str, Any]], targets: list[dict[str, Any]]) -> None:
@@ -165,6 +177,13 @@ def _copy_states(sources: list[dict[str, Any]], targets: list[dict[str, Any]]) -
         torch._foreach_copy_(old, new)
 
 
-def copied_state(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the state of one parameter."""
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+def copied_state(state: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    """A copy of the state of one parameter, on ``device`` if one is given.
+
+    Single numbers (Adam's step count) stay where they are: :meth:`Workspace.restore` knows where
+    an optimizer counts.
+    """
+    return {
+        k: v.to(device if v.dim() else None, copy=True) if isinstance(v, Tensor) else v
+        for k, v in state.items()
+    }

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from l2l_prune import ranks
 from l2l_prune.allocation import global_count, global_masks
 from l2l_prune.criteria import Criterion
 from l2l_prune.masks import check_finite
@@ -25,6 +27,7 @@ class MaskChoice:
         schedule: When to prune, and how much.
         criterion: Gives the scores.
         pattern: Where pruned weights may lie in each tensor, or ``None``: one ranking of all.
+        group: Ranks whose scores are added up, so that all choose the same.
 
     Raises:
         ValueError: If a number or name of the schedule does not fit the tensors.
@@ -36,7 +39,9 @@ class MaskChoice:
         schedule: Schedule,
         criterion: Criterion,
         pattern: Pattern | None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
+        self._group = group
         self._tensors, self._criterion, self._pattern = tensors, criterion, pattern
         self._counts = [  # by segment: what each tensor keeps, or what all keep together
             [global_count(tensors, segment)]
@@ -82,32 +87,36 @@ class MaskChoice:
             ValueError: If weights or scores are not finite, or scores do not fit; the tensor is
                 named.
         """
-        for tensor, weight in zip(self._tensors, weights, strict=True):
-            if not bool(torch.isfinite(weight).all()):
-                raise ValueError(
-                    f"cannot prune {tensor.full_name} {when}: the weights hold NaN or infinity, "
-                    "the training has diverged before (lower the learning rate, clip gradients)"
-                )
+        with ranks.failing_together(self._group, weights[0].device):
+            for tensor, weight in zip(self._tensors, weights, strict=True):
+                if not bool(torch.isfinite(weight).all()):
+                    raise ValueError(
+                        f"cannot prune {tensor.full_name} {when}: the weights hold NaN or "
+                        "infinity, the training has diverged before (lower the learning rate, "
+                        "clip gradients)"
+                    )
         if self.kept(position) == sum(weight.numel() for weight in weights):  # nothing to choose
             return [_all_true(weight) for weight in weights]
         counts, pattern = self._counts[position], self._pattern
         if pattern is None:
-            scores = []
-            for tensor, weight in zip(self._tensors, weights, strict=True):
-                with _named(tensor, when):
-                    scores.append(_scores(self._criterion, weight))
-                    check_finite(scores[-1])
-            return global_masks(scores, *counts)
+            pairs = zip(self._tensors, weights, strict=True)
+            return global_masks([self._scores(t, weight, when) for t, weight in pairs], *counts)
         masks = []
         for tensor, weight, keep in zip(self._tensors, weights, counts, strict=True):
+            if keep == weight.numel():
+                masks.append(_all_true(weight))
+                continue
+            scores = self._scores(tensor, weight, when)
             with _named(tensor, when):
-                dense = keep == weight.numel()
-                masks.append(
-                    _all_true(weight)
-                    if dense
-                    else pattern.mask(_scores(self._criterion, weight), keep)
-                )
+                masks.append(pattern.mask(scores, keep))
         return masks
+
+    def _scores(self, tensor: LayerTensor, weight: Tensor, when: str) -> Tensor:
+        """Finite scores of a tensor, of all ranks together."""
+        with ranks.failing_together(self._group, weight.device), _named(tensor, when):
+            scores = _scores(self._criterion, weight)
+            check_finite(scores)
+        return ranks.total(scores, self._group)
 
 
 @contextmanager
@@ -126,7 +135,7 @@ def _scores(criterion: Criterion, weight: Tensor) -> Tensor:
         raise ValueError("it must give a score for each of its weights")
     if scores.dtype == torch.bool or scores.is_complex():
         raise TypeError(f"it must give real numbers as scores, got {scores.dtype}")
-    return scores
+    return scores.to(weight.device)
 
 
 def _all_true(weight: Tensor) -> Tensor:

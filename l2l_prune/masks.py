@@ -71,6 +71,8 @@ def top_mask(scores: Tensor, keep: int) -> Tensor:
 
 def _threshold(flat: Tensor, keep: int) -> Tensor | float:
     """The ``keep``-th largest score."""
+    if flat.is_cuda and flat.numel() <= _LARGE:  # deterministic mode refuses kthvalue on GPUs
+        return flat.sort().values[flat.numel() - keep]
     if flat.numel() > _LARGE and flat.dtype in _BITS:
         return _bisected_threshold(flat, keep)
     # float32 holds every half and bfloat16 value exactly, and has kthvalue on all devices.

@@ -188,5 +188,6 @@ def _bias_correction(optimizer: Optimizer, parameter: Tensor) -> Tensor | float:
     step = optimizer.state.get(parameter, {}).get("step")
     for group in optimizer.param_groups:
         if step is not None and "betas" in group and any(p is parameter for p in group["params"]):
-            return torch.as_tensor(1 - group["betas"][1] ** (step + 1), device=parameter.device)
+            # On the device or not, as the count is: a copy between them would wait for the device.
+            return torch.as_tensor(1 - group["betas"][1] ** (step + 1))
     return 1.0

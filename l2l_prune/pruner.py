@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from l2l_prune import _values, optimizer_state
+from l2l_prune import _values, optimizer_state, ranks
 from l2l_prune.allocation import Allocation
 from l2l_prune.criteria import Criterion, magnitude
 from l2l_prune.following import FollowingOptimizers
@@ -59,11 +60,18 @@ class Pruner(OnSchedule):
         dense_keys: Let the model's ``state_dict()`` give ``weight`` (pruned entries 0), as if it
             had no masks, instead of torch's ``weight_orig`` and ``weight_mask``: for programs
             that save checkpoints while they train and load them into plain models.
+        group: Ranks of torch.distributed that train this model together: by default those of
+            DistributedDataParallel, if ``model`` is or holds such a wrapper, else none. Name them
+            (``dist.group.WORLD``) if the model is wrapped only later, or if the loop averages
+            gradients by itself. Scores are added up over the ranks and each change of masks is
+            compared, so that all prune the same; all must call what changes masks. Between changes
+            nothing is sent.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If nothing can be pruned, a name or number does not fit the model, a selected
             weight cannot be pruned correctly, or ``optimizer`` holds none of them.
+        RuntimeError: If masks differ between the ranks of ``group``.
 
     Examples:
         >>> from l2l_prune import DSDSchedule
@@ -93,6 +101,7 @@ class Pruner(OnSchedule):
         allocation: Allocation = "layerwise",
         regrow_state: Literal["match", "keep"] = "match",
         dense_keys: bool = False,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         _values.instance("model", model, nn.Module, "a torch.nn.Module")
         super().__init__(schedule)
@@ -108,12 +117,16 @@ class Pruner(OnSchedule):
             raise ValueError(f'allocation must be "layerwise" or "global", got {allocation!r}')
         if allocation == "global" and pattern != UNSTRUCTURED:
             raise ValueError('allocation="global" goes without pattern: that counts layer by layer')
+        if group is not None:
+            _values.instance("group", group, dist.ProcessGroup, "a torch.distributed ProcessGroup")
+        self.group = ranks.group_of(model) if group is None else group
         self.model = model
         self._pattern, self._global = pattern, allocation == "global"
         self._tensors = select(model, layers=layers, only=only, skip=skip)
         self._choice = MaskChoice(
-            self._tensors, schedule, criterion, None if self._global else pattern
+            self._tensors, schedule, criterion, None if self._global else pattern, self.group
         )
+        self._step_pre_hooks: dict[int, StepHook] = OrderedDict()
         self._step_hooks: dict[int, StepHook] = OrderedDict()
         self._following = FollowingOptimizers(
             model, self._tensors, optimizer, match=regrow_state == "match"
@@ -210,10 +223,13 @@ class Pruner(OnSchedule):
         segment. Past the end of the schedule the last segment goes on.
 
         Raises:
-            RuntimeError: After :meth:`finalize`, or if a mask was changed by somebody else.
+            RuntimeError: After :meth:`finalize`, or if a mask was changed by somebody else, or
+                masks differ between the ranks of ``group``.
             ValueError: If weights are NaN or infinite when a mask is due; nothing is changed.
         """
-        self._check_attached()
+        self._check_attached(thoroughly=self.mask_due)
+        for hook in list(self._step_pre_hooks.values()):
+            hook(self)
         self.project()
         position = self.schedule.index(self._iteration + 1)
         changed = position != self._position
@@ -225,6 +241,16 @@ class Pruner(OnSchedule):
         self._iteration += 1
         for hook in list(self._step_hooks.values()):
             hook(self)
+
+    def register_step_pre_hook(self, hook: StepHook) -> RemovableHandle:
+        """Call ``hook(pruner)`` at the start of each :meth:`step`, before any mask changes.
+
+        Returns:
+            A handle; its ``remove()`` takes the hook off.
+        """
+        handle = RemovableHandle(self._step_pre_hooks)
+        self._step_pre_hooks[handle.id] = hook
+        return handle
 
     def register_step_hook(self, hook: StepHook) -> RemovableHandle:
         """Call ``hook(pruner)`` at the end of each :meth:`step`, as torch's optimizers do.
@@ -244,29 +270,45 @@ class Pruner(OnSchedule):
             masks: Boolean tensors by dense name; those of tensors that are not named stay.
 
         Raises:
-            RuntimeError: In a dense segment, or after :meth:`finalize`.
+            RuntimeError: In a dense segment, or after :meth:`finalize`, or if the masks differ
+                between the ranks of ``group``.
             ValueError: If a name, shape or count does not fit; nothing is changed then.
         """
         self._check_attached()
         if not self.sparse:
             raise RuntimeError("there are no masks to replace in a dense segment")
         new = self.masks
-        for name, mask in masks.items():
-            if name not in new:
-                raise ValueError(f"{name!r} is none of the pruned tensors: {', '.join(new)}")
-            if mask.dtype != torch.bool or mask.shape != new[name].shape:
-                raise ValueError(
-                    f"the mask of {name} must be boolean and of shape {tuple(new[name].shape)}"
-                )
-            new[name] = mask.to(new[name].device)
-        self._choice.check(new, self._position, "replaced")
+        with ranks.failing_together(self.group, next(iter(new.values())).device):
+            for name, mask in masks.items():
+                if name not in new:
+                    raise ValueError(f"{name!r} is none of the pruned tensors: {', '.join(new)}")
+                if mask.dtype != torch.bool or mask.shape != new[name].shape:
+                    raise ValueError(
+                        f"the mask of {name} must be boolean and of shape {tuple(new[name].shape)}"
+                    )
+                new[name] = mask.to(new[name].device)
+            self._choice.check(new, self._position, "replaced")
+        ranks.check_same(new, self._iteration, self.group)
         self._put_masks(list(new.values()))
 
     @contextmanager
     def opened_masks(self) -> Iterator[None]:
-        """Within it all masks are ones, so that gradients reach pruned entries, which are 0.
+        """Within it gradients with respect to :attr:`weights` reach pruned entries, which are 0.
 
-        The function of the model is the same. Take gradients within, but no steps.
+        The function of the model is the same, and so is every inner loop: in clones and functional
+        copies the pruned entries are those of the model's own ``weight_orig``, which no inner step
+        moves. With ``m`` the mask, a (meta-)loss is ``L(phi_K)`` where ``phi_0 = w`` and
+        ``phi_(t+1) = phi_t + m * step_t(phi_t)``; gradients within are ``dL / dw`` in all entries,
+        through all steps. Take gradients within, but no steps of an outer optimizer.
+
+        Examples:
+            >>> from l2l_prune import DSDSchedule
+            >>> net = torch.nn.Linear(3, 1, bias=False)
+            >>> pruner = Pruner(net, DSDSchedule(0.5, pretrain=0, prune=1, retrain=1))
+            >>> with pruner.opened_masks():
+            ...     net(torch.ones(1, 3)).sum().backward()
+            >>> net.weight_orig.grad.tolist()
+            [[1.0, 1.0, 1.0]]
         """
         self._check_attached()
         with self._held.opened():
@@ -289,7 +331,7 @@ class Pruner(OnSchedule):
         Raises:
             RuntimeError: If called twice, or if a mask was changed by somebody else.
         """
-        self._check_attached()
+        self._check_attached(thoroughly=True)
         self._held.take_off()
         self._following.let_go()
         self._finalized = True
@@ -342,7 +384,10 @@ class Pruner(OnSchedule):
         }
 
     def _new_masks(self, position: int, weights: list[Tensor]) -> list[Tensor]:
-        return self._choice.masks(position, weights, f"at iteration {self._iteration}")
+        masks = self._choice.masks(position, weights, f"at iteration {self._iteration}")
+        names = (tensor.full_name for tensor in self._tensors)
+        ranks.check_same(dict(zip(names, masks, strict=True)), self._iteration, self.group)
+        return masks
 
     def _put_masks(self, masks: list[Tensor]) -> None:
         """Change masks in the course of training: weights, momentum and second moments follow."""
@@ -350,12 +395,12 @@ class Pruner(OnSchedule):
         self._held.set(masks)
         self._following.follow(old, masks)
 
-    def _check_attached(self, masks: bool = True) -> None:
+    def _check_attached(self, masks: bool = True, thoroughly: bool = False) -> None:
         if self._finalized:
             raise RuntimeError("the Pruner was finalized: make a new one to prune again")
         self._held.check_there()
         if masks:
-            self._held.check_same(self._iteration)
+            self._held.check_same(self._iteration, thoroughly=thoroughly)
 
 
 def _share(kept: int, total: int) -> str:

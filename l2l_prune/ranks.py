@@ -1,21 +1,124 @@
-"""Reptile over several processes: what the ranks of a torch.distributed group say to each other."""
+"""What the ranks of a torch.distributed group say to each other; without a group, nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def group_of(model: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks over which DistributedDataParallel trains a model, if it does."""
+    wrapped = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
+    found = next(wrapped, None)
+    return None if found is None else found.process_group
 
 
 @torch.no_grad()
-def same_start(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Every rank starts from the first one's values (parameters and buffers)."""
+def take_first(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Every rank goes on with the first one's values."""
+    if group is None:
+        return
     source = dist.get_global_rank(group, 0)
     for tensor in tensors:
         dist.broadcast(tensor, source, group=group)
+
+
+@torch.no_grad()
+def total(scores: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum of a rank's scores or gradients and all others', the same bits on each rank.
+
+    In float64, in which equal scores of many ranks add up to the order that each one's have.
+    """
+    if group is None:
+        return scores
+    wide = torch.promote_types(scores.dtype, torch.float64)
+    summed = scores.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
+    dist.all_reduce(summed, group=group)
+    return summed
+
+
+@contextmanager
+def failing_together(group: dist.ProcessGroup | None, device: torch.device) -> Iterator[None]:
+    """An error on one rank is one on all, which would else wait for it for ever.
+
+    Args:
+        group: The ranks.
+        device: One that the group can speak of.
+
+    Raises:
+        RuntimeError: On the ranks without an error of their own.
+    """
+    if group is None:
+        yield
+        return
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    failed = torch.tensor([dist.get_rank() + 1 if own else 0], device=device)
+    dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
+    if own is not None:
+        raise own
+    if int(failed):
+        raise RuntimeError(f"rank {int(failed) - 1} of the group has failed: see its own error")
+
+
+def check_same_iteration(
+    iteration: int, group: dist.ProcessGroup | None, device: torch.device
+) -> None:
+    """Refuse to go on where ranks are at different iterations.
+
+    Raises:
+        RuntimeError: On all ranks.
+    """
+    if group is None:
+        return
+    ends = torch.tensor([iteration, -iteration], device=device)
+    dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
+    last, first = ends.tolist()
+    if last != -first:
+        raise RuntimeError(
+            f"the ranks are at iterations {-first} to {last}: load the checkpoint on all of them, "
+            "and call step() on all equally often"
+        )
+
+
+@torch.no_grad()
+def check_same(
+    values: Mapping[str, Tensor], iteration: int, group: dist.ProcessGroup | None
+) -> None:
+    """Refuse masks (or numbers of channels) that are not the same on all ranks.
+
+    Args:
+        values: By name; of the same names and shapes on all ranks.
+        iteration: At which they are due.
+        group: The ranks.
+
+    Raises:
+        RuntimeError: On all ranks, with the names of those that differ.
+    """
+    if group is None:
+        return
+    device = next(iter(values.values())).device
+    check_same_iteration(iteration, group, device)
+    differs = torch.zeros(len(values), dtype=torch.int32, device=device)
+    for number, value in enumerate(values.values()):
+        first = value.clone(memory_format=torch.contiguous_format)
+        take_first([first], group)
+        differs[number] = (first != value).any()
+    dist.all_reduce(differs, dist.ReduceOp.MAX, group=group)
+    if names := [n for n, d in zip(values, differs.tolist(), strict=True) if d]:
+        raise RuntimeError(
+            f"the masks of {', '.join(names)} differ between the ranks at iteration {iteration}: "
+            "the weights must be the same on all of them, and masks that are given, too"
+        )
 
 
 @torch.no_grad()
@@ -30,15 +133,17 @@ def sum_over_ranks(tensors: Sequence[Tensor], count: int, group: dist.ProcessGro
     Returns:
         The sum of ``count``.
     """
+    # Counts of steps may be on the CPU beside weights on a GPU, the only place nccl knows.
+    device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
     kinds = list(dict.fromkeys(tensor.dtype for tensor in tensors))
     for kind in kinds:
         mine = [tensor for tensor in tensors if tensor.dtype == kind]
-        flat = torch.cat([tensor.flatten() for tensor in mine])
+        flat = torch.cat([tensor.flatten().to(device) for tensor in mine])
         dist.all_reduce(flat, group=group)
         parts = torch.split(flat, [tensor.numel() for tensor in mine])
         for tensor, part in zip(mine, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
-    total = torch.tensor([count], device=tensors[0].device)
+    total = torch.tensor([count], device=device)
     dist.all_reduce(total, group=group)
     return int(total)
 

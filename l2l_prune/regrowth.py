@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from l2l_prune import _values
+from l2l_prune import _values, ranks
+from l2l_prune._losses import check_loss
 from l2l_prune.masks import top_mask
 from l2l_prune.pruner import Pruner
 
@@ -27,9 +30,13 @@ class Regrowth:
         pruner: A :class:`~l2l_prune.Pruner`: ``reptile.pruner`` for Reptile.
         interval: Meta-iterations between exchanges, >= 1.
         fraction: Fraction of the kept weights that is exchanged at the segment's start, in [0, 1).
-        loss: Computes the (meta-)loss, a scalar; its gradient is taken with respect to all
-            weights, the pruned ones at 0 included.
-        generator: Source of SET's random numbers, on the CPU; a new one with seed 0 by default.
+        loss: Computes the (meta-)loss, a scalar, from the model that is pruned; its gradient is
+            taken with respect to all weights, the pruned ones at 0 included
+            (:func:`dense_gradients`). With Reptile it is the loss of ``reptile(x)`` on data of the
+            tasks, since no gradient comes back from ``reptile.clone()``. In a ``group`` of ranks
+            each computes the loss of its own data, and the gradients are added up.
+        generator: Source of SET's random numbers, on the CPU; a new one with seed 0 by default. Of
+            several ranks the first one's numbers count.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -93,13 +100,18 @@ class Regrowth:
         return self._pruner.iteration, self._pruner.iteration
 
     def _growth_scores(self) -> dict[str, Tensor]:
-        weights = self._pruner.weights
-        if self._loss is not None:
-            return {n: g.abs() for n, g in dense_gradients(self._pruner, self._loss).items()}
-        return {
-            name: torch.rand(weight.shape, generator=self._generator).to(weight.device)
-            for name, weight in weights.items()
-        }
+        group, weights = self._pruner.group, self._pruner.weights
+        if self._loss is None:
+            random = {
+                name: torch.rand(weight.shape, generator=self._generator).to(weight.device)
+                for name, weight in weights.items()
+            }
+            ranks.take_first(list(random.values()), group)
+            return random
+        device = next(iter(weights.values())).device
+        with ranks.failing_together(group, device):
+            gradients = dense_gradients(self._pruner, self._loss)
+        return {n: ranks.total(g, group).abs() for n, g in gradients.items()}
 
 
 def exchanged(weight: Tensor, mask: Tensor, growth: Tensor, fraction: float) -> Tensor:
@@ -128,20 +140,35 @@ def exchanged(weight: Tensor, mask: Tensor, growth: Tensor, fraction: float) -> 
 def dense_gradients(pruner: Pruner, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
     """Gradients of ``loss`` for all entries of the pruned weights, those that are cut off included.
 
-    The masks are opened for the time of one forward and backward pass; since the pruned entries
-    are 0, the loss is the same.
+    The masks are opened for one forward and backward pass (:meth:`Pruner.opened_masks`); the loss
+    is the same. Through a meta-loss this is the derivative by the initial weights of an inner loop
+    that moves the kept entries only.
 
     Args:
         pruner: In a sparse segment.
         loss: Computes a scalar from the pruned model.
 
     Returns:
-        A gradient for each tensor by its dense name; zeros where the loss does not depend on it.
+        A gradient for each tensor by its dense name.
+
+    Raises:
+        TypeError: If the loss is no tensor.
+        ValueError: If it holds several numbers, or does not reach a tensor, which is named.
     """
     weights = pruner.weights
-    with pruner.opened_masks(), torch.enable_grad():
-        gradients = torch.autograd.grad(loss(), list(weights.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(weight) if gradient is None else gradient
-        for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
-    }
+    with ExitStack() as local, pruner.opened_masks(), torch.enable_grad():
+        for module in pruner.model.modules():
+            if isinstance(module, DistributedDataParallel):  # it would wait for a backward()
+                local.enter_context(module.no_sync())
+        value = check_loss(loss())
+        gradients: tuple[Tensor | None, ...] = (None,) * len(weights)
+        if value.requires_grad:
+            gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+    found = {n: g for n, g in zip(weights, gradients, strict=True) if g is not None}
+    if missing := [name for name in weights if name not in found]:
+        raise ValueError(
+            f"loss gives no gradient for {', '.join(missing)}: compute it from the model that is "
+            "pruned (with PrunedReptile from reptile(x), not from reptile.clone(), which is a "
+            "copy), and leave tensors that it does not use out with skip="
+        )
+    return found

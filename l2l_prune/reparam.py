@@ -127,6 +127,34 @@ def set_mask(module: nn.Module, name: str, mask: Tensor) -> None:
         original.masked_fill_(new == 0, 0)  # also where it is infinite
 
 
+def open_mask(module: nn.Module, name: str) -> bool:
+    """Let gradients of ``<name>_orig`` reach its pruned entries, until :func:`close_mask`.
+
+    ``module.<name>`` has the same values, but its pruned entries are then those of this module's
+    own parameter, in every clone and functional copy too: no inner step moves them.
+
+    Args:
+        module: A module that holds a mask on ``name``, and 0 under it.
+        name: Name of the parameter in ``module``.
+
+    Returns:
+        Whether it was not open before.
+    """
+    opened = module.__dict__.setdefault("_l2l_prune_opened", {})
+    if name in opened:
+        return False
+    opened[name], _ = held_tensors(module, name)
+    return True
+
+
+def close_mask(module: nn.Module, name: str) -> None:
+    """Undo :func:`open_mask`, in the clones that were made since as well."""
+    opened = module.__dict__["_l2l_prune_opened"]
+    del opened[name]  # clones share this dict
+    if not opened:
+        del module.__dict__["_l2l_prune_opened"]
+
+
 def held_tensors(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     """The stored parameter ``<name>_orig`` and the buffer ``<name>_mask``."""
     original = cast(Tensor, module._parameters[f"{name}_orig"])
@@ -206,6 +234,7 @@ def _make_held_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.M
         namespace["__module__"] = base.__module__
         namespace["_l2l_prune_base"] = base
         namespace["_l2l_prune_held"] = names
+        namespace["_l2l_prune_opened"] = {}  # see open_mask
         for name in names:
             namespace[name] = _masked_property(base, name)
         if issubclass(base, nn.RNNBase):
@@ -233,7 +262,10 @@ def _make_held_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.M
 def _masked_property(base: type[nn.Module], name: str) -> property:
     method = HeldMask(name)
 
-    def read(module: nn.Module) -> Tensor:
+    def read(module: Any) -> Tensor:
+        if name in module._l2l_prune_opened:
+            original, mask = held_tensors(module, name)
+            return torch.where(mask != 0, original, module._l2l_prune_opened[name])
         return cast(Tensor, method.apply_mask(module))  # type: ignore[no-untyped-call]
 
     def write(module: nn.Module, value: object) -> None:
@@ -269,6 +301,8 @@ def _flat_weights_property() -> property:
 def _reduce_held(base: type[nn.Module], names: tuple[str, ...], reduced: Any) -> Any:
     """Pickle and copy through the base class, since the subclass has no importable name."""
     function, args, *rest = reduced
+    if rest and "_l2l_prune_opened" in rest[0]:  # a copy is another model: its masks are closed
+        rest[0] = {key: value for key, value in rest[0].items() if key != "_l2l_prune_opened"}
     if function.__name__ != "__newobj__" or args[0] is not held_class(base, names):
         raise TypeError(
             f"{base.__name__} has its own way to be pickled, which would lose the masks: "

@@ -56,7 +56,8 @@ class PrunedReptile(nn.Module):
             before it, only ``skip`` goes with this, as names of layers.
         group: Ranks of torch.distributed (``dist.group.WORLD``) that share the tasks of each
             meta-iteration: every rank adapts its own, at least one, and all call :meth:`step`.
-            Weights and masks are then the same on all ranks, as of one process with all tasks. The
+            Weights and masks are then the same on all ranks, as of one process with all tasks
+            (masks as of :class:`~l2l_prune.Pruner`). The
             carried state is averaged over the ranks, where one process hands it from task to task.
 
     Raises:
@@ -113,7 +114,7 @@ class PrunedReptile(nn.Module):
             _values.instance("structured", structured, Structured, "a Structured")
         if group is not None:  # before a mask is made
             _values.instance("group", group, dist.ProcessGroup, "a torch.distributed ProcessGroup")
-            ranks.same_start([*model.parameters(), *model.buffers()], group)
+            ranks.take_first([*model.parameters(), *model.buffers()], group)
         self.pruner: Pruner | ChannelPruner
         if structured is None:
             self.pruner = Pruner(
@@ -125,6 +126,7 @@ class PrunedReptile(nn.Module):
                 criterion=criterion,
                 pattern=pattern,
                 allocation=allocation,
+                group=group,
             )
         else:
             given = (only, layers, criterion, pattern, allocation)
@@ -232,7 +234,8 @@ class PrunedReptile(nn.Module):
 
         Raises:
             RuntimeError: If no learner was collected since the last step, or after
-                :meth:`finalize`.
+                :meth:`finalize`; or if the ranks of ``group`` are at different iterations, or
+                masks differ between them.
             ValueError: If weights are NaN or infinite when a mask is due; nothing is changed then.
         """
         self._check_usable()
@@ -240,6 +243,7 @@ class PrunedReptile(nn.Module):
             raise RuntimeError("step() without a task: collect(learner) at least one before it")
         tasks, mean = self._tasks, [total.clone() for total in self._collected]
         if self._group is not None:
+            ranks.check_same_iteration(self.iteration, self._group, mean[0].device)
             if self.carry_state:
                 ranks.average_states(self._inner_state, tasks, self._group)
             tasks = ranks.sum_over_ranks(mean, tasks, self._group)
@@ -268,8 +272,10 @@ class PrunedReptile(nn.Module):
                     parameter.grad = None
             if self.iteration != iteration:
                 self._collected, self._tasks = [], 0
-        if self.structured and self.pruner.segment is not segment:
+        if isinstance(self.pruner, ChannelPruner) and self.pruner.segment is not segment:
             self._workspaces.clear()  # their shapes are those of the old segment
+            kept = {n: torch.tensor(c).to(mean[0].device) for n, c in self.pruner.channels.items()}
+            ranks.check_same(kept, self.iteration, self._group)
 
     def register_step_pre_hook(self, hook: StepPreHook) -> RemovableHandle:
         """Call ``hook(reptile, args, kwargs)`` in each :meth:`step` before the weights move.
@@ -313,8 +319,15 @@ class PrunedReptile(nn.Module):
         check_reptile_state(state, parameters, shapes=not self.structured)
         self.pruner.load_state_dict(state["pruner"])
         self._workspaces.clear()
-        self._inner_state = [copied_state(entry) for entry in state["inner_state"]]
-        self._collected = [total.clone() for total in state["collected"]]
+        devices = [parameter.device for parameter in parameters.values()]
+        self._inner_state = [
+            copied_state(entry, device)
+            for entry, device in zip(state["inner_state"], devices, strict=False)
+        ]
+        self._collected = [
+            total.to(device, copy=True)
+            for total, device in zip(state["collected"], devices, strict=False)
+        ]
         self._tasks = state["tasks"]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrunedReptile:

@@ -24,11 +24,13 @@ class Rewind:
 
     Args:
         trainer: A :class:`~l2l_prune.Pruner` or :class:`~l2l_prune.PrunedReptile` at iteration 0.
-        to: Iteration to go back to, >= 0 and not after the first sparse segment begins.
+        to: Iteration to go back to, >= 0 and not after the first sparse segment begins. The weights
+            are those before that segment's masks, so that any later mask finds them all.
 
     Raises:
         TypeError: If ``trainer`` is neither, or prunes channels.
-        ValueError: If ``to`` is negative or past the first pruning, or the trainer has begun.
+        ValueError: If ``to`` is negative or past the first pruning, or the trainer has begun, or
+            the schedule is sparse from the start, so that no dense weights are left.
 
     Source:
         Frankle and Carbin, *The Lottery Ticket Hypothesis*, ICLR 2019, Section 1 (``to=0``);
@@ -51,12 +53,18 @@ class Rewind:
                 f"to={to} must not be after the first sparse phase begins"
                 + (f", at iteration {sparse[0]}" if sparse else ", and the schedule has none")
             )
+        if sparse[0] == 0:
+            raise ValueError(
+                "the weights of iteration 0 are pruned already: begin the schedule with a dense "
+                "segment, of one iteration for instance"
+            )
         if pruner.iteration > 0:
             raise ValueError(
                 "Rewind must be made at iteration 0: load_state_dict() then resumes it"
             )
         self._trainer, self._pruner = trainer, pruner
         self._values: list[Tensor] = []
+        pruner.register_step_pre_hook(self._before_step)
         pruner.register_step_hook(self._after_step)
         if to == 0:
             self._store()
@@ -80,10 +88,12 @@ class Rewind:
     def _store(self) -> None:
         self._values = [p.detach().clone() for p in self._pruner.model.parameters()]
 
+    def _before_step(self, pruner: Pruner) -> None:
+        if pruner.iteration + 1 == self._to:  # after the step they may be masked
+            self._store()
+
     @torch.no_grad()
     def _after_step(self, pruner: Pruner) -> None:
-        if pruner.iteration == self._to:
-            self._store()
         before, now = map(pruner.schedule.index, (pruner.iteration - 1, pruner.iteration))
         if before == now or not pruner.sparse:
             return

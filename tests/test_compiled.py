@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from l2l_prune import DSDSchedule, PrunedReptile
 from l2l_prune.compiled import CompiledStep
@@ -27,7 +29,12 @@ OPTIMIZERS = {
     "maximize": functools.partial(torch.optim.AdamW, maximize=True),
     "amsgrad": functools.partial(torch.optim.Adam, amsgrad=True),  # steps outside the graph
     "SGD": functools.partial(torch.optim.SGD, momentum=0.9),
+    "tensor": lambda parameters, lr: torch.optim.Adam(parameters, torch.tensor(lr).double()),
 }
+if "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters:  # since torch 2.7
+    OPTIMIZERS["decoupled"] = functools.partial(
+        torch.optim.Adam, weight_decay=0.5, decoupled_weight_decay=True
+    )
 
 
 def loss(learner, x, y):
@@ -92,7 +99,8 @@ def test_compiled_steps_are_plain_steps(net, optimizer):
     train(plain, plainly)
     train(ours, CompiledStep(loss))
     assert_same(plain, ours)
-    assert counters["stats"]["unique_graphs"] == (2 if optimizer == "default" else 1)
+    # The loss; and Adam's update, with masks and without.
+    assert counters["stats"]["unique_graphs"] == (3 if optimizer == "default" else 1)
     assert not counters["graph_break"]
 
 
@@ -119,6 +127,105 @@ def test_weights_that_the_loss_does_not_reach_stay(net):
     for name, weight in ours.module.spare.state_dict().items():
         assert torch.equal(weight, before[name])
     assert (ours.module.norm.weight == 1).all()
+
+
+class TwoHeads(nn.Module):
+    """A second head on the small net; which one speaks is up to the caller."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.other = net, nn.Linear(3, 3)
+
+    def forward(self, x, second):
+        x = self.net(x)
+        return self.other(x) if second else x
+
+
+def train_heads(net, step, of_head, **options):
+    """The second head is reached by the middle steps only; weights and state at the end."""
+    torch.manual_seed(1)
+    reptile = make(TwoHeads(copy.deepcopy(net)), **options)
+    reptile.collect(reptile.clone())
+    reptile.step()  # sparse from here on
+    learner = reptile.clone()
+    for number, x in enumerate(torch.randn(6, 5, 1, 6, 6).double()):
+        step(learner, x, torch.arange(5) % 3, of_head(number))
+    optimizer = learner.workspace.optimizer
+    state = {
+        f"{name} {key}": value
+        for name, parameter in learner.module.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    return {**learner.module.state_dict(), **state}
+
+
+def assert_heads_alike(net, optimizer):
+    torch.manual_seed(1)
+
+    def loss(learner, x, y, second):
+        return F.cross_entropy(learner(x, second), y)
+
+    def plainly(learner, *data):
+        learner.adapt(loss(learner, *data))
+
+    def second(number):
+        return number in (2, 3)
+
+    options = {"inner_optimizer": OPTIMIZERS[optimizer]}
+    expected = train_heads(net, plainly, second, **options)
+    found = train_heads(net, CompiledStep(loss), second, **options)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if "conv1.bias" not in name:  # see assert_same
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-10, msg=name)
+    started = train_heads(net, plainly, lambda number: False, **options)
+    assert not torch.equal(started["other.weight"], found["other.weight"])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_head_that_only_some_losses_reach_moves_with_these(net, optimizer):
+    """It neither stays for good where the first loss misses it, nor drifts once it was reached."""
+    with without_compiler():
+        assert_heads_alike(net, optimizer)
+
+
+@needs_compiler
+def test_a_head_that_only_some_losses_reach_moves_when_compiled(net):
+    assert_heads_alike(net, "decay")
+
+
+@pytest.mark.parametrize("change", ["option", "hook", "global hook", "own step"])
+def test_what_is_not_known_of_an_optimizer_is_left_to_it(net, monkeypatch, change):
+    """Its own ``step`` runs then, with all that hangs on it."""
+    ran = []
+
+    def note(*args):
+        ran.append(args)
+
+    def factory(parameters, lr):
+        optimizer = torch.optim.Adam(parameters, lr)
+        step = torch.optim.Adam.step
+        if change == "option":
+            optimizer.param_groups[0]["of_a_later_torch"] = 1
+            monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (note(), step(self)))
+        elif change == "hook":
+            optimizer.register_step_post_hook(note)
+        elif change == "own step":
+            optimizer.step = lambda: (note(), step(optimizer))
+        return optimizer
+
+    reptile = make(net, inner_optimizer=factory)
+    learner, step = reptile.clone(), CompiledStep(loss)
+    x, y = torch.randn(6, 1, 6, 6).double(), torch.arange(6) % 3
+    hook = register_optimizer_step_post_hook(note) if change == "global hook" else None
+    try:
+        with without_compiler():
+            for count in (1, 2, 3):
+                step(learner, x, y)
+                assert len(ran) == count
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 def test_channels_that_are_cut_out_and_regrown(net):

@@ -193,3 +193,12 @@ def test_movement_and_grasp_refuse_what_they_do_not_know(net):
         movement.load_state_dict(Movement(net.parameters()).state_dict())
     with pytest.raises(ValueError, match="grasp was made for other parameters"):
         grasp(lambda: net.fc.weight.sum(), net.fc.parameters())(net.conv1.weight)
+
+
+def test_grasp_refuses_a_loss_that_does_not_reach_a_weight(net, batch):
+    scores = grasp(lambda: net.conv1(batch[0]).square().mean(), net.parameters())
+    assert scores(net.conv1.weight).any()
+    with pytest.raises(ValueError, match="gives no gradient"):
+        scores(net.fc.weight)
+    with pytest.raises(ValueError, match="gives no gradient"):
+        grasp(lambda: net(batch[0]).sum().detach(), net.parameters())(net.fc.weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from torch import multiprocessing as mp
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from l2l_prune import DSDSchedule, PrunedReptile, Pruner
+from l2l_prune import DSDSchedule, PrunedReptile, Pruner, Schedule, Segment, criteria
+from l2l_prune.regrowth import Regrowth
 from tests.conftest import SmallNet
 
 SCHEDULE = DSDSchedule(0.5, pretrain=2, prune=3, retrain=2)
@@ -177,6 +179,169 @@ def test_reptile_shares_its_tasks(tmp_path, carry_state):
         for mine, theirs in zip(*states, strict=True):
             assert all(torch.equal(mine[key], theirs[key]) for key in mine)
             assert bool(mine) == carry_state
+
+
+SPARSE = Schedule((Segment(1), Segment(6, sparse=True, sparsity=0.5), Segment(1)))
+ON_OWN_DATA = ("random", "grasp", "set", "rigl")  # what differs between ranks by itself
+
+
+def options_of(what, net, data, seed):
+    """The Pruner's criterion, and what regrows; both see a rank's own data and numbers."""
+
+    def loss():
+        return sum(F.cross_entropy(net(x), y) for x, y in data)
+
+    generator = torch.Generator().manual_seed(seed)
+    criterion = {
+        "random": criteria.random(generator),
+        "grasp": criteria.grasp(loss, net.parameters()),
+    }.get(what, criteria.magnitude)
+    regrowth = {"set": {"generator": generator}, "rigl": {"loss": loss}}.get(what)
+    return criterion, regrowth
+
+
+def masks_of_reptile(what, data, tasks, seed, group=None):
+    """Masks after each step of Reptile on ``tasks``, with scores from ``data``."""
+    torch.manual_seed(0)
+    net = SmallNet().eval()
+    criterion, regrowth = options_of(what, net, data, seed)
+    sgd = torch.optim.SGD
+    reptile = PrunedReptile(net, SPARSE, inner_optimizer=sgd, criterion=criterion, group=group)
+    if regrowth is not None:
+        Regrowth(reptile.pruner, interval=2, fraction=0.5, **regrowth)
+    found = []
+    for iteration in range(8):
+        iterate(reptile, iteration, tasks)
+        found.append({name: mask.clone() for name, mask in reptile.pruner.masks.items()})
+    return found
+
+
+def masks_under_ddp(what, rank, attach):
+    torch.manual_seed(0)
+    net = SmallNet().eval()
+    criterion, regrowth = options_of(what, net, [batch(9, rank)], rank)
+    model = DistributedDataParallel(net) if attach == "after" else net
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    group = dist.group.WORLD if attach == "before" else None
+    pruner = Pruner(model, SPARSE, optimizer, criterion=criterion, group=group)
+    if attach == "before":
+        model = DistributedDataParallel(net)
+    if what == "rigl" and attach == "after":
+        regrowth = {"loss": lambda: F.cross_entropy(model(batch(9, rank)[0]), batch(9, rank)[1])}
+    if regrowth is not None:
+        Regrowth(pruner, interval=2, fraction=0.5, **regrowth)
+    found = []
+    for iteration in range(8):
+        optimizer.zero_grad()
+        x, y = batch(iteration, rank)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        pruner.step()
+        names = (name.removeprefix("module.") for name in pruner.masks)
+        masks = (mask.clone() for mask in pruner.masks.values())
+        found.append(dict(zip(names, masks, strict=True)))
+    return found
+
+
+def ranks_on_own_data(rank, ranks, folder):
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+    found = {}
+    for what in ON_OWN_DATA:
+        data = [batch(9, rank)]
+        found[f"{what} reptile"] = masks_of_reptile(what, data, [rank], rank, dist.group.WORLD)
+        for attach in ("before", "after"):
+            found[f"{what} {attach}"] = masks_under_ddp(what, rank, attach)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_choose_together_what_differs_by_data_and_chance(tmp_path):
+    mp.spawn(ranks_on_own_data, args=(2, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    differing = {
+        f"{case}, step {step}, {name}": int((mask != second[case][step][name]).sum())
+        for case, steps in first.items()
+        for step, masks in enumerate(steps)
+        for name, mask in masks.items()
+    }
+    assert {place: count for place, count in differing.items() if count} == {}
+    # RigL's gradients are those of the loss of all ranks' data, and SET's numbers the first rank's.
+    both = masks_of_reptile("rigl", [batch(9, 0), batch(9, 1)], [0, 1], 0)
+    for name, masks in (("rigl", both), ("set", masks_of_reptile("set", [], [0, 1], 0))):
+        for mine, alone in zip(first[f"{name} reptile"], masks, strict=True):
+            assert all(torch.equal(mine[key], alone[key]) for key in alone)
+        assert not torch.equal(masks[1]["fc.weight"], masks[5]["fc.weight"])
+
+
+def failing_ranks(rank, ranks, folder):
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+    net = SmallNet()
+    pruner = Pruner(net, SPARSE, group=dist.group.WORLD)
+    before = pruner.masks
+    with torch.no_grad():
+        net.fc.weight_orig.fill_(float("nan") if rank else 1.0)
+    error = (ValueError, "fc.weight.*NaN") if rank else (RuntimeError, "rank 1 of the group has")
+    with pytest.raises(error[0], match=error[1]):
+        pruner.step()
+    assert pruner.iteration == 0
+    assert all(map(torch.equal, pruner.masks.values(), before.values()))
+    with torch.no_grad():
+        net.fc.weight_orig.copy_(torch.arange(48.0).view(3, 16))
+    pruner.step()
+    before = {name: mask.clone() for name, mask in pruner.masks.items()}
+    shifted = before["fc.weight"].roll(rank)
+    with pytest.raises(
+        RuntimeError, match=r"masks of fc\.weight differ between the ranks at it.* 1"
+    ):
+        pruner.replace_masks({"fc.weight": shifted})
+    assert all(map(torch.equal, pruner.masks.values(), before.values()))
+    if rank:
+        pruner.step()
+    with pytest.raises(RuntimeError, match="at iterations 1 to 2: load the checkpoint on all"):
+        pruner.replace_masks({})
+    reptile = PrunedReptile(SmallNet(), SPARSE, group=dist.group.WORLD)
+    iterate(reptile, 0, [rank])
+    if rank:  # the other rank forgets to load the checkpoint
+        state = reptile.state_dict()
+        state["_extra_state"]["pruner"]["iteration"] = 3
+        reptile.load_state_dict(state)
+    weights = [p.clone() for p in reptile.parameters()]
+    with pytest.raises(RuntimeError, match="at iterations 1 to 3: load the checkpoint on all"):
+        iterate(reptile, 1, [rank])
+    assert all(map(torch.equal, weights, reptile.parameters()))
+    dist.destroy_process_group()
+
+
+def test_ranks_that_disagree_fail_together(tmp_path):
+    mp.spawn(failing_ranks, args=(2, str(tmp_path)), nprocs=2)
+
+
+def without_group(rank, ranks, folder):
+    """DDP writes the first rank's masks into the others' buffers, and no version tells."""
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+    torch.manual_seed(0)
+    net = SmallNet()
+    scores = criteria.random(torch.Generator().manual_seed(rank))
+    pruner = Pruner(net, SCHEDULE, criterion=scores)
+    model = DistributedDataParallel(net)
+    refused = pytest.raises(RuntimeError, match="DistributedDataParallel give Pruner its group=")
+    with refused if rank else contextlib.nullcontext():
+        for iteration in range(5):
+            model(batch(iteration, rank)[0]).sum().backward()
+            pruner.step()
+        assert rank == 0
+    assert pruner.iteration == (4 if rank else 5)
+    dist.destroy_process_group()
+
+
+def test_masks_that_ddp_has_overwritten_are_noticed(tmp_path):
+    mp.spawn(without_group, args=(2, str(tmp_path)), nprocs=2)
+
+
+def test_a_pruner_of_one_process_has_no_group(net):
+    assert Pruner(net, SPARSE).group is None
+    with pytest.raises(TypeError, match=r"group must be a torch\.distributed ProcessGroup"):
+        Pruner(SmallNet(), SPARSE, group="world")
 
 
 def torchrun(folder, checkpoint, wrapper="", restarts=0):

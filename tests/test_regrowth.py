@@ -144,6 +144,163 @@ def test_functional_calls_within_opened_masks_reach_pruned_entries(net):
     assert gradient[~pruner.masks["fc.weight"]].abs().sum() > 0
 
 
+class Smooth(nn.Module):
+    """In float64, with second derivatives everywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 3, bias=False)
+        self.double()
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+GENERATOR = torch.Generator().manual_seed(1)
+SUPPORT, QUERY = (torch.randn(7, 5, generator=GENERATOR, dtype=torch.float64) for _ in range(2))
+TARGET, RATE = torch.arange(7) % 3, 0.7
+
+
+def masked_meta_gradient(pruner, net, steps=2, first_order=False):
+    """Loss and gradient by the initial weights of an inner loop whose steps are masked by hand."""
+    masks = pruner.masks
+    start = {
+        name.replace("_orig", ""): p.detach().clone().requires_grad_()
+        for name, p in net.named_parameters()
+    }
+    plain, weights = Smooth(), start
+
+    def loss(weights, x):
+        return F.cross_entropy(functional_call(plain, weights, (x,)), TARGET)
+
+    for _ in range(steps):
+        value = loss(weights, SUPPORT)
+        steps_of = torch.autograd.grad(value, list(weights.values()), create_graph=not first_order)
+        weights = {
+            name: weight - RATE * (masks.get(name, 1) * step)
+            for (name, weight), step in zip(weights.items(), steps_of, strict=True)
+        }
+        for name, mask in masks.items():
+            assert (weights[name][~mask] == 0).all()
+    value = loss(weights, QUERY)
+    return value.detach(), dict(
+        zip(start, torch.autograd.grad(value, list(start.values())), strict=True)
+    )
+
+
+def meta_loss_of_learn2learn(net, first_order):
+    l2l = pytest.importorskip("learn2learn")
+    learner = l2l.algorithms.MAML(net, lr=RATE, first_order=first_order).clone()
+    for _ in range(2):
+        learner.adapt(F.cross_entropy(learner(SUPPORT), TARGET))
+    return F.cross_entropy(learner(QUERY), TARGET)
+
+
+def meta_loss_of_higher(net, first_order):
+    higher = pytest.importorskip("higher")
+    optimizer = torch.optim.SGD(net.parameters(), RATE)
+    with higher.innerloop_ctx(
+        net, optimizer, copy_initial_weights=False, track_higher_grads=not first_order
+    ) as (learner, steps):
+        for _ in range(2):
+            steps.step(F.cross_entropy(learner(SUPPORT), TARGET))
+        return F.cross_entropy(learner(QUERY), TARGET)
+
+
+def meta_loss_by_functional_calls(net, first_order):
+    weights = dict(net.named_parameters())
+    for _ in range(2):
+        value = F.cross_entropy(functional_call(net, weights, (SUPPORT,)), TARGET)
+        found = torch.autograd.grad(value, list(weights.values()), create_graph=not first_order)
+        weights = {
+            name: weight - RATE * step
+            for (name, weight), step in zip(weights.items(), found, strict=True)
+        }
+    return F.cross_entropy(functional_call(net, weights, (QUERY,)), TARGET)
+
+
+@pytest.mark.parametrize(
+    ("meta_loss", "first_order"),
+    [
+        (meta_loss_of_learn2learn, False),
+        (meta_loss_of_learn2learn, True),
+        (meta_loss_of_higher, False),
+        (meta_loss_by_functional_calls, False),
+        (meta_loss_by_functional_calls, True),
+    ],
+)
+def test_meta_gradients_are_those_of_the_masked_inner_loop(meta_loss, first_order):
+    net = Smooth()
+    pruner = Pruner(net, DSDSchedule(0.5, pretrain=0, prune=2, retrain=1))
+    value, expected = masked_meta_gradient(pruner, net, first_order=first_order)
+    seen = []
+
+    def loss():
+        seen.append(meta_loss(net, first_order))
+        return seen[-1]
+
+    found = dense_gradients(pruner, loss)
+    torch.testing.assert_close(seen[0], value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(meta_loss(net, first_order), value, rtol=1e-12, atol=0)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-13)
+        assert (gradient[~pruner.masks[name]] != 0).all()
+
+
+def test_copies_made_while_masks_are_open_are_masked(net):
+    pruner = Pruner(net, DSDSchedule(0.5, pretrain=0, prune=2, retrain=1))
+    plain = net.state_dict()
+    with pruner.opened_masks():
+        with pruner.opened_masks():
+            loss_of(net).backward()
+        assert net.fc.weight_orig.grad[~pruner.masks["fc.weight"]].any()
+        twin = copy.deepcopy(net)
+    twin.zero_grad()
+    for model in (twin, net):
+        model.zero_grad()
+        loss_of(model).backward()
+        assert (model.fc.weight_orig.grad[~pruner.masks["fc.weight"]] == 0).all()
+    assert list(net.state_dict()) == list(plain)
+    assert set(vars(net.fc)) == set(vars(nn.Linear(1, 1)))
+
+
+def test_a_loss_that_does_not_reach_a_weight_is_refused(net):
+    pruner = Pruner(net, SCHEDULE)
+    losses = {
+        "conv1.weight, conv2.weight, fc.weight": lambda: loss_of(copy.deepcopy(net)),
+        "for fc.weight": lambda: net.conv2(torch.relu(net.norm(net.conv1(X)))).square().mean(),
+        "conv1.weight, conv2.weight, fc": lambda: loss_of(net).detach(),
+    }
+    pruner.step()
+    masks = {n: m.clone() for n, m in pruner.masks.items()}
+    for words, loss in losses.items():
+        with pytest.raises(ValueError, match=f"gives no gradient .*{words}"):
+            dense_gradients(pruner, loss)
+    regrowth = Regrowth(pruner, interval=1, loss=losses["for fc.weight"])
+    with pytest.raises(ValueError, match=r"gives no gradient for fc\.weight"):
+        pruner.step()
+    assert all(map(torch.equal, pruner.masks.values(), masks.values()))
+    assert regrowth.state_dict()
+    with pytest.raises(TypeError, match="loss must be a tensor"):
+        dense_gradients(pruner, lambda: 0.5)
+    with pytest.raises(ValueError, match="loss must be one number"):
+        dense_gradients(pruner, lambda: net(X))
+
+
+def test_a_loss_of_a_learner_is_refused_with_the_one_that_is_meant(net):
+    reptile = PrunedReptile(net, SCHEDULE)
+    Regrowth(reptile.pruner, interval=1, loss=lambda: loss_of(reptile.clone()))
+    for iteration in range(2):
+        learner = reptile.clone()
+        learner.adapt(F.cross_entropy(learner(X), Y))
+        reptile.collect(learner)
+        if iteration:
+            with pytest.raises(ValueError, match=r"from reptile\(x\), not from reptile.clone\(\)"):
+                reptile.step()
+        else:
+            reptile.step()
+
+
 def test_misuse(net):
     pruner = Pruner(net, SCHEDULE)
     with pytest.raises(TypeError, match="pruner must be a Pruner"):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from l2l_prune import DSDSchedule, PrunedReptile, Pruner, Schedule, Segment
+from l2l_prune import DSDSchedule, PrunedReptile, Pruner, Schedule, Segment, criteria
 from l2l_prune.other_schedules import one_shot
 from l2l_prune.rewinding import Rewind
 from l2l_prune.structured import Structured
@@ -69,6 +69,41 @@ def test_tickets_are_early_values_under_the_late_mask(net, to):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_weights_of_the_iteration_that_prunes_first_are_kept_dense(net, inside):
+    """A weight that the first round prunes and the second keeps goes back to its early value."""
+    rounds = Schedule((Segment(3), Segment(2, sparse=True, sparsity=0.5)) * 2)
+    scores = torch.Generator().manual_seed(0)  # two masks that are not nested
+    if inside:
+        trainer = PrunedReptile(net, rounds, criterion=criteria.random(scores))
+    else:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        trainer = Pruner(net, rounds, optimizer, criterion=criteria.random(scores))
+    pruner = trainer.pruner if inside else trainer
+    Rewind(trainer, to=3)
+    early = {}
+
+    def watch(*_):
+        if pruner.iteration == 2:  # the masks come at the end of this step
+            early.update({n: w.detach().clone() for n, w in pruner.weights.items()})
+
+    pruner.register_step_pre_hook(watch)
+    masks = []
+    for iteration in range(8):
+        if inside:
+            learner = trainer.clone()
+            learner.adapt(learner(torch.randn(4, 1, 6, 6)).square().mean())
+            trainer.collect(learner)
+        else:
+            train(net, optimizer, iteration)
+        trainer.step()
+        if iteration in (2, 7):
+            masks.append({name: mask.clone() for name, mask in pruner.masks.items()})
+    for name, weight in pruner.weights.items():
+        assert (masks[1][name] & ~masks[0][name]).any()
+        assert torch.equal(weight.detach(), early[name] * masks[1][name]), name
+
+
 def test_reptile_goes_back_and_forgets_its_inner_state(net):
     start = {n: p.detach().clone() for n, p in net.named_parameters()}
     reptile = PrunedReptile(net, one_shot(0.5, pretrain=2, prune=2))
@@ -122,6 +157,9 @@ def test_misuse(net):
         Rewind(pruner, to=4)
     with pytest.raises(ValueError, match="the schedule has none"):
         Rewind(Pruner(nn.Linear(3, 2), Schedule((Segment(3),))))
+    at_once = Pruner(nn.Linear(3, 2), DSDSchedule(0.5, pretrain=0, prune=1, retrain=1))
+    with pytest.raises(ValueError, match="begin the schedule with a dense segment"):
+        Rewind(at_once)
     pruner.step()
     with pytest.raises(ValueError, match="made at iteration 0"):
         Rewind(pruner)

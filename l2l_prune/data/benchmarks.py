@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,15 +171,17 @@ def check_benchmark(name: str, split: str, root: Path) -> None:
         FileNotFoundError: If one is missing; says which, where it was sought and its source.
         ValueError: If learn2learn left half a copy behind that it would trust.
     """
-    benchmark = BENCHMARKS[name]
-    for file in benchmark.files(split):
-        if not (root / file).exists():
-            raise FileNotFoundError(
-                f"{name} needs {file}, which is not in {root}; it comes from {benchmark.source} "
-                "(--download, or download=True, fetches it)"
-            )
+    for file in _missing(name, split, root):
+        raise FileNotFoundError(
+            f"{name} needs {file}, which is not in {root}; it comes from "
+            f"{BENCHMARKS[name].source} (--download, or download=True, fetches it)"
+        )
     if name == "cifar-fs":
         _check_cifar_copy(root, split)
+
+
+def _missing(name: str, split: str, root: Path) -> list[str]:
+    return [file for file in BENCHMARKS[name].files(split) if not (root / file).exists()]
 
 
 def load_benchmark(name: str, split: str, root: Path, *, download: bool = False) -> Images:
@@ -191,22 +194,38 @@ def load_benchmark(name: str, split: str, root: Path, *, download: bool = False)
         download: Let learn2learn download what is missing.
 
     Raises:
-        FileNotFoundError: If a file is missing.
+        FileNotFoundError: If a file is missing, also after the download.
         ValueError: If a file is broken.
         ImportError: If learn2learn is missing.
     """
-    if not download:
-        check_benchmark(name, split, root)
-    key = _fingerprint(name, split, root)
+    data = _downloaded(name, split, root) if download else None
+    check_benchmark(name, split, root)
+    key = _fingerprint(name, split, root)  # of the files that are there now
     place = cache_folder() / f"{name}-{split}-{key}"
     with locked(place):
         decoded = _mapped(name, place)
         if decoded is None:
-            _decode(name, split, root, place, download)
+            _decode(name, split, root, place, data)
             decoded = _mapped(name, place)
     if decoded is None:
         raise ValueError(f"{place}.npy cannot be read back: is the disk in order?")
     return decoded
+
+
+def _downloaded(name: str, split: str, root: Path) -> Any:
+    """learn2learn's data set, if it had to fetch files for it; else ``None``."""
+    folder = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    with locked(cache_folder() / f"{name}-download-{folder}"):
+        if not _missing(name, split, root):
+            return None
+        with _telling(name, split, root):
+            data = _open(name, split, root, download=True)
+        for file in _missing(name, split, root):
+            raise FileNotFoundError(
+                f"the download did not bring {file} to {root}: delete what is there of {name} "
+                f"and try again, or fetch it from {BENCHMARKS[name].source}"
+            )
+    return data
 
 
 def _mapped(name: str, place: Path) -> Images | None:
@@ -229,11 +248,12 @@ def _mapped(name: str, place: Path) -> Images | None:
     return Images(torch.from_numpy(images), torch.from_numpy(labels))
 
 
-def _decode(name: str, split: str, root: Path, place: Path, download: bool) -> None:
+def _decode(name: str, split: str, root: Path, place: Path, data: Any) -> None:
+    """Write the mapped files of a split, from learn2learn's data set if it is open already."""
     benchmark = BENCHMARKS[name]
-    files = ", ".join(str(root / file) for file in benchmark.files(split))
-    try:
-        data = _open(name, split, root, download)
+    with _telling(name, split, root):
+        if data is None:
+            data = _open(name, split, root, download=False)
         labels = np.asarray([int(label) for label in _labels(data)], dtype=np.int64)
         if benchmark.select is not None:
             chosen = np.flatnonzero(benchmark.select(labels, split))
@@ -247,6 +267,18 @@ def _decode(name: str, split: str, root: Path, place: Path, download: bool) -> N
             with safe_loaders():
                 for index in chosen.tolist():
                     file.write(_pixels(data[index][0], shape[1:]))
+    with replace_file(place.with_suffix(".labels.npy")) as temporary:
+        with temporary.open("wb") as file:
+            np.save(file, labels[chosen])
+
+
+@contextmanager
+def _telling(name: str, split: str, root: Path) -> Iterator[None]:
+    """Errors of reading in it name the files and say where to fetch them again."""
+    benchmark = BENCHMARKS[name]
+    files = ", ".join(str(root / file) for file in benchmark.files(split))
+    try:
+        yield
     except ImportError as error:
         raise ImportError(f'{error}; {name} needs: pip install "l2l-prune[learn2learn]"') from None
     except MemoryError:
@@ -258,9 +290,6 @@ def _decode(name: str, split: str, root: Path, place: Path, download: bool) -> N
             f"{name} cannot be read from {files}: {type(error).__name__}: {error}; fetch it again "
             f"from {benchmark.source}"
         ) from error
-    with replace_file(place.with_suffix(".labels.npy")) as temporary:
-        with temporary.open("wb") as file:
-            np.save(file, labels[chosen])
 
 
 def _labels(data: Any) -> Any:

@@ -18,9 +18,9 @@ from l2l_prune.allocation import Allocation
 from l2l_prune.criteria import Criterion, magnitude
 from l2l_prune.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.pruner import Pruner
-from l2l_prune.reparam import dense_state_dict
+from l2l_prune.reparam import attach, dense_state_dict, detach, held_names
 from l2l_prune.segments import Schedule
-from l2l_prune.selection import Layers, Rule
+from l2l_prune.selection import Layers, Rule, select
 
 
 def _callback_class() -> Any:
@@ -35,11 +35,16 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
     """Carries a pruning schedule out while a Lightning trainer fits.
 
     One optimizer step is one iteration of the schedule: steps skipped by gradient accumulation
-    or a gradient scaler do not count. Of several optimizers the first that holds pruned weights
+    or a gradient scaler do not count, those that a fused optimizer skips by itself included. Of
+    several optimizers the first that holds pruned weights
     counts; the others only have their state follow the masks. The callback logs
     ``pruning/sparsity`` and ``pruning/phase`` (the number of the segment), and saves and restores
     itself with Lightning's checkpoints. The model stays attached after the fit, so that its
     checkpoints go on to load; ``callback.pruner.finalize()`` makes it plain.
+
+    ``validate``, ``test`` and ``predict`` prune nothing by themselves: a module that this callback
+    has not fitted takes masks from the checkpoint only, and is plain again afterwards. Each
+    module that is fitted starts the schedule anew, unless a checkpoint of its own is given.
 
     Args:
         schedule: When to prune, and how much, in optimizer steps.
@@ -96,22 +101,31 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         self._dense_weights = dense_weights
         self._restored: dict[str, Any] | None = None
         self._handles: list[Any] = []
+        self._lent: list[tuple[nn.Module, str]] = []
 
     def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         """Attach before Lightning restores weights, whose keys are those of a pruned model.
 
         Raises:
-            FileNotFoundError: If the folder of ``dense_weights`` is not there: said now, and not
-                after the training.
+            FileNotFoundError: If the folder of ``dense_weights`` is not there: said before the
+                training, and not after it.
         """
+        if stage != "fit":
+            self._lend_masks(pl_module)
+            return
         if self._dense_weights is not None:
             folder = Path(self._dense_weights).absolute().parent
             if not folder.is_dir():
                 raise FileNotFoundError(f"dense_weights: there is no folder {folder}")
         if self.pruner is None or self.pruner.model is not pl_module:
             self.pruner = Pruner(pl_module, self.schedule, **self._options)
-            if self._restored is not None:
-                self.pruner.load_state_dict(self._restored)
+            state, self._restored = self._restored, None  # for this module and no other
+            if state is not None:
+                self.pruner.load_state_dict(state)
+
+    def teardown(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
+        """Take off the masks that an evaluation was lent."""
+        self._take_masks_back()
 
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Find the optimizers of the pruned weights and count their steps from here on."""
@@ -139,19 +153,24 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
             save_tensors(dense_state_dict(pl_module), Path(self._dense_weights))
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
-        """Stop counting after a fit that failed or was interrupted."""
+        """Stop counting after a fit that failed or was interrupted; take back lent masks."""
         self._unhook()
+        self._take_masks_back()
 
     def state_dict(self) -> dict[str, Any]:
         """Saved in Lightning's checkpoints."""
         return {} if self.pruner is None else self.pruner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restored from Lightning's checkpoints."""
+        """Restored from Lightning's checkpoints: for the module of the fit that goes on.
+
+        Before the first fit it is kept for the module of that one.
+        """
         if not state_dict:
             return
-        self._restored = state_dict
-        if self.pruner is not None:
+        if self.pruner is None:
+            self._restored = state_dict
+        else:
             self.pruner.load_state_dict(state_dict)
 
     def _attached(self) -> Pruner:
@@ -159,11 +178,28 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
             raise RuntimeError("PruningCallback is not set up: pass it to Trainer(callbacks=...)")
         return self.pruner
 
-    def _count(self, *args: Any) -> None:
-        self._attached().step()
+    def _count(self, optimizer: Optimizer, *args: Any) -> None:
+        # A scaler leaves it to fused optimizers to skip a step; it then tells them by this tensor.
+        overflow = getattr(optimizer, "found_inf", None)
+        if overflow is None or not overflow.item():
+            self._attached().step()
 
     def _project(self, *args: Any) -> None:
         self._attached().project()
+
+    def _lend_masks(self, pl_module: nn.Module) -> None:
+        """Masks of ones on a plain module, for a checkpoint to fill."""
+        if any(held_names(module) for module in pl_module.modules()):
+            return
+        choice = {key: self._options[key] for key in ("layers", "only", "skip")}
+        for tensor in select(pl_module, **choice):
+            attach(tensor.module, tensor.name)
+            self._lent.append((tensor.module, tensor.name))
+
+    def _take_masks_back(self) -> None:
+        for module, name in self._lent:
+            detach(module, name)
+        self._lent = []
 
     def _unhook(self) -> None:
         for handle in self._handles:

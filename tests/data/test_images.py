@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from l2l_prune.data import EpisodeSampler, Glyphs, load_images
+from l2l_prune.data import EpisodeSampler, Glyphs, benchmarks, load_images
 from l2l_prune.data.benchmarks import BENCHMARKS
 from l2l_prune.data.images import check_files
 from l2l_prune.data.safe_pickle import SafeUnpickler
@@ -89,6 +89,40 @@ def test_changed_files_are_decoded_again(root):
     after = load_images("fc100", "train", root=root)
     assert after.labels.max() == 3
     assert before.labels.max() == 5
+
+
+def test_what_is_downloaded_is_decoded_and_kept_once(root, tmp_path, monkeypatch):
+    """And is fetched again after it was deleted, though its decoded copy is still there."""
+    opened, fetched = [], []
+
+    def opening(name, split, root, download):
+        opened.append(split)
+        if download and not (root / "FC100_train.pickle").exists():
+            fetched.append(split)
+            files.write_fc100(root)
+        return real(name, split, root, False)
+
+    real = benchmarks._open
+    monkeypatch.setattr(benchmarks, "_open", opening)
+    first = load_images("fc100", "train", root=root, download=True)
+    for download in (False, True):
+        again = load_images("fc100", "train", root=root, download=download)
+        assert torch.equal(again.images, first.images)
+    assert opened == fetched == ["train"]
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2  # images and labels
+    for file in root.iterdir():
+        file.unlink()
+    check_files("fc100", root, download=True)
+    assert fetched == ["train", "train"]
+
+
+def test_a_download_that_brings_too_little_is_told(root, monkeypatch):
+    """The advice to download would not help."""
+    files.write_fc100(root)
+    (root / "FC100_test.pickle").unlink()
+    monkeypatch.setattr(benchmarks, "_open", lambda *arguments, **options: None)
+    with pytest.raises(FileNotFoundError, match=r"did not bring FC100_test\.pickle to .*delete"):
+        load_images("fc100", "test", root=root, download=True)
 
 
 def test_omniglot(root, monkeypatch):
@@ -232,9 +266,9 @@ VALUES = {
     "image_data": np.arange(24, dtype=np.uint8).reshape(2, 3, 4),
     "fortran": np.asfortranarray(np.eye(3)),
     "texts": np.array(["ab", "c"]),
-    "objects": np.array(["a", None], dtype=object),
+    "bytes of one length": np.array([b"ab", b"c"]),
     "other order": np.arange(3, dtype=">i4"),
-    "records": np.zeros(2, dtype=[("a", "i4"), ("b", "f8")]),
+    "complex": np.array([1 + 2j], dtype="<c8"),
     "empty": np.zeros((0, 3)),
     "numbers": [np.float32(3), np.int64(4), np.bool_(True)],
     "bytes": [b"\xff\x00", b""],

@@ -243,6 +243,107 @@ def test_testing_a_checkpoint_and_dense_weights(tmp_path):
     assert list(pruning.pruner.finalize().state_dict()) == keys
 
 
+STARTS_SPARSE = Schedule((Segment(4, sparse=True, sparsity=0.5), Segment(2)))
+
+
+class Evaluated(Plain):
+    def test_step(self, batch, index):
+        self.log("loss", self.training_step(batch, index))
+
+    predict_step = validation_step = test_step
+
+
+def same_weights(module, before):
+    now = module.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(now[k], before[k]) for k in now)
+
+
+@pytest.mark.parametrize("stage", ["test", "validate"])
+def test_evaluation_leaves_a_module_as_it_was(tmp_path, stage):
+    """Neither the schedule's start nor an earlier fit prunes what is only looked at."""
+    evaluated = Evaluated()
+    before = copy.deepcopy(evaluated.state_dict())
+    plain = trainer(tmp_path, [])
+    expected = getattr(plain, stage)(evaluated, loader(3), verbose=False)
+    pruning = PruningCallback(STARTS_SPARSE)
+    ours = trainer(tmp_path, [pruning])
+    assert getattr(ours, stage)(evaluated, loader(3), verbose=False) == expected
+    assert same_weights(evaluated, before)
+
+    fitted = Evaluated()
+    ours.fit(fitted, loader(3))
+    ours.save_checkpoint(tmp_path / "sparse.ckpt")
+    pruning = PruningCallback(STARTS_SPARSE)
+    resumed = trainer(tmp_path, [pruning], epochs=1)
+    resumed.fit(Evaluated(), loader(3), ckpt_path=tmp_path / "sparse.ckpt")
+    assert pruning.pruner.iteration == 3
+    held = pruning.pruner.masks
+    assert getattr(resumed, stage)(evaluated, loader(3), verbose=False) == expected
+    assert same_weights(evaluated, before)
+    assert all(torch.equal(pruning.pruner.masks[name], mask) for name, mask in held.items())
+
+    sparse = getattr(plain, stage)(fitted, loader(3), verbose=False)
+    asked = {"ckpt_path": tmp_path / "sparse.ckpt", "verbose": False}
+    assert getattr(resumed, stage)(evaluated, loader(3), **asked) == sparse
+    assert type(evaluated.net.head) is nn.Linear
+    assert (evaluated.net.head.weight == 0).sum() == 24  # the checkpoint's
+
+
+def test_an_evaluation_that_fails_leaves_no_masks(tmp_path):
+    class Failing(Evaluated):
+        def test_step(self, batch, index):
+            raise ZeroDivisionError
+
+    module = Failing()
+    with pytest.raises(ZeroDivisionError):
+        trainer(tmp_path, [PruningCallback(SCHEDULE)]).test(module, loader(3), verbose=False)
+    assert type(module.net.head) is nn.Linear
+
+
+def test_folds_share_no_state(tmp_path):
+    """A second module starts the schedule anew, also after a resumed fit of the first."""
+    first = PruningCallback(SCHEDULE)
+    begun = trainer(tmp_path, [first], epochs=1)
+    begun.fit(Plain(), loader(4))
+    begun.save_checkpoint(tmp_path / "fold.ckpt")
+    pruning = PruningCallback(SCHEDULE)
+    trainer(tmp_path, [pruning], epochs=2).fit(Plain(), loader(4), ckpt_path=tmp_path / "fold.ckpt")
+    assert pruning.pruner.iteration == 8
+    fold = Plain()
+    twin = copy.deepcopy(fold)
+    trainer(tmp_path, [pruning]).fit(fold, loader(3))
+    assert pruning.pruner.model is fold
+    assert pruning.pruner.iteration == 3
+    alone = PruningCallback(SCHEDULE)
+    trainer(tmp_path, [alone]).fit(twin, loader(3))
+    assert same_weights(fold, twin.state_dict())
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}], ids=str)
+def test_steps_that_the_scaler_skips_do_not_count(tmp_path, options):
+    """A fused optimizer is called for each of them, and skips inside of its kernel."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+
+    class Overflowing(Plain):
+        def training_step(self, batch, index):
+            return super().training_step(batch, index) * (float("inf") if index in (1, 4) else 1)
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=0.01, **options)
+
+    pruning, seen = PruningCallback(SCHEDULE), []
+
+    class Counting(pl.Callback):
+        def on_train_batch_end(self, *args):
+            seen.append(pruning.pruner.iteration)
+
+    plugin = pl.plugins.precision.MixedPrecision("16-mixed", "cpu", scaler)
+    module = Overflowing()
+    trainer(tmp_path, [pruning, Counting()], plugins=[plugin]).fit(module, loader(7))
+    assert seen == [1, 1, 2, 3, 3, 4, 5]
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
 def test_logs_sparsity_and_phase(tmp_path):
     logger = pl.loggers.CSVLogger(tmp_path)
     pruning = PruningCallback(SCHEDULE)
@@ -313,6 +414,7 @@ torch.save((pruning.pruner.masks, module.state_dict()), f"{folder}/{{fit.global_
 """
 
 
+@pytest.mark.process
 def test_ddp_on_two_processes(tmp_path):
     from pathlib import Path
 
@@ -328,6 +430,8 @@ def test_ddp_on_two_processes(tmp_path):
     assert sum(int((~m).sum()) for m in masks.values()) > 0
 
 
+@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are tried on forked processes")
 @pytest.mark.parametrize("name", ["maml", "protonet"])
 def test_killed_fits_end_as_if_they_never_were(name):

@@ -1,0 +1,184 @@
+"""PrunedReptile, its compiled and batched learners, sparse-MAML, and whole channels."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from l2l_prune import PrunedReptile
+from l2l_prune.batched import BatchedLearners
+from l2l_prune.compiled import CompiledStep
+from l2l_prune.criteria import snip
+from l2l_prune.inner_loop import adam as inner_adam
+from l2l_prune.sparse_maml import SparseMAML
+from l2l_prune.structured import ChannelPruner, Structured
+from tests.conftest import OLD_TORCH, without_compiler
+from tests.cuda.place import (
+    SCHEDULE,
+    Place,
+    batch,
+    loss_of,
+    network,
+    on_device,
+    state_of,
+)
+from tests.cuda.pruner_checks import adam, sgd
+
+TASKS, STEPS = 2, 3
+
+
+def plainly(learner, number, device):
+    learner.adapt(loss_of(learner, number, device))
+
+
+def iterate(reptile, iteration, device, step=plainly):
+    for task in range(TASKS):
+        learner = reptile.clone()
+        for number in range(STEPS):
+            step(learner, 100 * iteration + 10 * task + number, device)
+        reptile.collect(learner)
+    reptile.step()
+
+
+def reptile_trace(reptile, device):
+    state = reptile.state_dict()
+    extra = state.pop("_extra_state")
+    return on_device(device, state, reptile.pruner.masks, extra["inner_state"], extra["pruner"])
+
+
+def reptile_on(device, **options):
+    return PrunedReptile(network().to(device), SCHEDULE, inner_lr=0.01, **options)
+
+
+def train(device, *, step=plainly, **options):
+    reptile, trace = reptile_on(device, **options), {}
+    for iteration in range(SCHEDULE.iterations):
+        iterate(reptile, iteration, device, step)
+        trace |= {f"{iteration}: {k}": v for k, v in reptile_trace(reptile, device).items()}
+    return trace
+
+
+def with_reptile(place: Place) -> None:
+    momentum = functools.partial(torch.optim.SGD, momentum=0.9)
+    for options in ({}, {"foml": True}, {"carry_state": False}, {"inner_optimizer": momentum}):
+        place.compare(functools.partial(train, **options))
+    place.compare(functools.partial(train, criterion=snip))
+    if place.on_gpu:
+        kind = functools.partial(torch.optim.AdamW, betas=(0.0, 0.999), weight_decay=0.0)
+        capturable = functools.partial(kind, capturable=True)
+        place.compare(
+            functools.partial(train, inner_optimizer=capturable),
+            functools.partial(train, inner_optimizer=inner_adam),
+        )
+
+
+def with_compiled_steps(place: Place) -> None:
+    """On a GPU through the compiler, on the CPU (for the planted faults) by Python."""
+    if OLD_TORCH:
+        pytest.skip("compiled steps need torch 2.6")
+
+    def loss(learner, x, y):
+        return F.cross_entropy(learner(x), y)
+
+    def run(device):
+        compiled = CompiledStep(loss)
+        return train(device, step=lambda learner, n, device: compiled(learner, *batch(n, device)))
+
+    with contextlib.nullcontext() if place.on_gpu else without_compiler():
+        place.compare(run, train)
+
+
+def with_batched_learners(place: Place) -> None:
+    """Against learners that adapt one after the other on the CPU, in each phase."""
+
+    def after(device, iterations):
+        reptile = reptile_on(device)
+        for iteration in range(iterations):
+            iterate(reptile, iteration, device)
+        return reptile
+
+    def data(task, device):
+        return [batch(1000 + 10 * task + number, device) for number in range(STEPS)]
+
+    def together(device, iterations):
+        learners = BatchedLearners(after(device, iterations), TASKS)
+        for parts in zip(*(data(task, device) for task in range(TASKS)), strict=True):
+            x, y = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+            learners.adapt(learners.each(lambda net, x, y: F.cross_entropy(net(x), y), x, y))
+        return on_device(device, learners.weights, learners.buffers)
+
+    def one_by_one(device, iterations):
+        reptile, states = after(device, iterations), []
+        for task in range(TASKS):
+            learner = reptile.clone()
+            for x, y in data(task, device):
+                learner.adapt(F.cross_entropy(learner(x), y))
+            states.append(learner.module)
+        weights, buffers = (
+            {name: torch.stack([dict(named(net))[name] for net in states]) for name in names}
+            for named in (torch.nn.Module.named_parameters, torch.nn.Module.named_buffers)
+            for names in [dict(named(states[0]))]
+        )
+        return on_device(device, weights, buffers)
+
+    for iterations in (0, 3, 6):
+        place.compare(
+            functools.partial(together, iterations=iterations),
+            functools.partial(one_by_one, iterations=iterations),
+        )
+
+
+def with_sparse_maml(place: Place) -> None:
+    def run(device):
+        generator = torch.Generator().manual_seed(0)
+        maml = SparseMAML(network().to(device), lr=0.1, generator=generator)
+        optimizer = torch.optim.SGD(maml.parameters(), lr=0.1)
+        for number in range(4):
+            learner = maml.clone()
+            learner.adapt(loss_of(learner, number, device))
+            optimizer.zero_grad()
+            loss_of(learner, 10 + number, device).backward()
+            optimizer.step()
+        return on_device(device, maml.state_dict())
+
+    place.compare(run)
+
+
+def channels_trace(pruner, net, optimizer, device):
+    trace = on_device(device, net.state_dict(), state_of(optimizer), pruner.regrown)
+    kept = {name: torch.tensor(places) for name, places in pruner.channels.items()}
+    return trace | {f"kept {name}": places for name, places in kept.items()}
+
+
+def with_channels(place: Place) -> None:
+    pytest.importorskip("torch_pruning")
+
+    def run(device, make, importance):
+        net = network().to(device)
+        optimizer, trace = make(net.parameters(), device), {}
+        x, _ = batch(0, device)
+        pruner = ChannelPruner(net, SCHEDULE, optimizer, example_inputs=x, importance=importance)
+        for number in range(SCHEDULE.iterations):
+            optimizer.zero_grad()
+            loss_of(net, number, device).backward()
+            optimizer.step()
+            pruner.step()
+            found = channels_trace(pruner, net, optimizer, device)
+            trace |= {f"{number}: {name}": value for name, value in found.items()}
+        return trace | on_device(device, pruner.finalize()(x))
+
+    for make, importance in ((sgd, "l2"), (adam, "l1"), (adam, "taylor")):
+        place.compare(functools.partial(run, make=make, importance=importance))
+
+
+def with_channels_in_reptile(place: Place) -> None:
+    pytest.importorskip("torch_pruning")
+
+    def run(device):
+        return train(device, structured=Structured(batch(0, device)[0]))
+
+    place.compare(run)
