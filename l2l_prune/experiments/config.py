@@ -151,11 +151,6 @@ class RunConfig:
         """Name and seed: ``"DSD seed 0"``."""
         return f"{self.name} seed {self.seed}"
 
-    @property
-    def slug(self) -> str:
-        """The same for file names: ``"dsd-seed0"``."""
-        return f"{file_name(self.name)}-seed{self.seed}"
-
     def to_json(self) -> dict[str, Any]:
         """Plain values, the schedule as its own dict."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

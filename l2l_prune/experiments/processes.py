@@ -142,9 +142,8 @@ def _local(
                 config = waiting.popleft()
                 starts[run_name(config)] += 1
                 receiving, sending = context.Pipe(duplex=False)
-                log = logs / f"{run_name(config)}.txt"
                 process = context.Process(
-                    target=_work, args=(work, config, log, sending), daemon=True
+                    target=_work, args=(work, config, _log(logs, config), sending), daemon=True
                 )
                 _start(process)
                 sending.close()  # else its end would not be seen here
@@ -161,10 +160,7 @@ def _local(
                     if starts[run_name(config)] < _STARTS:
                         waiting.appendleft(config)  # goes on from its checkpoint
                         continue
-                    message = Outcome(
-                        run_name(config),
-                        f"its process was killed (out of memory?), exit code {process.exitcode}",
-                    )
+                    message = Outcome(run_name(config), _death(process.exitcode, logs, config))
                 else:
                     if isinstance(message, Outcome):
                         del running[receiving]
@@ -210,6 +206,16 @@ def _work(work: Work, config: RunConfig, log: Path, sending: Connection) -> None
     warnings.showwarning = show  # type: ignore[assignment]
     tell(work(config, tell=tell))
     sending.close()
+
+
+def _log(logs: Path, config: RunConfig) -> Path:
+    return logs / f"{run_name(config)}.txt"
+
+
+def _death(code: int | None, logs: Path, config: RunConfig) -> str:
+    words = f"its process was killed (out of memory?), exit code {code}"
+    log = _log(logs, config)
+    return f"{words}: see {log}" if log.exists() and log.stat().st_size else words
 
 
 def _write_to(log: Path) -> None:
