@@ -107,7 +107,6 @@ def run(
     """
     from l2l_prune.experiments.compare import compare
     from l2l_prune.experiments.one_seed import run_and_report
-    from l2l_prune.experiments.storage import locked_folder
 
     check_sparsity(settings["sparsity"])
     out = out or Path("runs") / "-".join((algorithm, *method))
@@ -119,12 +118,10 @@ def run(
             for kind in sorted(set(method), key=baseline_first)
         ]
         check_files(data, data_root, download=download)
-        events = out / "tensorboard" if tensorboard else None
-        with locked_folder(out):
-            if seeds == 1:
-                run_and_report(configs, out, Console(), jobs, out / "checkpoints", events)
-            else:
-                typer.echo(compare(configs, out, Console(), jobs, events))
+        if seeds == 1:
+            run_and_report(configs, out, Console(), jobs, tensorboard)
+        else:
+            typer.echo(compare(configs, out, Console(), jobs, tensorboard))
 
 
 @app.command()

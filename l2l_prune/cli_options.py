@@ -127,7 +127,7 @@ def plain_errors(out: Path, hint: str = "--out") -> Iterator[None]:
         out: The folder that the command works in.
         hint: The option or argument that gives it.
     """
-    from l2l_prune.experiments.side_by_side import RunFailed
+    from l2l_prune.experiments.processes import RunFailed
     from l2l_prune.experiments.storage import in_words
 
     for place in (out, *out.parents):
@@ -139,9 +139,7 @@ def plain_errors(out: Path, hint: str = "--out") -> Iterator[None]:
         typer.echo(f"l2l-prune: {in_words(error)}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.echo(
-            "stopped by Ctrl-C; nothing of this run was written, but its checkpoints, if any"
-        )
+        typer.echo("stopped by Ctrl-C; the same command goes on from the last checkpoints, if any")
         raise typer.Exit(130) from None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,10 @@ from tabulate import tabulate
 
 from l2l_prune._files import replace_file
 from l2l_prune.evaluation import paired_difference
-from l2l_prune.experiments.checkpoint import remove_checkpoint
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.over_seeds import OverSeeds, with_verdict
-from l2l_prune.experiments.results import write_results
-from l2l_prune.experiments.run import RunResult
-from l2l_prune.experiments.side_by_side import run_side_by_side
-from l2l_prune.experiments.storage import finished_run
+from l2l_prune.experiments.processes import finish_all
+from l2l_prune.experiments.storage import locked_folder
 
 
 def compare(
@@ -26,7 +22,7 @@ def compare(
     folder: Path,
     console: Console,
     jobs: int | None = None,
-    events: Path | None = None,
+    tensorboard: bool = False,
 ) -> str:
     """Run what is not yet in ``folder``, and write the table there.
 
@@ -35,32 +31,20 @@ def compare(
         folder: Gets a folder for each run, filled as it ends, and ``table.md``.
         console: Where progress is shown.
         jobs: Runs at once; all by default.
-        events: Folder for TensorBoard's event files.
+        tensorboard: Write TensorBoard's event files into each run's folder.
 
     Returns:
         The table and the verdicts as Markdown.
 
     Raises:
         RunFailed: If a run failed; those that ended before stay in ``folder``.
-        ValueError: If ``folder`` holds results of other settings.
+        ValueError: If another process writes to ``folder``, or results in it are damaged.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [c for c in configs if finished_run(folder / c.slug, c) is None]
-
-    def keep(config: RunConfig, result: RunResult) -> None:
-        place = folder / config.slug
-        place.mkdir(exist_ok=True)
-        write_results(place, [config], [result])
-        remove_checkpoint(checkpoints / f"{config.slug}.pt")
-
-    checkpoints = folder / "checkpoints"
-    run_side_by_side(
-        missing, console, jobs=jobs, on_result=keep, checkpoints=checkpoints, events=events
-    )
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    text = _markdown([(c, finished_run(folder / c.slug, c)) for c in configs])
-    with replace_file(folder / "table.md") as path:
-        path.write_text(text)
+    with locked_folder(folder):
+        entries = finish_all(configs, folder, console, jobs=jobs, tensorboard=tensorboard)
+        text = _markdown(list(zip(configs, entries, strict=True)))
+        with replace_file(folder / "table.md") as path:
+            path.write_text(text)
     return text
 
 

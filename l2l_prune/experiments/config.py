@@ -218,11 +218,6 @@ class RunConfig:
         return f"{self.name} seed {self.seed}"
 
     @property
-    def slug(self) -> str:
-        """The same for file names: ``"dsd-seed0"``."""
-        return f"{file_name(self.name)}-seed{self.seed}"
-
-    @property
     def special(self) -> dict[str, Any]:
         """What differs from the defaults, so that a new setting leaves the names of runs alone."""
         usual = {f.name: f.default for f in dataclasses.fields(self)}

@@ -18,15 +18,19 @@ from l2l_prune.experiments.finished import read_runs
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path, patience: float = 0) -> Iterator[None]:
     """Make ``folder`` and refuse a second writer to it.
+
+    Args:
+        folder: The folder; what a killed writer left unfinished in it is removed.
+        patience: Seconds to wait for another writer.
 
     Raises:
         ValueError: If another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
+        with filelock.FileLock(folder / ".lock", timeout=patience):
             remove_unfinished(folder)
             yield
     except filelock.Timeout:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from l2l_prune import DSDSchedule, IHTSchedule
-from l2l_prune.experiments.config import RunConfig, make_config
+from l2l_prune.experiments.config import RunConfig, file_name, make_config
 from l2l_prune.experiments.defaults import DEFAULTS, PUBLISHED
 from l2l_prune.experiments.methods import METHODS, make_schedule
 
@@ -100,7 +100,7 @@ def test_names_tell_methods_apart():
     assert name("rigl", criterion="magnitude", allocation="erk") == "RigL, magnitude, erk"
     assert name("dense", retrain=0.0, criterion="random") == "dense"  # nothing is pruned
     assert name("dense", dropout=0.1, weight_decay=2.0) == "dense, dropout 0.1, decay 2"
-    assert make_config("reptile", "dsd", dropout=0.1).slug == "dsd-dropout-0.1-seed0"
+    assert file_name(make_config("reptile", "dsd", dropout=0.1).name) == "dsd-dropout-0.1"
 
 
 def test_pruning_replaces_drop_block():
@@ -160,5 +160,5 @@ def test_bad_input(make, words):
 
 def test_a_name_of_ones_own():
     config = make_config("reptile", "dsd", name="mine", dropout=0.1)
-    assert (config.name, config.slug) == ("mine", "mine-seed0")
+    assert (config.name, config.title) == ("mine", "mine seed 0")
     assert make_config("reptile", "dsd", name=None).name == "DSD"
