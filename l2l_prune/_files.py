@@ -16,8 +16,9 @@ def replace_file(path: Path, backup: Path | None = None) -> Iterator[Path]:
     """Write a file through a temporary one beside it, which replaces it only when complete.
 
     Args:
-        path: The file to write; its folder must exist.
-        backup: Keep the present file under this name, in the same folder.
+        path: The file to write; its folder must exist. Of a symbolic link the file that it leads to
+            is written, and the link stays.
+        backup: Keep the present file under this name, which must be in the folder of that file.
 
     Yields:
         The temporary path to write to.
@@ -25,6 +26,7 @@ def replace_file(path: Path, backup: Path | None = None) -> Iterator[Path]:
     Raises:
         OSError: If the file cannot be written; names ``path``, which is then as it was.
     """
+    asked, path = path, linked_file(path)
     temporary = path
     try:
         handle, name = tempfile.mkstemp(_UNFINISHED, f".{path.name}.", path.parent)
@@ -43,22 +45,26 @@ def replace_file(path: Path, backup: Path | None = None) -> Iterator[Path]:
         ours = error.filename is None or str(error.filename).endswith(_UNFINISHED)
         if error.errno is None or not ours:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror, str(asked)) from error
     finally:
         if temporary != path:
             temporary.unlink(missing_ok=True)
+
+
+def linked_file(path: Path) -> Path:
+    """The file that a symbolic link leads to, or ``path`` itself."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def remove_unfinished(folder: Path, name: str = "") -> None:
     """Remove what writers that were killed left behind; call it when no other can be at work.
 
     Args:
-        folder: Where to look; with no ``name``, also in its folders.
+        folder: Where to look; its folders are others' to clean.
         name: Only the files that were to become ``name`` or go on from there.
     """
-    for pattern in [f".{name}*"] if name else [".*", "*/.*"]:
-        for left in folder.glob(pattern + _UNFINISHED):
-            left.unlink(missing_ok=True)
+    for left in folder.glob(f".{name}*{_UNFINISHED}"):
+        left.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -21,22 +21,19 @@ from l2l_prune.cli_options import (
     DataOption,
     DownloadOption,
     JobsOption,
-    PublishedOption,
+    MethodOption,
     RootOption,
-    ScaleOption,
-    ScheduleOption,
-    SparsityOption,
     TensorboardOption,
     baseline_first,
     check_sparsity,
     plain_errors,
     read_toml,
-    setting,
 )
 from l2l_prune.data import DATA_SETS
 from l2l_prune.data.images import check_files
-from l2l_prune.experiments.config import RunConfig, make_config
+from l2l_prune.experiments.config import Phases, RunConfig, make_config
 from l2l_prune.experiments.paper import EXPERIMENTS, experiment
+from l2l_prune.experiments.settings import takes_settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -82,13 +79,13 @@ def demo(
 
 
 @app.command()
+@takes_settings(Phases, RunConfig, own={"final_tasks": "--eval-tasks"})
 def run(
     algorithm: AlgorithmOption = "reptile",
-    schedule: ScheduleOption = ["dsd"],  # noqa: B006 - typer copies it
+    method: MethodOption = ["dsd"],  # noqa: B006 - typer copies it
     data: DataOption = "glyphs",
     data_root: RootOption = None,
     download: DownloadOption = False,
-    sparsity: SparsityOption = None,
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of weights and tasks, or the first of --seeds.")
     ] = 0,
@@ -98,120 +95,33 @@ def run(
     jobs: JobsOption = 2,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the results.", show_default="runs/ALGORITHM-SCHEDULES"),
+        typer.Option(help="Folder for the results.", show_default="runs/ALGORITHM-METHODS"),
     ] = None,
     tensorboard: TensorboardOption = False,
     config: ConfigOption = None,
-    published: PublishedOption = False,
-    scale: ScaleOption = 1.0,
-    transductive: Annotated[
-        bool,
-        typer.Option(
-            help="Let batch statistics see all queries of a task together.",
-            rich_help_panel="Settings",
-        ),
-    ] = True,
-    select: Annotated[
-        str,
-        typer.Option(
-            help="Weights to score at the end: last, or best on validation tasks.",
-            rich_help_panel="Settings",
-        ),
-    ] = "last",
-    criterion: Annotated[
-        str | None,
-        setting("Weights to keep: by magnitude, random, snip, taylor, grasp or movement.", None),
-    ] = None,
-    allocation: Annotated[
-        str | None, setting("Pruned weights among layers: layerwise, erk or global.", None)
-    ] = None,
-    iterations: Annotated[int | None, setting("Meta-iterations.", 20)] = None,
-    ways: Annotated[int | None, setting("Classes of a task.", 2)] = None,
-    shots: Annotated[int | None, setting("Support examples of a class at evaluation.")] = None,
-    train_shots: Annotated[int | None, setting("Support examples of a class in training.")] = None,
-    train_classes: Annotated[int | None, setting("Classes to train on.")] = None,
-    channels: Annotated[int | None, setting("Channels of conv4.")] = None,
-    tasks: Annotated[int | None, setting("Tasks in a meta-iteration.")] = None,
-    inner_steps: Annotated[int | None, setting("Inner steps in training.")] = None,
-    inner_lr: Annotated[float | None, setting("Learning rate of the inner steps.", None)] = None,
-    meta_lr: Annotated[float | None, setting("Meta step, or outer learning rate.", None)] = None,
-    eval_tasks: Annotated[int | None, setting("Tasks behind each accuracy.", 2)] = None,
-    backbone: Annotated[str | None, setting("conv4 or resnet12 (metaoptnet).", None)] = None,
-    drop_block: Annotated[
-        bool | None,
-        typer.Option(
-            help="DropBlock in resnet12.",
-            show_default="in dense runs only",
-            rich_help_panel="Settings",
-        ),
-    ] = None,
-    compile: Annotated[
-        bool,
-        typer.Option(
-            "--compile",
-            help="Inner steps through torch.compile (reptile): faster on small images, after some "
-            "ten seconds of compiling for each phase and shape.",
-            rich_help_panel="Settings",
-        ),
-    ] = False,
-    bf16: Annotated[
-        bool,
-        typer.Option(
-            "--bf16",
-            help="Inner steps in bfloat16 (reptile): faster where the processor has it.",
-            rich_help_panel="Settings",
-        ),
-    ] = False,
+    **settings: Any,
 ) -> None:
-    """Train any meta-learner under any pruning schedules, over one seed or several.
+    """Train any meta-learner by any pruning methods, over one seed or several.
 
     A stopped command can be repeated: runs go on from their checkpoints, finished ones are kept.
     """
     from l2l_prune.experiments.compare import compare
     from l2l_prune.experiments.one_seed import run_and_report
-    from l2l_prune.experiments.storage import locked_folder
 
-    check_sparsity(sparsity)
-    out = out or Path("runs") / "-".join((algorithm, *schedule))
-    settings: dict[str, Any] = {
-        "criterion": criterion,
-        "allocation": allocation,
-        "iterations": iterations,
-        "sparsity": sparsity,
-        "published": published,
-        "scale": scale,
-        "transductive": transductive,
-        "select": select,
-        "data": data,
-        "data_root": str(data_root) if data_root else None,
-        "ways": ways,
-        "shots": shots,
-        "train_shots": train_shots,
-        "train_classes": train_classes,
-        "channels": channels,
-        "tasks": tasks,
-        "inner_steps": inner_steps,
-        "inner_lr": inner_lr,
-        "meta_lr": meta_lr,
-        "final_tasks": eval_tasks,
-        "backbone": backbone,
-        "drop_block": drop_block,
-        "compile": compile,
-        "bf16": bf16,
-    }
+    check_sparsity(settings["sparsity"])
+    out = out or Path("runs") / "-".join((algorithm, *method))
+    settings |= {"data": data, "data_root": str(data_root) if data_root else None}
     with plain_errors(out):
         configs = [
             make_config(algorithm, kind, seed=number, **settings)
             for number in range(seed, seed + seeds)
-            for kind in sorted(set(schedule), key=baseline_first)
+            for kind in sorted(set(method), key=baseline_first)
         ]
         check_files(data, data_root, download=download)
-        events = out / "tensorboard" if tensorboard else None
-        with locked_folder(out):
-            if seeds == 1:
-                run_and_report(configs, out, Console(), jobs, out / "checkpoints", events)
-            else:
-                typer.echo(compare(configs, out, Console(), jobs, events))
+        if seeds == 1:
+            run_and_report(configs, out, Console(), jobs, tensorboard)
+        else:
+            typer.echo(compare(configs, out, Console(), jobs, tensorboard))
 
 
 @app.command()
@@ -255,13 +165,18 @@ def paper(
     ] = None,
     data_root: RootOption = None,
     download: DownloadOption = False,
-    scale: ScaleOption = 1.0,
+    scale: Annotated[
+        float, typer.Option(help="Factor on the meta-iterations; phases shrink alike.")
+    ] = 1.0,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 1,
     shots: Annotated[
         list[int], typer.Option(min=1, help="Support examples of a class; repeat the option.")
     ] = [1, 5],  # noqa: B006 - typer copies it
     train_classes: Annotated[int | None, typer.Option(min=2, help="Classes to train on.")] = None,
-    eval_tasks: Annotated[int | None, setting("Tasks behind each accuracy.", 2)] = None,
+    eval_tasks: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tasks behind each accuracy.", show_default="by algorithm"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for runs and report.", show_default="runs/NAME")
     ] = None,

@@ -24,9 +24,11 @@ _LARGEST_TOML = 1_000_000
 AlgorithmOption = Annotated[
     str, typer.Option(help=f"One of {', '.join(DEFAULTS)}.", rich_help_panel="What")
 ]
-ScheduleOption = Annotated[
+MethodOption = Annotated[
     list[str],
     typer.Option(
+        "--method",
+        "--schedule",
         help=f"One of {', '.join(METHODS)}; repeat the option to compare.",
         rich_help_panel="What",
     ),
@@ -36,14 +38,6 @@ DataOption = Annotated[
 ]
 RootOption = Annotated[
     Path | None, typer.Option(help="Folder of the data set's files.", rich_help_panel="What")
-]
-SparsityOption = Annotated[
-    float | None,
-    typer.Option(
-        help="Fraction pruned in the sparse phases, in (0, 1).",
-        show_default="0.5, or the paper's with --published",
-        rich_help_panel="What",
-    ),
 ]
 DownloadOption = Annotated[
     bool,
@@ -69,27 +63,6 @@ ClusterOption = Annotated[
 TensorboardOption = Annotated[
     bool, typer.Option("--tensorboard", help="Also write TensorBoard's event files.")
 ]
-ScaleOption = Annotated[
-    float, typer.Option(help="Factor on the meta-iterations.", rich_help_panel="Settings")
-]
-PublishedOption = Annotated[
-    bool,
-    typer.Option(
-        "--published",
-        help="Start from the published settings (reptile, cavia, metaoptnet).",
-        rich_help_panel="Settings",
-    ),
-]
-
-
-def setting(help_text: str, least: int | None = 1) -> Any:
-    """An option whose default goes by the algorithm."""
-    return typer.Option(
-        min=least,
-        help=help_text,
-        show_default="by algorithm",
-        rich_help_panel="Settings",
-    )
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -121,6 +94,8 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(str(error)) from None
     known = {parameter.name for parameter in context.command.params} - {"config", "help"}
     values = {key.replace("-", "_"): value for key, value in values.items()}
+    if "schedule" in values:  # the old name of method
+        values["method"] = values.pop("schedule")
     if unknown := sorted(values.keys() - known):
         raise typer.BadParameter(
             f"{path} sets {', '.join(unknown)}; there are {', '.join(sorted(map(str, known)))}"
@@ -152,7 +127,7 @@ def plain_errors(out: Path, hint: str = "--out") -> Iterator[None]:
         out: The folder that the command works in.
         hint: The option or argument that gives it.
     """
-    from l2l_prune.experiments.side_by_side import RunFailed
+    from l2l_prune.experiments.processes import RunFailed
     from l2l_prune.experiments.storage import in_words
 
     for place in (out, *out.parents):
@@ -164,15 +139,13 @@ def plain_errors(out: Path, hint: str = "--out") -> Iterator[None]:
         typer.echo(f"l2l-prune: {in_words(error)}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.echo(
-            "stopped by Ctrl-C; nothing of this run was written, but its checkpoints, if any"
-        )
+        typer.echo("stopped by Ctrl-C; the same command goes on from the last checkpoints, if any")
         raise typer.Exit(130) from None
 
 
-def baseline_first(schedule: str) -> int:
+def baseline_first(method: str) -> int:
     """Sort key: dense before the pruned ones."""
-    return list(METHODS).index(schedule) if schedule in METHODS else -1  # refused by make_config
+    return list(METHODS).index(method) if method in METHODS else -1  # refused by make_config
 
 
 def check_sparsity(sparsity: float | None) -> None:

@@ -102,6 +102,7 @@ def accuracy(scores: Callable[[Episode], Tensor], episodes: Iterable[Episode]) -
     Raises:
         TypeError: If ``episodes`` does not end, or holds something else.
         ValueError: If there are no episodes, one has no queries, or scores do not fit the queries.
+        FloatingPointError: If scores are not finite: they would count as chance.
     """
     return _accuracy((e.query_y, scores(e)) for e in _with_queries(episodes))
 
@@ -120,7 +121,7 @@ def _with_queries(episodes: Iterable[Episode]) -> Iterator[Episode]:
 
 def _accuracy(scored: Iterable[tuple[Tensor, Tensor]]) -> Mean:
     """From the labels and scores of each episode; they stay on their device until the end."""
-    accuracies, beyond = [], []
+    accuracies, beyond, finite = [], [], []
     for labels, scores in scored:
         if scores.dim() != 2 or len(scores) != len(labels):  # would be compared without an error
             raise ValueError(
@@ -128,10 +129,16 @@ def _accuracy(scored: Iterable[tuple[Tensor, Tensor]]) -> Mean:
             )
         accuracies.append((scores.argmax(1) == labels).float().mean())
         beyond.append(labels.max() - scores.shape[1])
+        finite.append(scores.amax(1).isfinite().all())  # -inf rules a class out
     if not accuracies:
         raise ValueError("there are no episodes to evaluate on")
     if (most := int(torch.stack(beyond).max())) >= 0:
         raise ValueError(f"a query's label lies {most + 1} beyond the classes that have scores")
+    if wrong := len(finite) - int(torch.stack(finite).sum()):
+        raise FloatingPointError(
+            f"the scores of {wrong} of {len(finite)} tasks are not finite: training or adaptation "
+            "diverged; try a lower learning rate"
+        )
     return Mean(tuple(torch.stack(accuracies).double().tolist()))
 
 
@@ -191,6 +198,7 @@ def few_shot_accuracy(
             integer.
         ValueError: If there are no episodes, one has no queries, scores do not fit the queries, or
             ``tasks_at_once`` does not go with the algorithm or with ``step``.
+        FloatingPointError: If scores are not finite: they would count as chance.
     """
     if not callable(getattr(algorithm, "clone", None)):
         raise TypeError(

@@ -50,7 +50,7 @@ def with_blocks():
 
 
 @pytest.mark.parametrize("page", with_blocks())
-def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
     text = "\n".join(blocks(page, "python"))
     for word, package in NEEDS.items():
         if re.search(rf"^\s*(import|from) \S*{re.escape(word)}", text, re.MULTILINE):
@@ -60,6 +60,8 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     namespace = {}
     for number, block in enumerate(blocks(page, "python")):
         exec(compile(block, f"{named(page)}, block {number}", "exec"), namespace)
+    for summary in re.findall(r"^whole model .*$", capsys.readouterr().out, re.MULTILINE):
+        assert not summary.endswith(" 0.0%"), "a summary after the release shows nothing"
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=lambda value: value)

@@ -10,6 +10,7 @@ from l2l_prune import DSDSchedule, PrunedReptile
 from l2l_prune.data import Episode, EpisodeSampler
 from l2l_prune.evaluation import (
     Mean,
+    accuracy,
     few_shot_accuracy,
     paired_difference,
     unpaired_difference,
@@ -135,3 +136,26 @@ def test_learn2learn_maml_is_an_algorithm_too(net):
     maml = l2l.algorithms.MAML(net, lr=0.1)
     result = few_shot_accuracy(maml, fixed_episodes(), steps=1, batch_size=6)
     assert len(result.values) == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "refused"),
+    [(math.nan, True), (math.inf, True), (-math.inf, False), (1e30, False)],
+)
+def test_scores_that_are_not_finite_are_no_chance(value, refused):
+    """NaN is the largest of all for argmax: a diverged learner would look like a guess."""
+    images, labels = torch.zeros(40, 1, 4, 4), torch.arange(40) % 4
+    sampler = EpisodeSampler(images, labels, ways=3, shots=1, queries=2)
+    episodes = [sampler.sample() for _ in range(4)]
+
+    def scores(episode):
+        found = torch.eye(3)[episode.query_y]
+        if episode is episodes[1]:
+            found[0, episode.query_y[0] - 1] = value
+        return found
+
+    if refused:
+        with pytest.raises(FloatingPointError, match="scores of 1 of 4 tasks are not finite"):
+            accuracy(scores, episodes)
+    else:
+        accuracy(scores, episodes)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import email
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,26 @@ def test_importing_loads_no_host():
     code = f"import l2l_prune, sys; print([m for m in {OPTIONAL!r} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_the_long_description_links_to_nothing_in_the_checkout(tmp_path):
+    """As an index shows it: read from what is built."""
+    pytest.importorskip("build")
+    pytest.importorskip("hatch_fancy_pypi_readme")
+    command = ["build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(PACKAGE.parent)]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    text = metadata.get_payload(decode=True).decode()
+    targets = re.findall(r"\]\(([^)]*)\)", text)
+    assert targets
+    assert all(target.startswith("https://") for target in targets), targets
+    readme = (PACKAGE.parent / "README.md").read_text()
+    assert "docs/methods.md" in text  # the words of a link stay
+    code = re.findall(r"```.*?```", readme, re.DOTALL)
+    assert code
+    assert all(block in text for block in code)

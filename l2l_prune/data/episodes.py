@@ -36,7 +36,8 @@ class EpisodeSampler:
         ways: Classes in a task, >= 1.
         shots: Support examples of each class, >= 1.
         queries: Query examples of each class, >= 0; never support examples.
-        seed: Seed of the draws.
+        seed: Seed of the draws, >= 0.
+        generator: Source of the draws in place of a new one with ``seed``.
 
     Raises:
         TypeError: If images or labels are no tensors (of integers), or a number is no integer.
@@ -59,6 +60,7 @@ class EpisodeSampler:
         shots: int,
         queries: int,
         seed: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
         for name, given in (("images", images), ("labels", labels)):
             _values.instance(name, given, Tensor, "a tensor")
@@ -85,7 +87,11 @@ class EpisodeSampler:
         self._sizes = sizes
         self._first = sizes.cumsum(0) - sizes  # of each class in the order below
         self._order = labels.argsort(stable=True)
-        self._generator = torch.Generator().manual_seed(seed)
+        if generator is None:
+            generator = torch.Generator().manual_seed(seed)
+        self._generator = _values.instance(
+            "generator", generator, torch.Generator, "a torch.Generator"
+        )
 
     def sample(self) -> Episode:
         """Draw one episode."""

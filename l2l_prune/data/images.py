@@ -27,6 +27,7 @@ def load_images(
     root: str | os.PathLike[str] | None = None,
     max_classes: int | None = None,
     seed: int = 0,
+    split_seed: int | None = None,
     download: bool = False,
 ) -> Images:
     """Load one split.
@@ -41,6 +42,8 @@ def load_images(
         root: Folder of the files, as learn2learn's loaders take it; for glyphs, of the cache.
         max_classes: Use only so many classes of the split, drawn by ``seed``.
         seed: Seed of that draw.
+        split_seed: Split the characters of glyphs at random by this seed, which then is also that
+            of the draw; by script without it.
         download: Let learn2learn download missing files.
 
     Raises:
@@ -52,8 +55,12 @@ def load_images(
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if name == "glyphs":
-        glyphs = Glyphs(split, max_classes=max_classes, root=root, seed=seed)
+        by = "script" if split_seed is None else "random"
+        chosen = seed if split_seed is None else split_seed
+        glyphs = Glyphs(split, split_by=by, max_classes=max_classes, root=root, seed=chosen)
         return Images(glyphs.images, glyphs.labels)
+    if split_seed is not None:
+        raise ValueError(f"{name} has splits of its own: split_seed goes with glyphs only")
     data = load_benchmark(name, split, _folder(name, root), download=download)
     return _some_classes(data, max_classes, seed)
 

@@ -45,6 +45,8 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     """
     values = complete(config)
     del values["seed"]
+    if values["split"] is not None:  # goes with the seed: replicates differ in both
+        values["split"] = "random"
     segments = [s for s in values.pop("schedule")["segments"] if s["iterations"]]
     if any(segment["sparse"] for segment in segments):
         values["schedule"] = segments

@@ -8,10 +8,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from l2l_prune._files import linked_file
 from l2l_prune._tensor_files import DamagedFile, load_tensors, save_tensors
 from l2l_prune.experiments.config import RunConfig
 
-_VERSION = 1
+_VERSION = 2
 
 
 def save_checkpoint(path: Path, config: RunConfig, state: dict[str, Any]) -> None:
@@ -52,7 +53,7 @@ def load_checkpoint(path: Path, config: RunConfig) -> dict[str, Any] | None:
         if damaged:
             warnings.warn(f"{damaged[0]}: going on from the one before it", stacklevel=2)
         if file != path:
-            os.replace(file, path)  # else the next one to be saved would push it out
+            os.replace(file, linked_file(path))  # else the next one to be saved would push it out
         return state
     if damaged:
         raise ValueError(f"{'; '.join(damaged)}: delete it to start the run again")
@@ -60,8 +61,8 @@ def load_checkpoint(path: Path, config: RunConfig) -> dict[str, Any] | None:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete the checkpoints of a run that has ended."""
-    for file in (_previous(path), path):
+    """Delete the checkpoints of a run that has ended; a symbolic link stays."""
+    for file in (_previous(path), linked_file(path)):
         file.unlink(missing_ok=True)
 
 
@@ -76,7 +77,8 @@ def _parts(file: Path, saved: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _previous(path: Path) -> Path:
-    return path.with_name(f"{path.name}.previous")
+    real = linked_file(path)
+    return real.with_name(f"{real.name}.previous")
 
 
 def _text(config: RunConfig) -> str:

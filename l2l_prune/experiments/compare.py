@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,11 @@ from tabulate import tabulate
 from l2l_prune._files import replace_file
 from l2l_prune.evaluation import paired_difference
 from l2l_prune.experiments import alike
-from l2l_prune.experiments.checkpoint import remove_checkpoint
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.finished import schedule_rate
 from l2l_prune.experiments.over_seeds import OverSeeds, with_verdict
-from l2l_prune.experiments.results import write_results
-from l2l_prune.experiments.run import RunResult
-from l2l_prune.experiments.side_by_side import RunFailed, run_side_by_side
-from l2l_prune.experiments.storage import finished_run
+from l2l_prune.experiments.processes import finish_all
+from l2l_prune.experiments.storage import locked_folder
 
 
 def compare(
@@ -28,7 +24,7 @@ def compare(
     folder: Path,
     console: Console,
     jobs: int | None = None,
-    events: Path | None = None,
+    tensorboard: bool = False,
 ) -> str:
     """Run what is not yet in ``folder``, and write the table there.
 
@@ -37,7 +33,7 @@ def compare(
         folder: Gets a folder for each run, filled as it ends, and ``table.md``.
         console: Where progress is shown.
         jobs: Runs at once; all by default.
-        events: Folder for TensorBoard's event files.
+        tensorboard: Write TensorBoard's event files into each run's folder.
 
     Returns:
         The table and the verdicts as Markdown.
@@ -45,35 +41,15 @@ def compare(
     Raises:
         RunFailed: If a run failed; those that ended before stay in ``folder``, and the failed one's
             folder holds ``error.txt``, which a report reads.
-        ValueError: If ``folder`` holds results of other settings, or ``configs`` differ in more
-            than method and seed.
+        ValueError: If another process writes to ``folder``, results in it are damaged, or
+            ``configs`` differ in more than method and seed.
     """
     _check(configs)
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [c for c in configs if finished_run(folder / c.slug, c) is None]
-    for config in missing:
-        (folder / config.slug / "error.txt").unlink(missing_ok=True)
-
-    def keep(config: RunConfig, result: RunResult) -> None:
-        place = folder / config.slug
-        place.mkdir(exist_ok=True)
-        write_results(place, [config], [result])
-        remove_checkpoint(checkpoints / f"{config.slug}.pt")
-
-    checkpoints = folder / "checkpoints"
-    try:
-        run_side_by_side(
-            missing, console, jobs=jobs, on_result=keep, checkpoints=checkpoints, events=events
-        )
-    except RunFailed as failed:
-        place = folder / failed.config.slug
-        place.mkdir(exist_ok=True)
-        (place / "error.txt").write_text(f"{failed.said}\n", encoding="utf-8")
-        raise
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    text = _markdown([(c, finished_run(folder / c.slug, c)) for c in configs])
-    with replace_file(folder / "table.md") as path:
-        path.write_text(text)
+    with locked_folder(folder):
+        entries = finish_all(configs, folder, console, jobs=jobs, tensorboard=tensorboard)
+        text = _markdown(list(zip(configs, entries, strict=True)))
+        with replace_file(folder / "table.md") as path:
+            path.write_text(text)
     return text
 
 

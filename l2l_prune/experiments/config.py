@@ -8,70 +8,57 @@ from dataclasses import dataclass
 from typing import Any
 
 from l2l_prune import _values
-from l2l_prune.experiments.check_config import check_types
+from l2l_prune.data import DATA_SETS
 from l2l_prune.experiments.defaults import DEFAULTS, INSTANCES, PUBLISHED
 from l2l_prune.experiments.methods import METHODS, make_schedule, published_phases
+from l2l_prune.experiments.settings import check_settings, setting, settings_of
 from l2l_prune.schedules import Schedule
 from l2l_prune.selection import Layers
 
+_BY_ALGORITHM, _BY_METHOD = "by algorithm", "by method"
 _NO_THIRD_DERIVATIVE = ("maml", "metasgd", "cavia", "metaoptnet")
 """Batch normalisation has derivatives up to the second order, the SVM of the first."""
+
+
+@dataclass(frozen=True)
+class Phases:
+    """How a run is divided into phases; what is ``None`` goes by the method."""
+
+    iterations: int | None = setting(None, "Meta-iterations.", least=1, shown=_BY_ALGORITHM)
+    sparsity: float | None = setting(
+        None,
+        "Fraction pruned in the sparse phases, in (0, 1).",
+        share=True,
+        shown="0.5, or the paper's with --published",
+        panel="What",
+    )
+    pretrain: float | None = setting(
+        None, "Dense start, as a fraction of the run.", shown=_BY_METHOD
+    )
+    retrain: float | None = setting(
+        None, "Dense end, as a fraction of the run (DSD) or of a round (IHT).", shown=_BY_METHOD
+    )
+    rounds: int | None = setting(
+        None, "Rounds of IHT, cycles of cyclic.", least=1, shown=_BY_METHOD
+    )
+    scale: float = setting(1.0, "Factor on the meta-iterations; phases shrink alike.", above=0)
+    published: bool = setting(
+        False, "Start from the published settings (reptile, cavia, metaoptnet)."
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Settings of one run.
 
+    Each field below says its default and range; ``l2l-prune run --help`` lists them all.
+
     Args:
         name: Name of the method, for tables and files.
         schedule: When to prune, and how much; its length is the run's.
-        seed: Seed of weights, tasks and minibatches. Runs with one seed see the same tasks.
-        algorithm: A key of :data:`~l2l_prune.experiments.defaults.DEFAULTS`.
-        data: Name of the data set, see :func:`l2l_prune.data.load_images`.
-        data_root: Folder of its files.
-        ways: Classes of a task.
-        shots: Support examples of a class at evaluation.
-        queries: Query examples of a class at evaluation.
-        train_shots: Support examples of a class in a training task.
-        train_queries: Query examples of a class in a training task (Reptile has none).
-        train_classes: Number of classes to train on, ``None`` for all.
-        backbone: ``"conv4"`` or ``"resnet12"`` (MetaOptNet only).
-        channels: Channels of each convolution of conv4.
-        drop_block: DropBlock in ResNet-12; ``None``: in the dense baseline alone, as the paper
-            lets pruning replace it.
-        dropout: Rate of dropout after each block of conv4 in training (Reptile only), in [0, 1).
-        weight_decay: Decoupled weight decay of the inner steps in training and evaluation (Reptile
-            only), >= 0.
-        layers: Which layers are pruned, as in :class:`~l2l_prune.Pruner`.
-        criterion: By what weights are kept: ``"magnitude"``, ``"random"``, ``"snip"``,
-            ``"taylor"``, ``"grasp"`` or ``"movement"``, see :mod:`l2l_prune.criteria`.
-        allocation: How pruned weights are shared among layers: ``"layerwise"``, ``"erk"`` or
-            ``"global"``, see :mod:`l2l_prune.allocation`.
-        rewind: If given, sparse phases restart from the weights of this iteration, see
-            :class:`~l2l_prune.rewinding.Rewind`.
-        regrow: If given, masks move within sparse phases: ``"random"`` (SET) or ``"gradient"``
-            (RigL) weights grow, see :class:`~l2l_prune.regrowth.Regrowth`.
-        structured: Cut out whole channels instead, of all layers, by their L2 norm (Reptile only).
-        compile: Inner steps through :class:`~l2l_prune.compiled.CompiledStep` (Reptile only):
-            faster on small images.
-        bf16: Networks compute in bfloat16 in the inner steps (Reptile only), where the processor
-            has it.
-        tasks: Tasks in a meta-iteration.
-        inner_steps: Inner steps in training.
-        inner_batch: Examples in an inner step in training (Reptile; the others take all).
-        inner_lr: Learning rate of the inner steps.
-        meta_lr: Reptile's first meta step size, falling linearly to 0, or the learning rate of
-            the outer optimizer.
-        eval_steps: Inner steps at evaluation.
-        eval_batch: Examples in an inner step at evaluation (Reptile).
-        transductive: Score all queries of a task at once, so that batch statistics see them
-            together; else one by one beside the support set. ProtoNet and MetaOptNet use running
-            statistics, where it makes no difference.
-        select: Weights to score at the end: ``"last"``, or the ``"best"`` on validation tasks at a
-            point of the curves.
-        eval_every: Meta-iterations between points of the accuracy curves.
-        curve_tasks: Tasks for each point of the curves, from each of training and test classes.
-        final_tasks: Tasks for the accuracies at the end, from each of training and test classes.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -80,46 +67,125 @@ class RunConfig:
 
     name: str
     schedule: Schedule
-    seed: int = 0
-    algorithm: str = "reptile"
-    data: str = "glyphs"
-    data_root: str | None = None
-    ways: int = 5
-    shots: int = 1
-    queries: int = 5
-    train_shots: int = 10
-    train_queries: int = 0
-    train_classes: int | None = 30
-    backbone: str = "conv4"
-    channels: int = 64
-    drop_block: bool | None = None
-    dropout: float = 0.0
-    weight_decay: float = 0.0
-    layers: Layers = "authors"
-    criterion: str = "magnitude"
-    allocation: str = "layerwise"
-    rewind: int | None = None
-    regrow: str | None = None
-    structured: bool = False
-    compile: bool = False
-    bf16: bool = False
-    tasks: int = 5
-    inner_steps: int = 5
-    inner_batch: int = 10
-    inner_lr: float = 1e-3
-    meta_lr: float = 1.0
-    eval_steps: int = 5
-    eval_batch: int = 5
-    transductive: bool = True
-    select: str = "last"
-    eval_every: int = 25
-    curve_tasks: int = 12
-    final_tasks: int = 200
+    seed: int = setting(
+        0, "Seed of weights, tasks and minibatches: runs with one seed see the same tasks."
+    )
+    algorithm: str = setting("reptile", "Meta-learner", choices=tuple(DEFAULTS), panel="What")
+    data: str = setting("glyphs", "Data set", choices=DATA_SETS, panel="What")
+    data_root: str | None = setting(
+        None, "Folder of the data set's files.", panel="What", shown="none"
+    )
+    split: int | None = setting(
+        None,
+        "Split the characters of glyphs into training, validation and test at random by this seed.",
+        least=0,
+        shown="by script",
+    )
+    ways: int = setting(5, "Classes of a task.", least=2)
+    shots: int = setting(1, "Support examples of a class at evaluation.", least=1)
+    queries: int = setting(
+        5, "Query examples of a class at evaluation.", least=1, shown=_BY_ALGORITHM
+    )
+    train_shots: int = setting(
+        10, "Support examples of a class in training.", least=1, shown=_BY_ALGORITHM
+    )
+    train_queries: int = setting(
+        0, "Query examples of a class in training (reptile has none).", least=0, shown=_BY_ALGORITHM
+    )
+    train_classes: int | None = setting(
+        30, "Classes to train on.", least=1, shown="30 of glyphs, all of other data"
+    )
+    backbone: str = setting(
+        "conv4",
+        "Network (resnet12: metaoptnet only)",
+        choices=("conv4", "resnet12"),
+        shown=_BY_ALGORITHM,
+    )
+    channels: int = setting(
+        64, "Channels of each convolution of conv4.", least=1, shown=_BY_ALGORITHM
+    )
+    drop_block: bool | None = setting(
+        None,
+        "DropBlock in resnet12: pruning replaces it, as in the paper.",
+        shown="in dense runs only",
+    )
+    dropout: float = setting(
+        0.0, "Dropout after each block of conv4 in training (reptile only).", share=True
+    )
+    weight_decay: float = setting(0.0, "Decoupled weight decay of the inner steps (reptile only).")
+    layers: Layers = setting(  # noqa: RUF009 - it makes a field
+        "authors",
+        "Layers to prune (authors: all but the first convolution)",
+        choices=("all", "authors"),
+        shown=_BY_ALGORITHM,
+    )
+    criterion: str = setting(
+        "magnitude",
+        "Weights to keep",
+        choices=("magnitude", "random", "snip", "taylor", "grasp", "movement"),
+        shown="magnitude; random for set and rigl",
+    )
+    allocation: str = setting(
+        "layerwise",
+        "How layers share what is pruned",
+        choices=("layerwise", "erk", "global"),
+    )
+    rewind: int | None = setting(
+        None, "Restart sparse phases from the weights of this iteration.", least=0, shown=_BY_METHOD
+    )
+    regrow: str | None = setting(
+        None,
+        "Let masks move within sparse phases; what grows",
+        choices=("random", "gradient"),
+        shown=_BY_METHOD,
+    )
+    structured: bool = setting(False, "Cut out whole channels instead (reptile only).")
+    compile: bool = setting(
+        False,
+        "Inner steps through torch.compile (reptile only): faster on small images, after some ten "
+        "seconds of compiling for each phase and shape.",
+    )
+    bf16: bool = setting(
+        False, "Inner steps in bfloat16 (reptile only): faster where the processor has it."
+    )
+    tasks: int = setting(5, "Tasks in a meta-iteration.", least=1, shown=_BY_ALGORITHM)
+    inner_steps: int = setting(5, "Inner steps in training.", least=1, shown=_BY_ALGORITHM)
+    inner_batch: int = setting(10, "Examples in an inner step in training (reptile only).", least=1)
+    inner_lr: float = setting(
+        1e-3, "Learning rate of the inner steps.", above=0, shown=_BY_ALGORITHM
+    )
+    meta_lr: float = setting(
+        1.0,
+        "Reptile's first meta step, falling linearly to 0, or the outer learning rate.",
+        shown=_BY_ALGORITHM,
+    )
+    eval_steps: int = setting(5, "Inner steps at evaluation.", least=0, shown=_BY_ALGORITHM)
+    eval_batch: int = setting(5, "Examples in an inner step at evaluation (reptile only).", least=1)
+    transductive: bool = setting(
+        True, "Score all queries of a task together, so that batch statistics see them."
+    )
+    select: str = setting(
+        "last",
+        "Weights to score at the end (best: on validation tasks)",
+        choices=("last", "best"),
+    )
+    eval_every: int = setting(
+        25, "Meta-iterations between points of the curves.", least=1, shown="a tenth of the run"
+    )
+    curve_tasks: int = setting(
+        12, "Tasks for each point of the curves.", least=1, shown=_BY_ALGORITHM
+    )
+    final_tasks: int = setting(
+        200, "Tasks behind each accuracy at the end.", least=2, shown=_BY_ALGORITHM
+    )
 
     def __post_init__(self) -> None:
-        if self.algorithm not in DEFAULTS:
-            raise ValueError(f"algorithm must be one of {', '.join(DEFAULTS)}: {self.algorithm!r}")
-        check_types({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        _values.instance("schedule", self.schedule, Schedule, "a Schedule")
+        if not _values.instance("name", self.name, str, "a string"):
+            raise ValueError("name must not be empty: tables and files are called by it")
+        check_settings(self)
+        if self.split is not None and self.data != "glyphs":
+            raise ValueError(f"split goes with glyphs only: {self.data} has splits of its own")
         special = ("dropout", "weight_decay", "structured", "compile", "bf16")
         if self.algorithm != "reptile" and any(getattr(self, name) for name in special):
             raise ValueError(
@@ -152,9 +218,10 @@ class RunConfig:
         return f"{self.name} seed {self.seed}"
 
     @property
-    def slug(self) -> str:
-        """The same for file names: ``"dsd-seed0"``."""
-        return f"{file_name(self.name)}-seed{self.seed}"
+    def special(self) -> dict[str, Any]:
+        """What differs from the defaults, so that a new setting leaves the names of runs alone."""
+        usual = {f.name: f.default for f in dataclasses.fields(self)}
+        return {name: value for name, value in self.to_json().items() if value != usual[name]}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, the schedule as its own dict."""
@@ -162,35 +229,18 @@ class RunConfig:
         return {**values, "schedule": self.schedule.to_dict()}
 
 
-def make_config(
-    algorithm: str,
-    schedule: str,
-    *,
-    iterations: int | None = None,
-    sparsity: float | None = None,
-    pretrain: float | None = None,
-    retrain: float | None = None,
-    rounds: int | None = None,
-    published: bool = False,
-    scale: float = 1.0,
-    **settings: Any,
-) -> RunConfig:
+def make_config(algorithm: str, method: str, **settings: Any) -> RunConfig:
     """The settings of a run from an algorithm's defaults and what is given.
 
     Args:
         algorithm: A key of :data:`~l2l_prune.experiments.defaults.DEFAULTS`.
-        schedule: A key of :data:`~l2l_prune.experiments.methods.METHODS`, which may set more than
-            the schedule.
-        iterations: Meta-iterations, 400 (or the published number) by default.
-        sparsity: As in :func:`~l2l_prune.experiments.methods.make_schedule`, likewise
-            ``pretrain``, ``retrain`` and ``rounds``.
-        pretrain: See ``sparsity``.
-        retrain: See ``sparsity``.
-        rounds: See ``sparsity``.
-        published: Start from :data:`~l2l_prune.experiments.defaults.PUBLISHED`, with all training
-            classes; for Reptile on a data set of the paper also from its phases and rates.
-        scale: Factor on the meta-iterations, > 0; phases shrink alike.
-        **settings: Fields of :class:`RunConfig`; those that are ``None`` keep their default.
+        method: A key of :data:`~l2l_prune.experiments.methods.METHODS`: it makes the schedule, and
+            may set more.
+        **settings: Fields of :class:`Phases` and :class:`RunConfig`; those that are ``None`` keep
+            their default. With ``published``, defaults are those of
+            :data:`~l2l_prune.experiments.defaults.PUBLISHED`, with all training classes; for
+            Reptile on a data set of the paper also its phases and rates. A ``name`` replaces the
+            one that says the method and what is special.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -198,43 +248,50 @@ def make_config(
     """
     if algorithm not in DEFAULTS:
         raise ValueError(f"algorithm must be one of {', '.join(DEFAULTS)}, got {algorithm!r}")
-    known = {field.name for field in dataclasses.fields(RunConfig)}
-    if unknown := sorted(settings.keys() - known):
-        raise ValueError(f"there is no setting {', '.join(unknown)}; there are {sorted(known)}")
+    if unknown := sorted(settings.keys() - KNOWN):
+        raise ValueError(f"there is no setting {', '.join(unknown)}; there are {sorted(KNOWN)}")
+    given = {name: value for name, value in settings.items() if value is not None}
+    phases = Phases(**{name: given.pop(name) for name in settings_of(Phases) if name in given})
     chosen = dict(DEFAULTS[algorithm])
-    if published:
+    if phases.published:
         if algorithm not in PUBLISHED:
             raise ValueError(f"there are published settings for {', '.join(PUBLISHED)} only")
         chosen |= {**PUBLISHED[algorithm], "train_classes": None}
-    default = chosen.pop("iterations", 400)
-    whole = _values.count("iterations", default if iterations is None else iterations, least=1)
-    iterations = round(_values.number("scale", scale, above=0) * whole)
+    whole = chosen.pop("iterations", 400) if phases.iterations is None else phases.iterations
+    chosen.pop("iterations", None)
+    iterations = round(phases.scale * whole)
     if iterations < 1:
-        raise ValueError(f"scale={scale} leaves nothing of {whole} iterations")
-    chosen |= {name: value for name, value in settings.items() if value is not None}
+        raise ValueError(f"scale={phases.scale} leaves nothing of {whole} iterations")
+    chosen |= given
     data, channels = chosen.get("data", "glyphs"), chosen.get("channels", RunConfig.channels)
-    paper = published_phases(schedule, data, channels) if published else {}
-    given = {"sparsity": sparsity, "pretrain": pretrain, "retrain": retrain, "rounds": rounds}
-    phases = {name: value for name, value in given.items() if value is not None}
-    pruning = make_schedule(schedule, iterations, **(paper | phases))
-    chosen = {**METHODS[schedule].settings, **chosen}
-    if algorithm not in ("reptile", "metaoptnet") and settings.get("train_shots") is None:
+    paper = published_phases(method, data, channels) if phases.published else {}
+    shape = {
+        name: value
+        for name in ("sparsity", "pretrain", "retrain", "rounds")
+        if (value := getattr(phases, name)) is not None
+    }
+    pruning = make_schedule(method, iterations, **(paper | shape))
+    chosen = {**METHODS[method].settings, **chosen}
+    if algorithm not in ("reptile", "metaoptnet") and "train_shots" not in given:
         chosen["train_shots"] = chosen.get("shots", RunConfig.shots)
     if data != "glyphs":
         chosen.setdefault("train_classes", None)
-    if published and data in INSTANCES and settings.get("train_queries") is None:
+    if phases.published and data in INSTANCES and "train_queries" not in given:
         room = INSTANCES[data] - chosen.get("train_shots", RunConfig.train_shots)
         chosen["train_queries"] = min(chosen.get("train_queries", 0), max(room, 0))
-    if settings.get("final_tasks") and not settings.get("curve_tasks"):
+    if "final_tasks" in given and "curve_tasks" not in given:
         usual = chosen.get("curve_tasks", RunConfig.curve_tasks)
-        chosen["curve_tasks"] = min(usual, settings["final_tasks"])  # no more on the way
-    phases.pop("sparsity", None)
-    return RunConfig(
-        name=_name(schedule, {} if schedule == "dense" else phases, chosen),
-        schedule=pruning,
-        algorithm=algorithm,
-        **{"eval_every": max(1, iterations // 10), **chosen},
-    )
+        chosen["curve_tasks"] = min(usual, given["final_tasks"])  # no more on the way
+    shape.pop("sparsity", None)
+    derived = {
+        "name": _name(method, {} if method == "dense" else shape, chosen),
+        "eval_every": max(1, iterations // 10),
+    }
+    return RunConfig(algorithm=algorithm, schedule=pruning, **{**derived, **chosen})
+
+
+KNOWN = (settings_of(RunConfig).keys() | settings_of(Phases).keys() | {"name"}) - {"algorithm"}
+"""The settings that :func:`make_config` takes beside algorithm and method."""
 
 
 def file_name(name: str) -> str:
@@ -242,9 +299,9 @@ def file_name(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower())
 
 
-def _name(schedule: str, phases: dict[str, Any], settings: dict[str, Any]) -> str:
-    """The schedule, and all by which a method can differ from its default."""
-    method = METHODS[schedule]
+def _name(kind: str, phases: dict[str, Any], settings: dict[str, Any]) -> str:
+    """The method, and all by which it differs from its default."""
+    method = METHODS[kind]
     parts = [method.title]
     for phase in ("pretrain", "retrain"):
         if phase in phases:
@@ -253,9 +310,9 @@ def _name(schedule: str, phases: dict[str, Any], settings: dict[str, Any]) -> st
         parts.append(f"{phases['rounds']} rounds")
     usual = {"criterion": "magnitude", "allocation": "layerwise", **method.settings}
     for name in ("criterion", "allocation"):
-        if settings.get(name, usual[name]) != usual[name] and schedule != "dense":
+        if settings.get(name, usual[name]) != usual[name] and kind != "dense":
             parts.append(settings[name])
-    if settings.get("structured") and schedule != "dense":
+    if settings.get("structured") and kind != "dense":
         parts.append("channels")
     if settings.get("dropout"):
         parts.append(f"dropout {settings['dropout']:g}")

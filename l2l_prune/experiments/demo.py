@@ -41,7 +41,8 @@ def run_demo(
     """Train, print the table, write the files.
 
     Args:
-        folder: Where ``results.json``, ``curves.png`` and the weights go; made if missing.
+        folder: Gets a folder of results and weights for each run, and ``curves.png`` of all; made
+            if missing.
         iterations: Meta-iterations of each run.
         sparsity: Fraction pruned in the sparse phases, in (0, 1).
         seed: Seed of weights and tasks.

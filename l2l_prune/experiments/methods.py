@@ -139,7 +139,7 @@ def make_schedule(
             does not take it (dense takes none, and ignores all).
     """
     if kind not in METHODS:
-        raise ValueError(f"schedule must be one of {', '.join(METHODS)}, got {kind!r}")
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {kind!r}")
     method = METHODS[kind]
     if kind == "dense":
         return method.make(iterations, 0.0)
@@ -148,7 +148,7 @@ def make_schedule(
     given = {"pretrain": pretrain, "retrain": retrain, "rounds": rounds}
     phases = {name: value for name, value in given.items() if value is not None}
     if unknown := sorted(phases.keys() - set(method.takes)):
-        raise ValueError(f"schedule {kind} takes no {', '.join(unknown)}")
+        raise ValueError(f"method {kind} takes no {', '.join(unknown)}")
     shares = {name: value for name, value in phases.items() if name != "rounds"}
     _values.check_fractions(shares)
     return method.make(iterations, sparsity, **phases)

@@ -9,8 +9,8 @@ from l2l_prune.schedules import DSDSchedule, IHTSchedule
 Grid = dict[str, Any]
 
 WIDTHS = (32, 64, 128, 256)
-DENSE: Grid = {"schedule": "dense"}
-BOTH: Grid = {"schedule": ["dsd", "iht"]}
+DENSE: Grid = {"method": "dense"}
+BOTH: Grid = {"method": ["dsd", "iht"]}
 
 
 def _widths(data: str) -> list[Grid]:
@@ -21,8 +21,8 @@ def _widths(data: str) -> list[Grid]:
         iht = IHTSchedule.paper(data, channels=width).sparsity
         grids += [
             {**DENSE, "channels": width},
-            {"schedule": "dsd", "channels": width, "sparsity": dsd},
-            {"schedule": "iht", "channels": width, "sparsity": iht},
+            {"method": "dsd", "channels": width, "sparsity": dsd},
+            {"method": "iht", "channels": width, "sparsity": iht},
         ]
     return grids
 
@@ -44,7 +44,7 @@ EXPERIMENTS: dict[str, tuple[str, list[Grid]]] = {
         "mini-imagenet",
         [
             {**DENSE, "algorithm": "metaoptnet"},
-            {"algorithm": "metaoptnet", "schedule": "dsd", "sparsity": 0.2},
+            {"algorithm": "metaoptnet", "method": "dsd", "sparsity": 0.2},
             {**DENSE, "algorithm": "cavia"},
             {**BOTH, "algorithm": "cavia", "sparsity": 0.1},
         ],
@@ -58,18 +58,18 @@ EXPERIMENTS: dict[str, tuple[str, list[Grid]]] = {
         "mini-imagenet",
         [
             DENSE,
-            {"schedule": "dsd", "sparsity": 0.3},
-            {"schedule": "dsd", "sparsity": 0.3, "pretrain": [0.1, 0.2, 0.4, 0.5]},
-            {"schedule": "dsd", "sparsity": 0.3, "retrain": [0.0, 0.05, 0.2, 0.3, 0.4]},
+            {"method": "dsd", "sparsity": 0.3},
+            {"method": "dsd", "sparsity": 0.3, "pretrain": [0.1, 0.2, 0.4, 0.5]},
+            {"method": "dsd", "sparsity": 0.3, "retrain": [0.0, 0.05, 0.2, 0.3, 0.4]},
         ],
     ),
     "figure4": (
         "mini-imagenet",
         [
             DENSE,
-            {"schedule": "iht", "sparsity": 0.4},
-            {"schedule": "iht", "sparsity": 0.4, "retrain": [0.1, 0.5, 0.75]},
-            {"schedule": "iht", "sparsity": 0.4, "rounds": [2, 8, 16]},
+            {"method": "iht", "sparsity": 0.4},
+            {"method": "iht", "sparsity": 0.4, "retrain": [0.1, 0.5, 0.75]},
+            {"method": "iht", "sparsity": 0.4, "rounds": [2, 8, 16]},
         ],
     ),
 }

@@ -19,7 +19,7 @@ from l2l_prune.experiments.config import RunConfig, file_name
 from l2l_prune.experiments.finished import schedule_rate
 from l2l_prune.experiments.over_seeds import signed
 from l2l_prune.experiments.plots import accuracy_curves
-from l2l_prune.experiments.run import RunResult
+from l2l_prune.experiments.run import Point, RunResult
 
 
 def results_table(configs: list[RunConfig], results: list[RunResult]) -> Table:
@@ -70,13 +70,47 @@ def write_results(folder: Path, configs: list[RunConfig], results: list[RunResul
     }
     for result in results:
         save_tensors(result.weights, folder / f"{file_name(result.name)}.pt")
-    _write_csv(results, folder / "curves.csv")
+    write_curves(results, folder / "curves.csv")
     accuracy_curves(configs, results, folder / "curves.png")
     with replace_file(folder / "results.json") as path:
         path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _write_csv(results: list[RunResult], path: Path) -> None:
+def read_result(entry: dict[str, Any], file: Path) -> RunResult:
+    """A run's result from its entry of ``results.json``, without its weights.
+
+    Args:
+        entry: The entry.
+        file: Where it is from, for messages.
+
+    Raises:
+        ValueError: If the entry is damaged.
+    """
+
+    def mean(values: list[float]) -> Mean:
+        return Mean(tuple(map(float, values)))
+
+    try:
+        curve = [
+            Point(
+                point["iteration"],
+                point["phase"],
+                point["sparsity"],
+                mean(point["train_per_task"]),
+                mean(point["test_per_task"]),
+            )
+            for point in entry["curve"]
+        ]
+        train, test = (mean(entry[part]["per_task"]) for part in ("train", "test"))
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is damaged ({type(error).__name__}: {error}): delete it and run it again"
+        ) from None
+    return RunResult(entry["config"]["name"], train, test, entry["seconds"], curve)
+
+
+def write_curves(results: list[RunResult], path: Path) -> None:
+    """Write the points of the accuracy curves as CSV."""
     columns = (
         "method",
         "iteration",
@@ -109,6 +143,8 @@ def _as_json(config: RunConfig, result: RunResult) -> dict[str, Any]:
                 "sparsity": point.sparsity,
                 "train": point.train.mean,
                 "test": point.test.mean,
+                "train_per_task": list(point.train.values),
+                "test_per_task": list(point.test.values),
             }
             for point in result.curve
         ],

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from l2l_prune.data import Episode, EpisodeSampler, Images, load_images
+from l2l_prune.data.benchmarks import SPLITS
 from l2l_prune.evaluation import Mean
 from l2l_prune.experiments.algorithms import Algorithm, build
 from l2l_prune.experiments.checkpoint import load_checkpoint, save_checkpoint
 from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.streams import stream
 from l2l_prune.experiments.tensorboard import EventLog
 
 
@@ -80,17 +82,16 @@ def run(
     Raises:
         ValueError: If settings cannot be, or the checkpoint is damaged or of other settings.
         FileNotFoundError: If a file of the data set is missing.
+        FloatingPointError: If scores or the weights at the end are not finite: the run diverged.
     """
     splits = ("train", "test", "validation") if config.select == "best" else ("train", "test")
     data = {split: _load(config, split) for split in splits}
     _check_memory(config, data["train"].images.shape[1:])
-    tasks = _sampler(data["train"], config, config.train_shots, config.train_queries, config.seed)
+    tasks = _training_tasks(data["train"], config)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.set_rng_state(stream(config.seed, "weights").get_state())
         algorithm = build(config, data["train"].images.shape[1:])
-    curve_episodes = {
-        s: list(_episodes(data[s], config, config.curve_tasks, seed=1)) for s in splits
-    }
+    curve_episodes = {s: list(_evaluation_tasks(data[s], config, "curve tasks", s)) for s in splits}
     state = _State()
     saved = load_checkpoint(checkpoint, config) if checkpoint else None
     if saved:
@@ -124,10 +125,15 @@ def run(
     if state.best is not None:
         algorithm.load_state_dict(state.best)
     train, test = (
-        algorithm.evaluate(_episodes(data[split], config, config.final_tasks, seed=2))
+        algorithm.evaluate(_evaluation_tasks(data[split], config, "final tasks", split))
         for split in ("train", "test")
     )
     weights = algorithm.finalize().state_dict()
+    if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise FloatingPointError(
+            f"training diverged: {', '.join(wrong)} of the final weights are not finite; try a "
+            "lower learning rate"
+        )
     yield RunResult(config.name, train, test, state.seconds, state.curve, dict(weights))
 
 
@@ -168,13 +174,39 @@ class _State:
 
 def _load(config: RunConfig, split: str) -> Images:
     limit = config.train_classes if split == "train" else None
-    return load_images(config.data, split, root=config.data_root, max_classes=limit)
+    return load_images(
+        config.data, split, root=config.data_root, max_classes=limit, split_seed=config.split
+    )
 
 
-def _episodes(data: Images, config: RunConfig, count: int, seed: int) -> Iterator[Episode]:
-    """Drawn one by one: the paper's 10,000 evaluation tasks would fill 25 GB."""
-    sampler = _sampler(data, config, config.shots, config.queries, seed)
-    return itertools.islice(sampler, count)
+def _training_tasks(data: Images, config: RunConfig) -> EpisodeSampler:
+    return EpisodeSampler(
+        data.images,
+        data.labels,
+        ways=config.ways,
+        shots=config.train_shots,
+        queries=config.train_queries,
+        generator=stream(config.seed, "training tasks"),
+    )
+
+
+def _evaluation_tasks(
+    data: Images, config: RunConfig, purpose: str, split: str
+) -> Iterator[Episode]:
+    """The same for all methods of a seed, so that they can be compared task by task.
+
+    They are drawn one by one: the paper's 10,000 evaluation tasks would fill 25 GB.
+    """
+    sampler = EpisodeSampler(
+        data.images,
+        data.labels,
+        ways=config.ways,
+        shots=config.shots,
+        queries=config.queries,
+        generator=stream(config.seed, purpose, SPLITS.index(split)),
+    )
+    counts = {"curve tasks": config.curve_tasks, "final tasks": config.final_tasks}
+    return itertools.islice(sampler, counts[purpose])
 
 
 def _check_memory(config: RunConfig, image: torch.Size) -> None:
@@ -191,11 +223,3 @@ def _check_memory(config: RunConfig, image: torch.Size) -> None:
             f"{config.tasks} tasks, or {config.curve_tasks} for a point of the curves, of "
             f"{config.ways} ways take {size / 1e9:.0f} GB, more than the machine has: ask for fewer"
         )
-
-
-def _sampler(
-    data: Images, config: RunConfig, shots: int, queries: int, seed: int
-) -> EpisodeSampler:
-    return EpisodeSampler(
-        data.images, data.labels, ways=config.ways, shots=shots, queries=queries, seed=seed
-    )

@@ -12,20 +12,25 @@ from typing import Any
 import filelock
 
 from l2l_prune._files import remove_unfinished
+from l2l_prune.experiments import alike
 from l2l_prune.experiments.config import RunConfig, file_name
 from l2l_prune.experiments.finished import read_runs
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path, patience: float = 0) -> Iterator[None]:
     """Make ``folder`` and refuse a second writer to it.
+
+    Args:
+        folder: The folder; what a killed writer left unfinished in it is removed.
+        patience: Seconds to wait for another writer.
 
     Raises:
         ValueError: If another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
+        with filelock.FileLock(folder / ".lock", timeout=patience):
             remove_unfinished(folder)
             yield
     except filelock.Timeout:
@@ -49,7 +54,7 @@ def finished_run(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     run = read_runs(file)[0]
-    if run["config"] != json.loads(json.dumps(config.to_json())):
+    if alike.complete(run["config"]) != json.loads(json.dumps(config.to_json())):
         raise ValueError(f"{file} was made with other settings: choose another folder")
     return run
 
@@ -58,13 +63,14 @@ def run_name(config: RunConfig) -> str:
     """A folder name that tells the run's settings apart from all others and says the main ones.
 
     Examples:
-        >>> from l2l_prune.experiments.config import make_config
+        >>> from l2l_prune.experiments import alike
+    from l2l_prune.experiments.config import make_config
         >>> run_name(make_config("reptile", "dsd"))[:-9]
         'reptile-dsd-50-64ch-1shot-seed0'
     """
     rates = [s.sparsity_label.rstrip("%") for s in config.schedule.segments if s.sparse]
     parts = [config.algorithm, file_name(config.name), *rates[-1:]]
     size = f"{config.channels}ch" if config.backbone == "conv4" else config.backbone
-    text = json.dumps(config.to_json(), sort_keys=True)
+    text = json.dumps(config.special, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return "-".join([*parts, size, f"{config.shots}shot", f"seed{config.seed}", digest])

@@ -20,7 +20,7 @@ def made(name, words, error=ValueError, algorithm="reptile", schedule="dsd", **s
 
 CONFIG = [
     made("an unknown algorithm", "algorithm .*reptile.*'mamml'", algorithm="mamml"),
-    made("an unknown schedule", "schedule .*dense.*'sdd'", schedule="sdd"),
+    made("an unknown schedule", "method .*dense.*'sdd'", schedule="sdd"),
     made("a setting that is none", "there is no setting wayz", wayz=5),
     made("a percentage of a run", r"sparsity .*50", sparsity=50),
     made("a rate in words", "sparsity .*'0.5'", TypeError, sparsity="0.5"),
@@ -82,7 +82,7 @@ def swept(name, words, grid, base=BASE, error=ValueError):
 
 
 SWEEP = [
-    swept("a sweep of nothing", "algorithm and schedule must be given", {}, {}),
+    swept("a sweep of nothing", "algorithm and method must be given", {}, {}),
     swept("a sweep over an unknown setting", "there is no setting wayz", {"wayz": [5]}),
     swept("a sweep of no values", "sparsity .*empty", {"sparsity": []}),
     swept(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import io
 import itertools
 import json
 import random
@@ -24,11 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from l2l_prune.data import Glyphs
 from l2l_prune.experiments import run as run_module
-from l2l_prune.experiments import sweep as sweep_module
+from l2l_prune.experiments import run_folder
 from l2l_prune.experiments.algorithms.outer_optimizer import WithOuterOptimizer
 from l2l_prune.experiments.algorithms.reptile import Reptile
 from l2l_prune.experiments.checkpoint import save_checkpoint
@@ -63,7 +61,7 @@ def repeated_command(config, folder):
     """What ``l2l-prune paper`` does with a run: train it or go on, write results and report."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        (outcome,) = sweep_module.sweep([config], folder, Console(file=io.StringIO()), jobs=1)
+        outcome = run_folder.run_into(config, folder)
         assert outcome.error is None, outcome
         write_report(folder)
 
@@ -198,7 +196,7 @@ def main():
     cases = arguments.case or list(CASES)
     torch.set_num_threads(1)
     Glyphs("train")
-    sweep_module.run = functools.partial(run_module.run, checkpoint_every=3)
+    run_folder.run = functools.partial(run_module.run, checkpoint_every=3)
     run_module.build = build_that_tells_its_end(run_module.build)
     done = Counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from l2l_prune import DSDSchedule, IHTSchedule
-from l2l_prune.experiments.config import RunConfig, make_config
+from l2l_prune.experiments.config import RunConfig, file_name, make_config
 from l2l_prune.experiments.defaults import DEFAULTS, PUBLISHED
 from l2l_prune.experiments.methods import METHODS, make_schedule
 
@@ -100,7 +100,7 @@ def test_names_tell_methods_apart():
     assert name("rigl", criterion="magnitude", allocation="erk") == "RigL, magnitude, erk"
     assert name("dense", retrain=0.0, criterion="random") == "dense"  # nothing is pruned
     assert name("dense", dropout=0.1, weight_decay=2.0) == "dense, dropout 0.1, decay 2"
-    assert make_config("reptile", "dsd", dropout=0.1).slug == "dsd-dropout-0.1-seed0"
+    assert file_name(make_config("reptile", "dsd", dropout=0.1).name) == "dsd-dropout-0.1"
 
 
 def test_pruning_replaces_drop_block():
@@ -120,7 +120,7 @@ def test_all_classes_are_trained_on_outside_glyphs():
     [
         (lambda: make_config("mamal", "dsd"), "algorithm must be one of"),
         (lambda: RunConfig("x", make_schedule("dense", 9, 0.5), algorithm="x"), "algorithm must"),
-        (lambda: make_config("maml", "sdd"), "schedule must be one of dense, dsd, iht"),
+        (lambda: make_config("maml", "sdd"), "method must be one of dense, dsd, iht"),
         (lambda: make_config("maml", "dsd", sparsity=0.0), "sparsity"),
         (lambda: make_config("maml", "dsd", sparsity=1.0), "sparsity"),
         (lambda: make_config("maml", "dsd", backbone="resnet12"), "metaoptnet only"),
@@ -142,8 +142,8 @@ def test_all_classes_are_trained_on_outside_glyphs():
         (lambda: make_config("reptile", "dsd", regrow="all"), "one of random, gradient, got 'all'"),
         (lambda: make_config("reptile", "dsd", rewind=-1), "rewind must be >= 0"),
         (lambda: make_config("maml", "dsd", criterion="grasp"), "grasp does not go with maml"),
-        (lambda: make_config("maml", "rigl", retrain=0.1), "schedule rigl takes no retrain"),
-        (lambda: make_config("maml", "one-shot", rounds=2), "schedule one-shot takes no rounds"),
+        (lambda: make_config("maml", "rigl", retrain=0.1), "method rigl takes no retrain"),
+        (lambda: make_config("maml", "one-shot", rounds=2), "method one-shot takes no rounds"),
         (lambda: make_config("maml", "cubic", iterations=4), "a ramp does not fit into 3"),
         (lambda: make_config("maml", "lottery", pretrain=1.0), "leaves no iteration out of 400"),
         (lambda: make_config("maml", "iht", rounds=0), "rounds must be at least 1"),
@@ -156,3 +156,9 @@ def test_all_classes_are_trained_on_outside_glyphs():
 def test_bad_input(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_a_name_of_ones_own():
+    config = make_config("reptile", "dsd", name="mine", dropout=0.1)
+    assert (config.name, config.title) == ("mine", "mine seed 0")
+    assert make_config("reptile", "dsd", name=None).name == "DSD"

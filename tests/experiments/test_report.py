@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from l2l_prune.experiments.side_by_side import RunFailed
 from rich.console import Console
 from scipy import stats
 
@@ -23,7 +24,6 @@ from l2l_prune.experiments.finished import collect, schedule_rate
 from l2l_prune.experiments.report import write_report
 from l2l_prune.experiments.results import write_results
 from l2l_prune.experiments.run import Point, RunResult
-from l2l_prune.experiments.side_by_side import RunFailed
 from l2l_prune.experiments.storage import finished_run, run_name
 from l2l_prune.experiments.sweep import expand, sweep
 from l2l_prune.schedules import Schedule, Segment

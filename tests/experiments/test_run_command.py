@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+import typer
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -39,28 +40,55 @@ def command(*arguments, folder):
     )
 
 
-def test_one_seed_gives_the_demos_files(tmp_path):
-    done = command(
+def entry_of(folder, name):
+    """The one run below the folder whose own folder's name holds these words."""
+    (file,) = folder.glob(f"*{name}*/results.json")
+    (run,) = json.loads(file.read_text())["runs"]
+    return run
+
+
+def test_one_seed_gives_the_demos_files_and_is_not_trained_twice(tmp_path):
+    arguments = (
         *("--algorithm", "fomaml", "--schedule", "iht", "--schedule", "dense"),
         *("--iterations", "20", "--eval-tasks", "5", "--channels", "8", "--tasks", "1"),
-        folder=tmp_path,
     )
+    done = command(*arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "fomaml on glyphs: 5-way 1-shot" in done.stdout
     assert "IHT - dense on test tasks" in done.stdout
     out = tmp_path / "runs" / "fomaml-iht-dense"
-    names = sorted(path.name for path in out.iterdir() if path.name != ".lock")
-    assert names == ["curves.csv", "curves.png", "dense.pt", "iht.pt", "results.json"]
+    folders = {kind: next(out.glob(f"fomaml-{kind}-*")) for kind in ("dense", "iht")}
+    assert {path.name for path in out.iterdir()} - {"logs"} == {  # gym greets when imported
+        *(".lock", "curves.csv", "curves.png"),
+        *(place.name for place in folders.values()),
+    }
+    for kind, place in folders.items():
+        names = sorted(path.name for path in place.iterdir() if path.name != ".lock")
+        assert names == ["curves.csv", "curves.png", f"{kind}.pt", "results.json"]
     with (out / "curves.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["method"], row["iteration"]) for row in rows[9:11]] == [
         ("dense", "20"),
         ("IHT", "2"),
     ]
-    runs = json.loads((out / "results.json").read_text())["runs"]
-    assert [run["config"]["name"] for run in runs] == ["dense", "IHT"]
-    assert runs[0]["config"]["algorithm"] == "fomaml"
-    Conv4(5, channels=8).load_state_dict(torch.load(out / "iht.pt", weights_only=True))
+    assert entry_of(out, "dense")["config"]["algorithm"] == "fomaml"
+    weights = torch.load(folders["iht"] / "iht.pt", weights_only=True)
+    Conv4(5, channels=8).load_state_dict(weights)
+
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("results.json")}
+    before = (out / "curves.csv").read_bytes()
+    again = command(*arguments, folder=tmp_path)
+    assert "2 of 2 runs had ended before" in again.stdout
+    assert table_of(again.stdout) == table_of(done.stdout)
+    assert (out / "curves.csv").read_bytes() == before
+    other = command(*arguments, "--inner-lr", "0.1", folder=tmp_path)
+    assert other.returncode == 0, other.stderr
+    assert len(list(out.rglob("results.json"))) == 4
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+
+
+def table_of(text):
+    return [line for line in text.splitlines() if "│" in line or " - dense on " in line]
 
 
 def test_several_seeds_give_a_table_and_are_taken_up_again(tmp_path):
@@ -77,24 +105,21 @@ def test_several_seeds_give_a_table_and_are_taken_up_again(tmp_path):
     runs = {}
     for name in ("dense", "dsd"):
         for seed in (0, 1):
-            file = out / f"{name}-seed{seed}" / "results.json"
-            runs[name, seed] = json.loads(file.read_text())["runs"][0]["test"]["mean"]
+            runs[name, seed] = entry_of(out, f"{name}-*-seed{seed}")["test"]["mean"]
     # By hand: the paired difference over two seeds and its t interval.
     differences = [runs["dsd", seed] - runs["dense", seed] for seed in (0, 1)]
     mean = sum(differences) / 2
     width = stats.t.ppf(0.975, 1) * abs(differences[0] - differences[1]) / 2
     assert f"DSD - dense, test: {100 * mean:+.1f} ± {100 * width:.1f}" in table
 
-    (out / "dsd-seed1" / "results.json").unlink()
-    stamps = {p: p.stat().st_mtime_ns for p in out.glob("dense*/results.json")}
+    (lost,) = out.glob("*-dsd-*-seed1-*/results.json")
+    lost.unlink()
+    stamps = {p: p.stat().st_mtime_ns for p in out.glob("*-dense-*/results.json")}
+    assert len(stamps) == 2
     second = command(*arguments, folder=tmp_path)
     assert second.returncode == 0, second.stderr
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
-    assert (out / "dsd-seed1" / "results.json").exists()
-
-    other = command(*arguments, "--inner-lr", "0.1", folder=tmp_path)
-    assert other.returncode == 2
-    assert "was made with other settings" in other.stderr
+    assert lost.exists()
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
@@ -107,9 +132,8 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
-    checkpoint = tmp_path / "out" / "checkpoints" / "dsd-seed0.pt"
     deadline = time.monotonic() + 600
-    while not checkpoint.exists():
+    while not list(tmp_path.glob("out/*/checkpoint.pt")):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)
@@ -120,21 +144,19 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
     process.kill()  # alone: its worker finds itself without a parent
     process.wait()
     os.killpg(process.pid, signal.SIGCONT)
-    assert not (tmp_path / "out" / "results.json").exists()
+    assert not list(tmp_path.glob("out/*/results.json"))
 
     resumed = command(*arguments, folder=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     whole = command(*arguments[:-1], "whole", folder=tmp_path)
     assert whole.returncode == 0, whole.stderr
-    assert not checkpoint.exists()
-    runs = [
-        json.loads((tmp_path / out / "results.json").read_text())["runs"][0]
-        for out in ("out", "whole")
-    ]
+    assert not list(tmp_path.rglob("checkpoint.pt*"))
+    runs = [entry_of(tmp_path / out, "dsd") for out in ("out", "whole")]
     for run in runs:
         run.pop("seconds")
     assert runs[0] == runs[1]
-    a, b = (torch.load(tmp_path / out / "dsd.pt", weights_only=True) for out in ("out", "whole"))
+    files = [next((tmp_path / out).glob("*/dsd.pt")) for out in ("out", "whole")]
+    a, b = (torch.load(file, weights_only=True) for file in files)
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -145,7 +167,7 @@ def test_settings_from_a_file(tmp_path):
     )
     done = command("--config", "run.toml", "--channels", "3", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    run = json.loads((tmp_path / "from-file" / "results.json").read_text())["runs"][0]
+    run = entry_of(tmp_path / "from-file", "dense")
     assert run["config"]["algorithm"] == "protonet"
     assert run["config"]["channels"] == 3  # the command line wins
     assert run["curve"][-1]["iteration"] == 20
@@ -164,7 +186,7 @@ def test_mini_imagenet_files(tmp_path):
         folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    config = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["config"]
+    config = entry_of(tmp_path / "out", "dsd")["config"]
     assert config["data"] == "mini-imagenet"
     assert config["train_classes"] is None
 
@@ -207,8 +229,20 @@ def test_what_a_run_refuses_is_told_in_a_line(tmp_path, arguments, words):
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
-    assert {path.name for path in tmp_path.glob("out/*")} <= {".lock", "checkpoints"}
-    assert not list(tmp_path.glob("out/checkpoints/*.pt*"))
+    assert {path.name for path in tmp_path.glob("out/*/*")} == {".lock", "error.txt"}
+    assert words in next(tmp_path.glob("out/*/error.txt")).read_text()
+
+
+def test_help_says_the_defaults_that_hold():
+    """Of the criterion and the allocation they go by the method, not by the algorithm."""
+    from l2l_prune.experiments.methods import METHODS
+
+    others = {n: m.settings["criterion"] for n, m in METHODS.items() if "criterion" in m.settings}
+    assert others == {"set": "random", "rigl": "random"}
+    assert not any("allocation" in m.settings for m in METHODS.values())
+    parameters = {p.name: p for p in typer.main.get_command(app).commands["run"].params}
+    assert parameters["criterion"].show_default == "magnitude; random for set and rigl"
+    assert parameters["allocation"].show_default == "layerwise"
 
 
 def test_estimates():

@@ -17,7 +17,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from l2l_prune.cli import app
-from l2l_prune.experiments import sweep as module
+from l2l_prune.experiments.processes import run_all
+from l2l_prune.experiments.run_folder import Outcome
 from l2l_prune.experiments.storage import run_name
 from l2l_prune.experiments.sweep import expand, sweep
 
@@ -55,7 +56,7 @@ def test_several_grids_are_joined_and_early_seeds_come_first():
     ("base", "grid", "words"),
     [
         ({**BASE, "chanels": 3, "schedule": "dsd"}, {}, "chanels"),
-        (BASE, {}, "schedule"),
+        (BASE, {}, "method"),
         (BASE, {"schedule": ["dsd"], "sparsity": [2.0]}, "sparsity"),
         ({}, {"schedule": ["dsd"]}, "algorithm"),
     ],
@@ -95,26 +96,27 @@ def test_a_failed_run_does_not_lose_the_others_and_a_second_sweep_mends_it(tmp_p
     assert not list(tmp_path.glob("*/checkpoint.pt"))
 
 
-def kill_itself_once(config, folder, **options):
+def kill_itself_once(config, folder, tensorboard, tell):
     """Stands for a worker that the kernel kills for its memory."""
     mark = folder / "killed"
     if config.seed == 1 and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return module.Outcome(run_name(config), None)
+    return Outcome(run_name(config), None)
 
 
-def kill_itself_always(config, folder, **options):
+def kill_itself_always(config, folder, tensorboard, tell):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_worker_does_not_lose_the_others(tmp_path, monkeypatch):
+def test_a_killed_worker_does_not_lose_the_others(tmp_path):
     configs = expand({**BASE, "schedule": "dense"}, {"seeds": 3})
-    monkeypatch.setattr(module, "run_into", kill_itself_once)
-    outcomes = sweep(configs, tmp_path, Console(file=io.StringIO()), jobs=2)
+    console = Console(file=io.StringIO())
+    outcomes = list(run_all(configs, tmp_path, console, jobs=2, work=kill_itself_once))
+    assert sorted(outcome.name for outcome in outcomes) == sorted(map(run_name, configs))
     assert [outcome.error for outcome in outcomes] == [None] * 3
-    monkeypatch.setattr(module, "run_into", kill_itself_always)
-    outcomes = sweep(configs, tmp_path, Console(file=io.StringIO()), jobs=2)
+    outcomes = list(run_all(configs, tmp_path, console, jobs=2, work=kill_itself_always))
+    assert len(outcomes) == 3
     assert all("was killed" in outcome.error for outcome in outcomes)
 
 

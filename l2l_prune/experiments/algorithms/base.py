@@ -56,8 +56,8 @@ def conv4(config: RunConfig, image_shape: Sequence[int]) -> Conv4:
 class OwnRandomness:
     """torch's global generator, from which dropout draws, as one learner's own."""
 
-    def __init__(self, seed: int) -> None:
-        self.state = torch.Generator().manual_seed(seed).get_state()
+    def __init__(self, start: torch.Generator) -> None:
+        self.state = start.get_state()
 
     @contextmanager
     def drawn(self) -> Iterator[None]:

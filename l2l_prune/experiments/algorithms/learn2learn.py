@@ -20,6 +20,7 @@ from l2l_prune.experiments.algorithms.base import (
 from l2l_prune.experiments.algorithms.outer_optimizer import WithOuterOptimizer
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.models import CaviaConv4
+from l2l_prune.experiments.streams import stream
 from l2l_prune.sparse_maml import SparseMAML
 
 
@@ -64,7 +65,7 @@ class GradientBased(Adapting):
             return net, CAVIA(net, config.inner_lr)
         net = conv4(config, image_shape)
         if config.algorithm == "sparsemaml":
-            generator = torch.Generator().manual_seed(config.seed)
+            generator = stream(config.seed, "inner-step scores")
             return net, SparseMAML(net, config.inner_lr, generator=generator)
         l2l = _learn2learn()
         if config.algorithm == "metasgd":

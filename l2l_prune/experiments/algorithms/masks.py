@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,6 +13,7 @@ from l2l_prune import criteria
 from l2l_prune.allocation import erk
 from l2l_prune.criteria import Criterion, Movement
 from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.streams import stream
 from l2l_prune.pruner import Pruner
 from l2l_prune.regrowth import Regrowth
 from l2l_prune.reptile import PrunedReptile
@@ -32,7 +32,9 @@ class Masks:
 
     def __init__(self, config: RunConfig, model: nn.Module, loss: Callable[[], Tensor]) -> None:
         self._config, self._loss = config, loss
-        self._generator = torch.Generator().manual_seed(config.seed)
+        self._generators = {
+            purpose: stream(config.seed, purpose) for purpose in ("criterion", "regrowth")
+        }
         self._movement: Movement | None = None
         self._stateful: dict[str, Any] = {}
         self.schedule = self._schedule(model)
@@ -62,19 +64,20 @@ class Masks:
                 pruner,
                 interval=max(1, config.schedule.iterations // 40),
                 loss=self._loss if config.regrow == "gradient" else None,
-                generator=self._generator,
+                generator=self._generators["regrowth"],
             )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors."""
         state = {name: held.state_dict() for name, held in self._stateful.items()}
-        return {**state, "generator": self._generator.get_state()}
+        return {**state, "generators": {k: g.get_state() for k, g in self._generators.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         for name, held in self._stateful.items():
             held.load_state_dict(state[name])
-        self._generator.set_state(state["generator"])
+        for purpose, generator in self._generators.items():
+            generator.set_state(state["generators"][purpose])
 
     def _schedule(self, model: nn.Module) -> Schedule:
         schedule = self._config.schedule
@@ -96,7 +99,7 @@ class Masks:
             return self._movement
         return {
             "magnitude": criteria.magnitude,
-            "random": criteria.random(self._generator),
+            "random": criteria.random(self._generators["criterion"]),
             "snip": criteria.snip,
             "taylor": criteria.taylor,
             "grasp": criteria.grasp(self._loss, parameters),

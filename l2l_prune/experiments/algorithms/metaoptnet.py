@@ -18,6 +18,7 @@ from l2l_prune.experiments.algorithms.base import (
 )
 from l2l_prune.experiments.algorithms.outer_optimizer import WithOuterOptimizer
 from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.streams import stream
 
 
 class MetaOptNetLearner(WithOuterOptimizer):
@@ -49,7 +50,7 @@ class MetaOptNetLearner(WithOuterOptimizer):
             self.optimizer, lambda done: metaoptnet.published_lr_factor(done / total)
         )
         self._prune(self._model, config)
-        self._drop_block = OwnRandomness(config.seed)
+        self._drop_block = OwnRandomness(stream(config.seed, "dropout"))
 
     def train(self, tasks: Sequence[Episode]) -> None:
         with self._drop_block.drawn():

@@ -23,6 +23,7 @@ from l2l_prune.experiments.algorithms.base import (
 )
 from l2l_prune.experiments.algorithms.masks import Masks
 from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.streams import stream
 from l2l_prune.inner_loop import adam
 from l2l_prune.learner import Learner
 from l2l_prune.reptile import PrunedReptile
@@ -34,8 +35,8 @@ class Reptile(Algorithm):
 
     def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
         self._config = config
-        self._batches = torch.Generator().manual_seed(config.seed)
-        self._dropout = OwnRandomness(config.seed)
+        self._batches = stream(config.seed, "training minibatches")
+        self._dropout = OwnRandomness(stream(config.seed, "dropout"))
         net = conv4(config, image_shape)
         self._tasks: Sequence[Episode] = ()
         self._masks = Masks(config, net, self._mean_loss)
@@ -101,7 +102,7 @@ class Reptile(Algorithm):
                 steps=self._config.eval_steps,
                 batch_size=self._config.eval_batch,
                 transductive=self._config.transductive,
-                generator=torch.Generator().manual_seed(self._config.seed),
+                generator=stream(self._config.seed, "evaluation minibatches"),
                 step=self._step if self._tasks_at_once == 1 else None,
                 tasks_at_once=self._tasks_at_once,
             )

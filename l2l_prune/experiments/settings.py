@@ -1,0 +1,167 @@
+"""A setting is written once: its field says its type, default, range and help text.
+
+Checks, the options of the command and the keys of a sweep's TOML file all come from the fields of
+:class:`~l2l_prune.experiments.config.RunConfig` and
+:class:`~l2l_prune.experiments.config.Phases`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from l2l_prune import _values
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a setting may be, beside its type.
+
+    Attributes:
+        help: What it means, in a line.
+        least: Its smallest value, of whole numbers.
+        above: Numbers must be larger; without it they must be >= 0.
+        share: Whether it is a number in [0, 1).
+        choices: The names that it may take.
+        shown: Its default in words, where it depends on other settings.
+        panel: The panel of ``--help`` that lists it.
+    """
+
+    help: str
+    least: int | None = None
+    above: float | None = None
+    share: bool = False
+    choices: tuple[str, ...] = ()
+    shown: str | None = None
+    panel: str = "Settings"
+
+    def check(self, name: str, value: object, kind: type) -> None:
+        """Refuse what no run could use.
+
+        Args:
+            name: The setting's, for messages.
+            value: What it is set to.
+            kind: Its type.
+
+        Raises:
+            TypeError: If the value has the wrong type.
+            ValueError: If it is out of range, or a name unknown.
+        """
+        if kind is bool:
+            _values.flag(name, value)
+        elif kind is int:
+            _values.count(name, value, self.least or 0)  # type: ignore[arg-type]
+        elif kind is float and self.share:
+            _values.fraction(name, value)
+        elif kind is float:
+            _values.number(name, value, above=self.above)
+        elif self.choices:
+            if value not in self.choices:
+                raise ValueError(f"{name} must be one of {', '.join(self.choices)}, got {value!r}")
+        else:
+            _values.instance(name, value, str, "a string")
+
+
+def setting(default: Any, help: str, **rules: Any) -> Any:
+    """A field of a dataclass that is a setting; ``rules`` are those of :class:`Setting`."""
+    return dataclasses.field(default=default, metadata={"setting": Setting(help, **rules)})
+
+
+def settings_of(owner: type) -> dict[str, tuple[Setting, type, bool]]:
+    """The settings of a dataclass: each with its type, and whether it may be ``None``."""
+    hints = typing.get_type_hints(owner)
+    found = {}
+    for field in dataclasses.fields(owner):
+        if "setting" in field.metadata:
+            kinds = [hints[field.name]]
+            if isinstance(kinds[0], types.UnionType):
+                kinds = list(typing.get_args(kinds[0]))
+            optional = type(None) in kinds
+            [kind] = [k for k in kinds if k is not type(None)]
+            if typing.get_origin(kind) is typing.Literal:
+                kind = str
+            found[field.name] = (field.metadata["setting"], kind, optional)
+    return found
+
+
+def check_settings(settings: object) -> None:
+    """Refuse what no run could use, setting by setting.
+
+    Args:
+        settings: An instance of a dataclass with fields made by :func:`setting`.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is out of range, or a name unknown.
+    """
+    for name, (rules, kind, optional) in settings_of(type(settings)).items():
+        value = getattr(settings, name)
+        if value is not None or not optional:
+            rules.check(name, value, kind)
+
+
+def takes_settings(
+    *owners: type, own: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each setting of some dataclasses.
+
+    The command gets those that were given as its keyword arguments; others keep their default by
+    being ``None``.
+
+    Args:
+        *owners: The dataclasses.
+        own: More names of an option, by setting.
+    """
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        given = [
+            p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        names = {p.name for p in given}
+        options = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=_option(name, owner, (own or {}).get(name)),
+            )
+            for owner in owners
+            for name in settings_of(owner)
+            if name not in names
+        ]
+        given = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in given]
+        command.__signature__ = signature.replace(parameters=given + options)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in given + options}
+        return command
+
+    return add
+
+
+def _option(name: str, owner: type, also: str | None) -> Any:
+    rules, kind, _ = settings_of(owner)[name]
+    [field] = [f for f in dataclasses.fields(owner) if f.name == name]
+    help_text = rules.help
+    if rules.choices:
+        help_text = f"{help_text.rstrip('.')}: {', '.join(rules.choices)}."
+    dashed = "--" + name.replace("_", "-")
+    names = [dashed] if kind is not bool else [f"{dashed}/--no-{dashed[2:]}"]
+    shown = str(field.default) if rules.shown is None else rules.shown
+    if kind is bool and rules.shown is None:
+        shown = dashed[2:] if field.default else f"no-{dashed[2:]}"
+    option = typer.Option(
+        *([*names, also] if also else names),
+        help=help_text,
+        min=rules.least,
+        show_default=shown,
+        rich_help_panel=rules.panel,
+    )
+    plain = kind if kind in (int, float, bool) else str
+    return Annotated[plain | None, option]
