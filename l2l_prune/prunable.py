@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -63,10 +63,10 @@ def check_all_prunable(model: nn.Module, tensors: Iterable[LayerTensor]) -> None
     Raises:
         ValueError: Naming the tensor and what to do.
     """
-    uses = _parameter_uses(model)
+    shared = tied(model)
     for tensor in tensors:
         check_prunable(tensor)
-        if uses[_identity(tensor.module._parameters[tensor.name])] > 1:
+        if shared(tensor.module._parameters[tensor.name]):
             raise ValueError(
                 f"{tensor.full_name} is tied: the model uses the same weight in another place, "
                 "which a mask here would not reach; untie it or leave it out with skip="
@@ -137,10 +137,12 @@ def _identity(weight: Tensor | None) -> object:
     return (weight.device, address) if address else id(weight)
 
 
-def _parameter_uses(model: nn.Module) -> Counter[object]:
-    return Counter(
+def tied(model: nn.Module) -> Callable[[Tensor | None], bool]:
+    """Tells of a parameter whether the model uses it, or its memory, in more than one place."""
+    uses = Counter(
         _identity(weight)
         for module in model.modules()
         for weight in module._parameters.values()
         if weight is not None
     )
+    return lambda weight: uses[_identity(weight)] > 1

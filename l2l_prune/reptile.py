@@ -140,7 +140,7 @@ class PrunedReptile(nn.Module):
                 schedule,
                 example_inputs=structured.example_inputs,
                 importance=structured.importance,
-                skip=skip or (),  # type: ignore[arg-type]
+                skip=skip,
             )
             self.pruner.more_states = self._carried_states
         self.module = model

@@ -62,12 +62,12 @@ def select(
         if first is None:
             raise ValueError('layers="authors" leaves out the first convolution; there is none')
         candidates.remove(first)
-    only_rules, skip_rules = _rules("only", only, model), _rules("skip", skip, model)
-    _check_names(candidates, [r for r in (*only_rules, *skip_rules) if isinstance(r, str)])
+    only_rules, skip_rules = read_rules("only", only, model), read_rules("skip", skip, model)
+    check_names(candidates, [r for r in (*only_rules, *skip_rules) if isinstance(r, str)])
     chosen = [
         c
         for c in candidates
-        if (only is None or _matches(c, only_rules)) and not _matches(c, skip_rules)
+        if (only is None or matches(c, only_rules)) and not matches(c, skip_rules)
     ]
     if candidates and not chosen:
         names = ", ".join(c.full_name for c in candidates)
@@ -103,18 +103,18 @@ def segment_counts(
     if not segment.sparse:
         return counts
     keep, rates = dict(segment.keep or ()), segment.sparsity
-    _check_names(tensors, keep)
+    check_names(tensors, keep)
     if isinstance(rates, tuple):
-        _check_names(tensors, dict(rates))
+        check_names(tensors, dict(rates))
     for position, tensor in enumerate(tensors):
         numel = counts[position]
-        explicit = _lookup(tensor, keep)
+        explicit = lookup([tensor], keep)
         if explicit is not None:
             if explicit > numel:
                 raise ValueError(f"keep={explicit} is more than {tensor.full_name} has: {numel}")
             counts[position] = _in_pattern(tensor, int(explicit), pattern)
             continue
-        rate = _lookup(tensor, dict(rates)) if isinstance(rates, tuple) else float(rates)  # type: ignore[arg-type]
+        rate = lookup([tensor], dict(rates)) if isinstance(rates, tuple) else float(rates)  # type: ignore[arg-type]
         counts[position] = _in_pattern(tensor, kept_count(numel, rate or 0.0), pattern)
         if counts[position] == 0:
             raise ValueError(
@@ -174,7 +174,12 @@ def _prunable_names(module: nn.Module, *, everything: bool) -> list[str]:
     return own if everything else []
 
 
-def _rules(argument: str, rules: Rule | Iterable[Rule] | None, model: nn.Module) -> list[Rule]:
+def read_rules(argument: str, rules: Rule | Iterable[Rule] | None, model: nn.Module) -> list[Rule]:
+    """Names, patterns, types and predicates as a list, one or several as they were given.
+
+    Raises:
+        TypeError: If something else is among them; ``argument`` is named.
+    """
     if rules is None:
         return []
     several = isinstance(rules, Iterable) and not isinstance(rules, (str, type, nn.Module))
@@ -192,7 +197,8 @@ def _rules(argument: str, rules: Rule | Iterable[Rule] | None, model: nn.Module)
     return listed
 
 
-def _matches(tensor: LayerTensor, rules: list[Rule]) -> bool:
+def matches(tensor: LayerTensor, rules: Iterable[Rule]) -> bool:
+    """Whether one of the rules means this tensor."""
     return any(_matches_one(tensor, rule) for rule in rules)
 
 
@@ -215,19 +221,45 @@ def _is_weight(tensor: LayerTensor) -> bool:
     return weight is not None and weight.dim() > 1
 
 
-def _check_names(tensors: Sequence[LayerTensor], patterns: Iterable[str]) -> None:
+def check_names(tensors: Sequence[LayerTensor], patterns: Iterable[str]) -> None:
+    """Refuse a name or ``fnmatch`` pattern that means none of the tensors.
+
+    Raises:
+        ValueError: Naming it, and what there is.
+    """
     for pattern in patterns:
         if not any(tensor.named_by(pattern) for tensor in tensors):
             known = ", ".join(tensor.full_name for tensor in tensors)
             raise ValueError(f"no prunable layer is called {pattern!r}; there are: {known}")
 
 
-def _lookup(tensor: LayerTensor, table: Mapping[str, float]) -> float | None:
-    """The entry for a tensor: its exact name first, then the first pattern that matches."""
-    for exact in (tensor.full_name, tensor.path):
-        if exact in table:
-            return table[exact]
-    return next((value for pattern, value in table.items() if tensor.named_by(pattern)), None)
+def lookup(tensors: Sequence[LayerTensor], table: Mapping[str, float]) -> float | None:
+    """The entry for a tensor, or for several that must have the same: names before patterns.
+
+    Args:
+        tensors: One tensor, or those that lose the same channels.
+        table: Values by name of a layer or tensor, or by ``fnmatch`` pattern.
+
+    Returns:
+        The value of an exact name if there is one, else of the first pattern that matches.
+
+    Raises:
+        ValueError: If two tensors are named with different values.
+    """
+    exact = {
+        tensor.path: table[name]
+        for tensor in tensors
+        for name in (tensor.path, tensor.full_name)  # the fuller name counts
+        if name in table
+    }
+    if len(set(exact.values())) > 1:
+        told = ", ".join(f"{name}: {value}" for name, value in exact.items())
+        raise ValueError(f"these lose the same channels and need one value, got {told}")
+    if exact:
+        return next(iter(exact.values()))
+    return next(
+        (v for pattern, v in table.items() if any(t.named_by(pattern) for t in tensors)), None
+    )
 
 
 def _in_pattern(tensor: LayerTensor, keep: int, pattern: Pattern) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
 from typing import ClassVar
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from l2l_prune import DSDSchedule, IHTSchedule, PrunedReptile, Schedule, Segment
+from l2l_prune import DSDSchedule, IHTSchedule, PrunedReptile, Pruner, Schedule, Segment
 from l2l_prune.cavia import CAVIA
 from l2l_prune.experiments.models import CaviaConv4, Conv4
 from l2l_prune.patterns import NByM
@@ -415,22 +416,58 @@ def test_reptile_resumes_in_mid_phase():
     assert all(map(torch.equal, whole.parameters(), other.parameters()))
 
 
-class Grouped(nn.Module):
+class Unknown(nn.Sequential):
+    """Sorts the entries of each image, so that nothing is told of the channels."""
+
     def __init__(self):
-        super().__init__()
-        self.first, self.grouped = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=2)
-        self.last = nn.Linear(4, 2)
+        super().__init__(nn.Conv2d(1, 4, 3), nn.Linear(4 * 26 * 26, 2))
 
     def forward(self, x):
-        return self.last(self.grouped(self.first(x)).mean((2, 3)))
+        return self[1](self[0](x).flatten(1).sort(1).values)
+
+
+class FixedSize(Unknown):
+    """Knows by heart how many channels there are."""
+
+    def forward(self, x):
+        return self[1](self[0](x).view(len(x), 4, 26 * 26).flatten(1))
+
+
+class OneSided(nn.Sequential):
+    """Runs without some of its channels, and then reads the wrong ones."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 4, 3), nn.Conv2d(2, 2, 3))
+
+    def forward(self, x):
+        return self[1](self[0](x)[:, :2])
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(1, 4, 3)
+        self.second.weight, self.last = self.first.weight, nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x) + self.second(x)).mean((2, 3)))
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda: pruner(nn.Linear(28, 5), IMAGES.float()[:, 0, 0]), "no channels that can be"),
-        (lambda: pruner(Grouped(), IMAGES.float()), "grouped is a grouped convolution.*skip="),
-        (lambda: pruner(Conv4(5, 8), skip="conv9"), "'conv9': features.conv4"),
+        (
+            lambda: pruner(Unknown(), IMAGES.float()),
+            r"^cannot be shrunk: 0: .*unknown.*\['0'\]",
+        ),
+        (lambda: pruner(FixedSize(), IMAGES.float()), r"without some channels of 0 .*skip=\['0'\]"),
+        (lambda: pruner(OneSided(), IMAGES.float()), r"some channels of 0 .*skip=\['0'\]"),
+        (
+            lambda: pruner(Tied(), IMAGES.float()),
+            r"first.weight is tied.*skip=\['first'\]",
+        ),
+        (lambda: pruner(Conv4(5, 8), skip="conv9"), "'conv9'; there are: features.conv1"),
         (lambda: pruner(Conv4(5, 8), skip="*"), "no channels that can be removed"),
         (lambda: pruner(Conv4(5, 8), importance="size"), "l1, l2, taylor, bn_scale"),
         (lambda: pruner(Conv4(5, 8), rate=0.99), "has 8 channels and would keep 0"),
@@ -443,7 +480,7 @@ class Grouped(nn.Module):
             lambda: pruner(
                 Conv4(5, 8), importance=lambda group: torch.full((8,), float("nan"))
             ).step(),
-            "features.conv4 is not finite",
+            "features.conv1 is not finite",
         ),
     ],
 )
@@ -458,18 +495,152 @@ def pruner(net, x=None, rate=0.5, **options):
     return ChannelPruner(net, schedule, example_inputs=inputs, **options)
 
 
-def test_a_layer_that_cannot_be_shrunk_can_be_left_out():
-    net = nn.Sequential(*Grouped().children())[:2]
-    whole = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), *net[1:])
-    made = pruner(whole, IMAGES.float(), skip="2")
+@pytest.mark.parametrize("kind", [Unknown, FixedSize, OneSided, Tied])
+def test_refused_before_anything_is_changed_and_the_advice_helps(kind):
+    net = nn.Sequential(nn.Conv2d(1, 6, 1), nn.ReLU(), nn.Conv2d(6, 1, 1), kind())
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    with pytest.raises(ValueError, match="skip=") as refused:
+        pruner(net, IMAGES.float())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None and p.is_leaf for p in net.parameters())
+    advice = ast.literal_eval(str(refused.value).rpartition("skip=")[2])
+    made = pruner(net, IMAGES.float(), skip=advice)
     made.step()
-    assert made.channels == {"0": made.channels["0"]}
-    assert whole(IMAGES.float()).shape[1] == 4
+    assert set(made.channels) == {"0"}
+    assert net(IMAGES.float()).shape[0] == 6
+
+
+def test_a_network_keeps_its_modes_statistics_and_randomness():
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4),
+        nn.Flatten(), nn.Linear(4 * 24 * 24, 2),
+    )  # fmt: skip
+    net[1].eval()
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    modes = [module.training for module in net.modules()]
+    pruner(net, IMAGES.float())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert modes == [module.training for module in net.modules()]
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
 def test_both_layers_of_a_sum_can_be_named():
     for name in ("short", "conv2"):
         assert set(pruner(Residual(), skip=name).channels) == {"stem", "conv1"}
+
+
+def test_a_mapping_means_the_same_to_both_pruners():
+    """An exact name counts before patterns, wherever it stands; of patterns the first counts."""
+    rates = {"features.*": 0.25, "*.conv3": 0.5, "features.conv2": 0.75}
+    schedule = Schedule((Segment(1, sparse=True, sparsity=rates),))
+    made = ChannelPruner(Conv4(5, 8), schedule, example_inputs=IMAGES.float())
+    channels = {name: len(kept) / 8 for name, kept in made.channels.items()}
+    masks = Pruner(Conv4(5, 8), schedule, skip="classifier").masks
+    weights = {name.removesuffix(".weight"): float(m.float().mean()) for name, m in masks.items()}
+    rest = dict.fromkeys(["features.conv1", "features.conv3", "features.conv4"], 0.75)
+    assert channels == weights == {"features.conv2": 0.25, **rest}
+
+
+def test_layers_that_lose_the_same_channels_take_one_value():
+    def kept(rates):
+        schedule = Schedule((Segment(1, sparse=True, sparsity=rates),))
+        made = ChannelPruner(Residual(), schedule, example_inputs=IMAGES.float())
+        return {name: len(kept) for name, kept in made.channels.items()}
+
+    assert kept({"short": 0.5, "stem": 0.5}) == {"stem": 3, "conv1": 8, "conv2": 4}
+    with pytest.raises(ValueError, match=r"need one value, got conv2: 0.5, short: 0.25"):
+        kept({"short": 0.25, "conv2": 0.5})
+    with pytest.raises(ValueError, match="head cannot lose channels: it makes the network's out"):
+        kept({"head": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        ("stem", {"conv1", "conv2"}),
+        ("conv?", {"stem"}),
+        (nn.Conv2d, set()),
+        (lambda name, module: name == "short", {"stem", "conv1"}),
+        (["short", "stem.weight"], {"conv1"}),
+    ],
+)
+def test_skip_takes_the_rules_of_the_other_pruner(skip, left):
+    if left:
+        assert set(pruner(Residual(), skip=skip).channels) == left
+    else:
+        with pytest.raises(ValueError, match="no channels that can be removed"):
+            pruner(Residual(), skip=skip)
+
+
+def taylor_rounds():
+    net = Conv4(5, 8)
+    schedule = IHTSchedule(0.75, pretrain=1, prune=1, retrain=0, rounds=3, initial_sparsity=0.25)
+    opt = torch.optim.SGD(net.parameters(), 0.05)
+    made = ChannelPruner(net, schedule, opt, example_inputs=IMAGES.float(), importance="taylor")
+    return net, opt, made
+
+
+def test_taylor_goes_from_one_sparse_segment_to_the_next():
+    net, opt, made = taylor_rounds()
+    kept = []
+    for _ in range(3):
+        opt.zero_grad()
+        F.cross_entropy(net(IMAGES.float()), LABELS).backward()
+        opt.step()
+        made.step()
+        kept.append(made.channels["features.conv4"])
+    assert [len(k) for k in kept] == [6, 4, 2]
+    assert {*kept[2]} < {*kept[1]} < {*kept[0]}
+
+
+def test_a_failed_choice_between_sparse_segments_changes_nothing():
+    net, _, made = taylor_rounds()
+    F.cross_entropy(net(IMAGES.float()), LABELS).backward()
+    made.step()
+    F.cross_entropy(net(IMAGES.float()), LABELS).backward()
+    net.classifier.weight.grad = None
+    made.regrown = {"classifier.weight": torch.ones(5, 6, dtype=torch.bool)}
+    gradients = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
+    before, regrown = copy.deepcopy(net.state_dict()), dict(made.regrown)
+    with pytest.raises(ValueError, match="Taylor importance needs gradients"):
+        made.step()
+    assert (made.iteration, made.sparse) == (1, True)
+    assert made.regrown == regrown
+    assert all(torch.equal(net.get_parameter(n).grad, g) for n, g in gradients.items())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_channels_that_come_back_between_sparse_segments_do_not_jump():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    schedule = Schedule(
+        (Segment(1, sparse=True, sparsity=0.75), Segment(1, sparse=True, sparsity=0.25))
+    )
+    made = ChannelPruner(net, schedule, example_inputs=torch.zeros(2, 4))
+    few = {*made.channels["0"]}
+    made.step()
+    more = made.channels["0"]
+    assert few < {*more}
+    back = torch.tensor([channel not in few for channel in more])
+    assert torch.equal(made.regrown["2.weight"], back.expand(2, 6))
+
+
+def test_what_has_regrown_is_loaded_to_where_the_network_is():
+    """``meta`` stands for a device that is not the file's."""
+
+    def start():
+        net = Conv4(5, 8)
+        return net, ChannelPruner(net, DSDSchedule(0.5, pretrain=1, prune=1, retrain=1),
+                                  example_inputs=IMAGES.float())  # fmt: skip
+
+    _, made = start()
+    made.step()
+    made.step()
+    assert made.regrown
+    net, other = start()
+    net.to("meta")
+    other.load_state_dict(made.state_dict())
+    assert {mask.device.type for mask in other.regrown.values()} == {"meta"}
 
 
 @pytest.mark.parametrize("closure", [False, True])

@@ -51,6 +51,10 @@ def finished(folder):
     return scene
 
 
+def positions(*kept):
+    return {"conv1": torch.tensor(kept)}
+
+
 CHANNELS = [
     Case(
         "channels of no model",
@@ -70,15 +74,16 @@ CHANNELS = [
     cut("an unknown importance", "importance .*'l3'", importance="l3"),
     cut("importance by number", "importance .*2", TypeError, importance=2),
     cut("channels of an unknown layer", "'conv9'.*conv1", skip="conv9"),
-    cut("skip a type", "skip must be names .*Conv2d", TypeError, skip=nn.Conv2d),
+    cut("skip a number", "skip takes names, .* got 3", TypeError, skip=3),
+    cut("every type skipped", "no channels", skip=[nn.Conv2d, nn.Linear]),
     cut("every channel skipped", "no channels", skip="*"),
     cut("channels and another's optimizer", "optimizer holds none", choose=lambda s: s.other),
-    cut("importance of too few", "conv2 .*4 scores", importance=lambda group: torch.ones(2)),
+    cut("importance of too few", "conv1 .*4 scores", importance=lambda group: torch.ones(2)),
     Case(
         "taylor before a backward",
         lambda s: ChannelPruner(s.net, NOW, s.optimizer, example_inputs=X, importance="taylor"),
         ValueError,
-        "Taylor importance needs gradients of conv2",
+        "Taylor importance needs gradients of conv1",
         lambda folder: {
             "net": (net := SmallNet()),
             "optimizer": torch.optim.Adam(net.parameters()),
@@ -90,7 +95,7 @@ CHANNELS = [
             s.net, DSDSchedule(0.9, pretrain=0, prune=1, retrain=0), example_inputs=X
         ),
         ValueError,
-        "conv2 has 4 channels and would keep 0",
+        "conv1 has 4 channels and would keep 0",
         small,
     ),
     Case(
@@ -112,9 +117,13 @@ CHANNELS = [
         "another schedule",
         lambda s: {**s, "schedule": SCHEDULE.to_dict()},
     ),
-    spoilt("too few channels", "conv1", lambda s: {**s, "kept": [torch.tensor([0])]}),
-    spoilt("channels that are not there", "conv1", lambda s: {**s, "kept": [torch.tensor([0, 9])]}),
-    spoilt("the same channel twice", "conv1", lambda s: {**s, "kept": [torch.tensor([1, 1])]}),
+    spoilt("too few channels", "conv1", lambda s: {**s, "kept": positions(0)}),
+    spoilt(
+        "channels that are not there",
+        "conv1",
+        lambda s: {**s, "kept": positions(0, 9)},
+    ),
+    spoilt("the same channel twice", "conv1", lambda s: {**s, "kept": positions(1, 1)}),
     spoilt(
         "cut weights of another shape",
         "full.*conv1.weight",

@@ -1,0 +1,1 @@
+"""Whole channels: the network is physically small in sparse phases."""

@@ -1,0 +1,425 @@
+"""Which channels of a network belong together, and what makes them worth keeping."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from l2l_prune import _values
+from l2l_prune.channels.tracing import Axis, Labels, Trace
+from l2l_prune.prunable import LayerTensor, tied
+from l2l_prune.selection import Rule, check_names, matches, read_rules
+
+Importance = Callable[[Any], Tensor]
+
+_CONV = nn.modules.conv._ConvNd
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A dimension of a tensor along which channels lie.
+
+    Attributes:
+        module: The layer.
+        axis: Its name, its tensor and the dimension.
+        units: Number of the channel at each position, over all groups; -1 if it always stays.
+    """
+
+    module: nn.Module
+    axis: Axis
+    units: Tensor
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Layers that lose the same channels.
+
+    A channel is what can only go as one: with a grouped convolution a whole group of it, with
+    group normalisation too, in attention a head.
+
+    Attributes:
+        makers: The layers that make them, in the model's order.
+        channels: How many there are.
+        first: Number of the first over all groups.
+        heads: Whether they are attention heads.
+    """
+
+    makers: tuple[LayerTensor, ...]
+    channels: int
+    first: int
+    heads: bool
+
+    @property
+    def name(self) -> str:
+        """The layer that makes them; of several, as in a residual sum, the first."""
+        return self.makers[0].path
+
+    @property
+    def units(self) -> range:
+        """Numbers of its channels over all groups."""
+        return range(self.first, self.first + self.channels)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """All channels of a network that can be removed, and where they lie.
+
+    Attributes:
+        groups: In the model's order.
+        slots: Every dimension of every tensor that holds some.
+        whole: Layers whose channels all stay, and why.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    slots: tuple[Slot, ...]
+    whole: dict[str, str]
+
+    @property
+    def count(self) -> int:
+        """How many channels there are in all groups."""
+        return sum(group.channels for group in self.groups)
+
+    def without(self, groups: Sequence[ChannelGroup], why: str) -> Channels:
+        """The same, but that these groups stay whole."""
+        stay = torch.zeros(self.count + 1, dtype=torch.bool)  # the last is for -1
+        for group in groups:
+            stay[list(group.units)] = True
+        number = (~stay).cumsum(0) - 1
+        number[stay] = -1
+        number[-1] = -1
+        slots = [Slot(s.module, s.axis, number[s.units]) for s in self.slots]
+        left = [
+            ChannelGroup(g.makers, g.channels, int(number[g.first]), g.heads)
+            for g in self.groups
+            if g not in groups
+        ]
+        names = {maker.path: why for group in groups for maker in group.makers}
+        held = tuple(slot for slot in slots if bool((slot.units >= 0).any()))
+        return Channels(tuple(left), held, self.whole | names)
+
+
+def find_channels(model: nn.Module, example_inputs: Any, skip: Sequence[Rule] = ()) -> Channels:
+    """Every channel that can be removed without changing the shape of the model's output.
+
+    Args:
+        model: The network; a copy of it is run, in training and in evaluation.
+        example_inputs: Inputs of a forward pass: a tensor, a tuple or list, or a dict.
+        skip: Names, patterns, types or predicates of layers whose output channels stay.
+
+    Raises:
+        ValueError: If the model does not run on the inputs, a layer cannot be shrunk, a name
+            matches nothing, or no channel is left.
+    """
+    labels, fixed = _traced(model, example_inputs)
+    modules = dict(model.named_modules())
+    makers = {
+        axis: LayerTensor(axis.path, modules[axis.path], axis.tensor)
+        for path in modules
+        for axis in labels.axes
+        if axis.path == path and axis.role == "makes"
+    }
+    rules = read_rules("skip", skip, model)
+    computed = [
+        LayerTensor(path, module, "weight")
+        for path, module in modules.items()
+        if isinstance(module, (_CONV, nn.Linear)) and module._parameters.get("weight") is None
+    ]
+    known = [*makers.values(), *computed]
+    check_names(known, [rule for rule in rules if isinstance(rule, str)])
+    for layer in computed:
+        if not matches(layer, rules):
+            raise ValueError(
+                f"{layer.full_name} is pruned or reparametrized already: take that off first, or "
+                f"leave it out with skip={layer.path!r}"
+            )
+    roots = {axis: labels.roots(ids) for axis, ids in labels.axes.items()}
+    for axis, maker in makers.items():
+        if matches(maker, rules):
+            skipped = (("skipped", "skip= leaves it out"),)
+            fixed.update(zip(roots[axis].tolist(), skipped * len(roots[axis]), strict=True))
+    fixed.setdefault(0, ("whole", "it is joined with a tensor of fixed size"))
+    _refuse_tied(model, makers, roots, fixed)
+    _refuse(makers, roots, fixed)
+    channels = _grouped(labels, makers, roots, fixed, modules)
+    if not channels.groups:
+        told = "; ".join(f"{name}: {why}" for name, why in channels.whole.items())
+        raise ValueError(f"there are no channels that can be removed ({told or 'no such layer'})")
+    return channels
+
+
+def _grouped(
+    labels: Labels,
+    makers: dict[Axis, LayerTensor],
+    roots: dict[Axis, Tensor],
+    fixed: dict[int, tuple[str, str]],
+    modules: dict[str, nn.Module],
+) -> Channels:
+    own: dict[int, int] = {}  # the group of each label
+    members: dict[int, dict[int, None]] = {}  # and the other way round, in the model's order
+    for axis in makers:
+        free = dict.fromkeys(root for root in roots[axis].tolist() if root not in fixed)
+        others = sorted({own[root] for root in free if root in own})
+        number = others[0] if others else len(own)
+        for other in others[1:]:
+            members[number].update(members.pop(other))
+        members.setdefault(number, {}).update(free)
+        own.update(dict.fromkeys(members[number], number))
+    attended = {r for ids in labels.attended for r in labels.roots(ids).reshape(-1).tolist()}
+    groups: list[ChannelGroup] = []
+    unit: dict[int, int] = {}
+    whole: dict[str, str] = {}
+    for units in members.values():
+        its = [maker for axis, maker in makers.items() if units.keys() & set(roots[axis].tolist())]
+        if len(units) < 2:
+            why = "its channels can only go together"
+            whole.update({maker.path: why for maker in its})
+            continue
+        heads = bool(attended & units.keys())
+        groups.append(ChannelGroup(tuple(its), len(units), len(unit), heads))
+        unit.update({root: len(unit) + n for n, root in enumerate(units)})
+    shrunk = {maker.path for group in groups for maker in group.makers}
+    for axis, maker in makers.items():
+        why = next((fixed[root][1] for root in roots[axis].tolist() if root in fixed), "")
+        if why and maker.path not in shrunk:
+            whole[maker.path] = why
+    slots = [
+        Slot(modules[axis.path], axis, torch.tensor([unit.get(r, -1) for r in ids.tolist()]))
+        for axis, ids in roots.items()
+    ]
+    held = tuple(slot for slot in slots if bool((slot.units >= 0).any()))
+    return Channels(tuple(groups), held, whole)
+
+
+def _refuse(
+    makers: dict[Axis, LayerTensor],
+    roots: dict[Axis, Tensor],
+    fixed: dict[int, tuple[str, str]],
+) -> None:
+    """Layers that nobody asked to leave out, and that cannot be shrunk."""
+    refused: dict[str, str] = {}
+    for axis, maker in makers.items():
+        for root in roots[axis].tolist():
+            kind, why = fixed.get(root, ("", ""))
+            if kind == "refused":
+                refused.setdefault(maker.path, why)
+    if refused:
+        told = "; ".join(f"{name}: {why}" for name, why in refused.items())
+        raise ValueError(f"cannot be shrunk: {told}. Leave out with skip={list(refused)}")
+
+
+def _refuse_tied(
+    model: nn.Module,
+    makers: dict[Axis, LayerTensor],
+    roots: dict[Axis, Tensor],
+    fixed: dict[int, tuple[str, str]],
+) -> None:
+    shared = tied(model)
+    for axis, ids in roots.items():
+        free = [root for root in ids.tolist() if root not in fixed]
+        if free and shared(model.get_submodule(axis.path)._parameters.get(axis.tensor)):
+            why = f"{axis.name} is tied: the model uses the same weight in another place"
+            fixed.update(dict.fromkeys(free, ("refused", why)))
+
+
+# ---- running the network --------------------------------------------------------------------
+
+
+def run(model: nn.Module, example_inputs: Any) -> Any:
+    """A forward pass of the example inputs: a dict by name, a tuple or list in order."""
+    if isinstance(example_inputs, dict):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (list, tuple)):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+@contextmanager
+def unseen(model: nn.Module) -> Iterator[None]:
+    """A run in here leaves the random generators as they were, and starts them alike."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operation for a layer tells nothing
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            torch.manual_seed(0)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def modes(model: nn.Module) -> list[Callable[[nn.Module], Any]]:
+    """Ways to run a network: as it is, in evaluation, in training."""
+    training = {module.training for module in model.modules()}
+    ways: list[Callable[[nn.Module], Any]] = [lambda twin: twin]
+    if training != {False}:
+        ways.append(lambda twin: twin.eval())
+    if training != {True}:
+        ways.append(lambda twin: twin.train())
+    return ways
+
+
+def _traced(model: nn.Module, example_inputs: Any) -> tuple[Labels, dict[int, tuple[str, str]]]:
+    """The labels of all runs, and which of them must stay and why."""
+    labels, errors, used, held = Labels(), [], set(), set()
+    for number, mode in enumerate(modes(model)):
+        with torch.inference_mode(), unseen(model):
+            twin = mode(copy.deepcopy(model))
+            inputs = tree_map(_cloned, example_inputs)  # these are inference tensors
+            trace = Trace(twin, labels)
+            try:
+                with trace:
+                    out = run(twin, inputs)
+            except Exception as error:
+                if number == 0:
+                    raise ValueError(
+                        f"the model does not run on example_inputs: {type(error).__name__}: {error}"
+                    ) from error
+                errors.append(error)
+                continue
+            for tensor in tensors_of(out):
+                made = trace.of(tensor)
+                if made is not None:
+                    labels.fix(made, "output", "it makes the network's output")
+            names = dict(twin.named_parameters())
+            held |= set(names)
+            used |= {name for name, parameter in names.items() if id(parameter) in trace.used}
+    if errors and held - used:
+        raise ValueError(
+            f"the model runs on example_inputs in one mode only ({errors[0]}), which leaves "
+            f"{sorted(held - used)[0]} unused: give a batch of two or more"
+        ) from errors[0]
+    with torch.inference_mode():
+        return labels, labels.settle()
+
+
+def _cloned(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def tensors_of(out: Any) -> Iterator[Tensor]:
+    """All tensors in what a network returns."""
+    if isinstance(out, Tensor):
+        yield out
+        return
+    if isinstance(out, dict):
+        parts: Any = out.values()
+    elif isinstance(out, (list, tuple, set)):
+        parts = out
+    else:
+        parts = vars(out).values() if hasattr(out, "__dict__") else ()
+    for part in parts:
+        yield from tensors_of(part)
+
+
+# ---- importance -----------------------------------------------------------------------------
+
+
+def importance_function(importance: str | Importance) -> Importance:
+    """torch-pruning's importance by name, or the function that is given.
+
+    Args:
+        importance: ``"l1"``, ``"l2"``, ``"taylor"``, ``"bn_scale"``, or any function from
+            torch-pruning's group to a score a channel.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If there is no such name.
+    """
+    if callable(importance):
+        return importance
+    if not isinstance(importance, str):
+        raise TypeError(f"importance must be a name or a function, got {_values.told(importance)}")
+    scores = torch_pruning().importance
+    made = {
+        "l1": lambda: scores.GroupMagnitudeImportance(p=1),
+        "l2": lambda: scores.GroupMagnitudeImportance(p=2),
+        "taylor": scores.GroupTaylorImportance,
+        "bn_scale": scores.BNScaleImportance,
+    }
+    if importance not in made:
+        raise ValueError(f"importance must be one of {', '.join(made)}, got {importance!r}")
+    function: Importance = made[importance]()
+    return function
+
+
+def scored_slots(channels: Channels, group: ChannelGroup) -> list[Slot]:
+    """The weights of a group from which importance is told, those that make it first."""
+    found = [
+        slot
+        for slot in channels.slots
+        if _pruning_function(slot) is not None
+        and bool(((slot.units >= group.first) & (slot.units < group.units.stop)).any())
+    ]
+    order = {maker.path: number for number, maker in enumerate(group.makers)}
+    end = len(order)
+    return sorted(
+        found, key=lambda s: order.get(s.axis.path, end) if s.axis.role == "makes" else end
+    )
+
+
+def importance_group(channels: Channels, group: ChannelGroup, kept: Tensor) -> Any:
+    """torch-pruning's group of what is there now, for its importance functions.
+
+    Args:
+        channels: All channels of the network.
+        group: One group of them.
+        kept: Which channels the network has now, over all groups; boolean.
+    """
+    library = torch_pruning()
+    from torch_pruning._helpers import GroupItem
+    from torch_pruning.dependency import Dependency, Group, Node
+
+    number = torch.full((len(kept) + 1,), -1)
+    here = torch.zeros_like(kept)
+    here[list(group.units)] = kept[list(group.units)]
+    number[:-1][here] = torch.arange(int(here.sum()))
+    source = Group()
+    for slot in scored_slots(channels, group):
+        there = slot.units[(slot.units < 0) | kept[slot.units]]
+        roots = number[there]
+        positions = (roots >= 0).nonzero().squeeze(1)
+        function = getattr(library, _pruning_function(slot) or "")
+        node = Node(slot.module, None, slot.axis.path)
+        item = GroupItem(Dependency(function, function, node, node), positions.tolist())
+        item.root_idxs = roots[positions].tolist()
+        source._group.append(item)
+    return source
+
+
+def _pruning_function(slot: Slot) -> str | None:
+    module, axis = slot.module, slot.axis
+    side = "in" if axis.role == "reads" else "out"
+    if axis.tensor != "weight":
+        return None
+    if isinstance(module, _BATCH_NORM):
+        return "prune_batchnorm_out_channels"
+    if isinstance(module, _CONV):
+        return f"prune_conv_{side}_channels"
+    return f"prune_linear_{side}_channels" if isinstance(module, nn.Linear) else None
+
+
+def count_operations(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
+    """Parameters, and multiply-accumulate operations of a forward pass, by torch-pruning."""
+    twin = copy.deepcopy(model).eval()
+    with unseen(model):
+        macs, parameters = torch_pruning().utils.count_ops_and_params(twin, example_inputs)
+    return int(parameters), int(macs)
+
+
+def torch_pruning() -> Any:
+    """The library, or what to install."""
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise ImportError(
+            f'{error}; pruning channels needs: pip install "l2l-prune[structured]"'
+        ) from None
+    return torch_pruning

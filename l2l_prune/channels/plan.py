@@ -1,0 +1,313 @@
+"""How many channels of each group stay in a segment, which, and whether a network can lose them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2l_prune.channels.groups import (
+    ChannelGroup,
+    Channels,
+    Importance,
+    Slot,
+    importance_group,
+    modes,
+    run,
+    scored_slots,
+    tensors_of,
+    unseen,
+)
+from l2l_prune.channels.surgery import Surgery
+from l2l_prune.masks import kept_count, top_mask
+from l2l_prune.segments import Schedule, Segment
+from l2l_prune.selection import check_names, lookup
+
+CHANNEL_STATE_VERSION = 2
+
+_FIXED_HEADS = "its code fixes the number of heads"
+
+
+def channel_counts(channels: Channels, segment: Segment) -> list[int] | None:
+    """How many channels each group keeps in a segment; None in a dense one.
+
+    Raises:
+        ValueError: If the segment names no layer that there is, means two things for layers that
+            lose the same channels, or would leave one no channel.
+    """
+    if not segment.sparse:
+        return None
+    keep, rates = dict(segment.keep or ()), segment.sparsity
+    table = dict(rates) if isinstance(rates, tuple) else {"*": float(rates)}  # type: ignore[arg-type]
+    for name in (*keep, *table):
+        if name in channels.whole:
+            raise ValueError(f"{name} cannot lose channels: {channels.whole[name]}")
+    check_names([maker for group in channels.groups for maker in group.makers], (*keep, *table))
+    counts = []
+    for group in channels.groups:
+        explicit, rate = lookup(group.makers, keep), lookup(group.makers, table)
+        count = kept_count(group.channels, rate or 0.0) if explicit is None else int(explicit)
+        if not 0 < count <= group.channels:
+            raise ValueError(
+                f"{group.name} has {group.channels} channels and would keep {count}: change the "
+                "sparsity for this layer, or leave it out with skip="
+            )
+        counts.append(count)
+    return counts
+
+
+def choose_channels(
+    channels: Channels,
+    counts: Sequence[int],
+    importance: Importance,
+    *,
+    needs_gradients: bool = False,
+    before: Tensor | None = None,
+) -> Tensor:
+    """Which channels stay, over all groups; boolean.
+
+    Args:
+        channels: All channels of the network.
+        counts: How many of each group stay.
+        importance: Gives a score a channel.
+        needs_gradients: Refuse weights without gradients, from which the scores are made.
+        before: The channels that the network has, if it is small: gone stays gone.
+
+    Raises:
+        ValueError: If the scores cannot be told or do not fit; the layer is named.
+    """
+    there = torch.ones(channels.count, dtype=torch.bool) if before is None else before
+    chosen = torch.zeros_like(there)
+    for group, keep in zip(channels.groups, counts, strict=True):
+        own = torch.tensor(group.units)
+        present = own[there[own]]
+        if keep >= len(present):  # those that come back are taken in order
+            absent = own[~there[own]]
+            chosen[torch.cat([present, absent[: keep - len(present)]])] = True
+            continue
+        if needs_gradients and any(
+            slot.module.weight.grad is None for slot in scored_slots(channels, group)
+        ):
+            raise ValueError(
+                f"Taylor importance needs gradients of {group.name} and the layers behind it: "
+                "call step() after a backward pass and before zero_grad()"
+            )
+        source = importance_group(channels, group, there)
+        scores = importance(source)
+        if isinstance(scores, Tensor) and scores.shape == (len(source[0].idxs),):
+            scores = scores[: len(present)]  # torch-pruning leaves room for each position
+        if not isinstance(scores, Tensor) or scores.shape != (len(present),):
+            raise ValueError(
+                f"the importance of the channels of {group.name} is {scores!r}: there must be "
+                f"{len(present)} scores (bn_scale needs batch normalisation behind a layer)"
+            )
+        if not bool(torch.isfinite(scores).all()):
+            raise ValueError(f"the importance of the channels of {group.name} is not finite")
+        chosen[present[top_mask(scores.detach().float(), keep).cpu()]] = True
+    return chosen
+
+
+# ---- trying it out --------------------------------------------------------------------------
+
+
+def try_cuts(
+    model: nn.Module, channels: Channels, example_inputs: Any, schedule: Schedule
+) -> Channels:
+    """Cut a copy of the network as the schedule will, and see that it runs and is right.
+
+    The small network must give what the full one gives when nothing reads the channels that are
+    gone. Attention layers whose code fixes the number of heads keep them all.
+
+    Raises:
+        ValueError: Naming the layers with which it does not run, and what to do.
+    """
+    counted = [g for g in channels.groups if isinstance(g.makers[0].module, nn.MultiheadAttention)]
+    channels = _with_all_heads(channels, counted)
+    trial = _Trial(model, example_inputs)
+    tried: list[list[int] | None] = [None]
+    for segment in schedule.segments:
+        counts = channel_counts(channels, segment)
+        if counts is None or counts in tried or not (failed := trial.failing(channels, counts)):
+            tried.append(counts)
+            continue
+        heads = [group for group in failed if group.heads]
+        if len(heads) < len(failed):
+            names = [maker.path for g in failed if not g.heads for maker in g.makers]
+            raise ValueError(
+                f"the network does not run as it should without some channels of "
+                f"{', '.join(names)} ({trial.problem}): leave them out with skip={names}"
+            )
+        fewer = _with_all_heads(channels, heads)
+        return try_cuts(model, fewer, example_inputs, schedule)
+    return channels
+
+
+def _with_all_heads(channels: Channels, groups: Sequence[ChannelGroup]) -> Channels:
+    left = channels.without(groups, _FIXED_HEADS)
+    if not left.groups:
+        raise ValueError(
+            f"there are no channels that can be removed ({groups[0].name}: {_FIXED_HEADS})"
+        )
+    return left
+
+
+class _Trial:
+    """A copy of a network to cut, with random weights, since nothing shows behind zeros."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        self._twin, self._inputs = copy.deepcopy(model), example_inputs
+        _randomize(self._twin)
+        self.problem = ""
+        self._ways = [mode for mode in modes(model) if self._run(mode) is not None]
+
+    def failing(self, channels: Channels, counts: Sequence[int]) -> list[ChannelGroup]:
+        """The groups that cannot be cut, as few as can be told."""
+        chosen = torch.Generator().manual_seed(0)
+        some, others = (torch.ones(channels.count, dtype=torch.bool) for _ in range(2))
+        for group, count in zip(channels.groups, counts, strict=True):
+            order = group.first + torch.randperm(group.channels, generator=chosen)
+            some[order[count:]] = False
+            others[order[: group.channels - count]] = False
+        on_twin = [
+            Slot(self._twin.get_submodule(slot.axis.path), slot.axis, slot.units)
+            for slot in channels.slots
+        ]
+        surgery = Surgery(self._twin, Channels(channels.groups, tuple(on_twin), {}))
+        groups = list(channels.groups)
+        return self._culprits(surgery, some, groups) or self._culprits(surgery, others, groups)
+
+    def _culprits(
+        self, surgery: Surgery, kept: Tensor, groups: list[ChannelGroup]
+    ) -> list[ChannelGroup]:
+        only = torch.ones_like(kept)
+        for group in groups:
+            only[list(group.units)] = kept[list(group.units)]
+        if self._right(surgery, only):
+            return []
+        if len(groups) == 1:
+            return groups
+        half = len(groups) // 2
+        halves = (groups[:half], groups[half:])
+        return [g for part in halves for g in self._culprits(surgery, kept, part)] or groups
+
+    @torch.no_grad()
+    def _right(self, surgery: Surgery, kept: Tensor) -> bool:
+        """Whether the small network runs, and gives what the full one gives without readers."""
+        whole = surgery.shrink(kept)
+        results = [self._run(mode) for mode in self._ways]
+        small = self._run(nn.Module.eval)
+        surgery.grow(kept, whole)
+        full, again = self._run(nn.Module.eval), self._run(nn.Module.eval, seed=1)
+        for name, cut in surgery.plan(kept).items():
+            cut.set(whole[name])
+        if any(result is None for result in results):
+            return False
+        if small is None or full is None or again is None or _close(small, full):
+            return True
+        if not _close(again, full):
+            return True  # it rolls dice
+        self.problem = "its output is another"
+        return False
+
+    def _run(self, mode: Callable[[nn.Module], Any], seed: int = 0) -> list[Tensor] | None:
+        """What the copy returns; it is left as it was. None if it does not run."""
+        buffers = [(module, dict(module._buffers)) for module in self._twin.modules()]
+        training = [(module, module.training) for module in self._twin.modules()]
+        for module, held in buffers:
+            module._buffers = {name: copy.deepcopy(held[name]) for name in held}
+        try:
+            with torch.no_grad(), unseen(self._twin):
+                torch.manual_seed(seed)
+                mode(self._twin)
+                out = run(self._twin, copy.deepcopy(self._inputs))
+        except Exception as error:
+            self.problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            return None
+        finally:
+            for module, held in buffers:
+                module._buffers = held
+            for module, was in training:
+                module.training = was
+        return [tensor.detach() for tensor in tensors_of(out)]
+
+
+@torch.no_grad()
+def _randomize(model: nn.Module) -> None:
+    chosen = torch.Generator().manual_seed(0)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        statistic = name.rpartition(".")[2] in ("running_mean", "running_var")
+        if not (isinstance(tensor, nn.Parameter) or statistic) or not tensor.is_floating_point():
+            continue
+        if tensor.dim() < 2:
+            value = torch.rand(tensor.shape, generator=chosen) + 0.5
+        else:
+            value = torch.randn(tensor.shape, generator=chosen)
+            value *= (tensor.shape[0] / max(tensor.numel(), 1)) ** 0.5
+        tensor.copy_(value)
+
+
+def _close(these: Sequence[Tensor], those: Sequence[Tensor]) -> bool:
+    for one, other in zip(these, those, strict=True):
+        if one.shape != other.shape:
+            return False
+        if one.is_floating_point() and one.numel():
+            scale = float(other.abs().max())
+            off = float((one - other).abs().max())
+            if scale < float("inf") and not off <= torch.finfo(one.dtype).eps ** 0.5 * scale:
+                return False
+    return True
+
+
+# ---- saved state ----------------------------------------------------------------------------
+
+
+def check_channel_state(
+    state: Any,
+    schedule: Schedule,
+    channels: Channels,
+    counts: Sequence[list[int] | None],
+    shapes: Mapping[str, torch.Size],
+) -> None:
+    """Refuse a state of another model or schedule.
+
+    Args:
+        state: What ``ChannelPruner.state_dict()`` gave.
+        schedule: The ChannelPruner's.
+        channels: All channels of its network.
+        counts: How many channels of each group stay, by segment.
+        shapes: The full shapes of all tensors that hold channels, by name.
+
+    Raises:
+        ValueError: Naming what does not fit.
+    """
+    keys = {"version", "schedule", "iteration", "kept", "full", "regrown"}
+    if (
+        not isinstance(state, dict)
+        or set(state) != keys
+        or state["version"] != CHANNEL_STATE_VERSION
+    ):
+        raise ValueError("this is not a ChannelPruner state dict of this version")
+    if state["schedule"] != schedule.to_dict():
+        raise ValueError(f"the checkpoint belongs to another schedule: {state['schedule']}")
+    kept, wanted = state["kept"], counts[schedule.index(state["iteration"])]
+    if not isinstance(kept, (dict, type(None))) or not isinstance(state["full"], dict):
+        raise ValueError("this is not a ChannelPruner state dict of this version")
+    names = [group.name for group in channels.groups]
+    if (kept is None) != (wanted is None) or (kept is not None and list(kept) != names):
+        raise ValueError("the checkpoint's channels do not fit this model and schedule")
+    for group, count in zip(channels.groups, wanted or (), strict=False):
+        index = (kept or {})[group.name]
+        if index.tolist() != sorted({int(i) % group.channels for i in index}):
+            raise ValueError(f"the checkpoint's channels of {group.name} are not its channels")
+        if len(index) != count:
+            raise ValueError(
+                f"the checkpoint keeps {len(index)} channels of {group.name}, the schedule "
+                f"{count} at iteration {state['iteration']}"
+            )
+    for entry in ("full", "regrown"):
+        for name, tensor in state[entry].items():
+            if shapes.get(name) != tensor.shape:
+                raise ValueError(f"the checkpoint's {entry} tensor {name} does not fit")

@@ -1,0 +1,326 @@
+"""Channel pruning that really shrinks: in sparse phases the network is physically small."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from l2l_prune import _values, optimizer_state
+from l2l_prune.channels.groups import (
+    Importance,
+    count_operations,
+    find_channels,
+    importance_function,
+)
+from l2l_prune.channels.plan import (
+    CHANNEL_STATE_VERSION,
+    channel_counts,
+    check_channel_state,
+    choose_channels,
+    try_cuts,
+)
+from l2l_prune.channels.surgery import Surgery
+from l2l_prune.on_schedule import OnSchedule
+from l2l_prune.segments import Schedule
+from l2l_prune.selection import Rule, read_rules
+
+States = Iterable[tuple[Tensor, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Structured:
+    """How :class:`~l2l_prune.PrunedReptile` prunes channels: arguments of :class:`ChannelPruner`.
+
+    Args:
+        example_inputs: Inputs of a forward pass, for finding which channels belong together.
+        importance: What makes a channel worth keeping.
+    """
+
+    example_inputs: Any
+    importance: str | Importance = "l2"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What :meth:`ChannelPruner.export` gives.
+
+    Attributes:
+        module: A copy of the network as it is now.
+        parameters: Its number of parameters.
+        macs: Multiply-accumulate operations of a forward pass of the example inputs.
+        full_parameters: The same of the full network.
+        full_macs: The same of the full network.
+    """
+
+    module: nn.Module
+    parameters: int
+    macs: int
+    full_parameters: int
+    full_macs: int
+
+
+class ChannelPruner(OnSchedule):
+    """Removes whole channels by a schedule; used like :class:`~l2l_prune.Pruner`.
+
+    On entering a sparse segment the least important channels are cut out of every tensor that
+    holds them (convolutions, linear layers, batch normalisation, FiLM, through residual sums), so
+    the network is small and fast with no masks at all. On leaving it the network gets its full
+    shapes back. Weights that read a regrown channel are 0, so the function is unchanged and they
+    learn at once; the filters that make it are as they were when they were cut, since a filter of
+    zeros behind a ReLU would never get a gradient again.
+
+    Parameters keep their identity and order; their shapes change, and so does the state of the
+    optimizers. Channels of the network's output always stay.
+
+    Args:
+        model: The network, or a wrapper that can run ``example_inputs``.
+        schedule: When to prune, and what fraction of the channels.
+        optimizer: The optimizer (or several) whose state is cut and regrown too.
+        example_inputs: Inputs of a forward pass.
+        importance: ``"l1"``, ``"l2"`` (of all weights of a channel), ``"taylor"`` (needs
+            gradients), ``"bn_scale"``, or a function of torch-pruning's group.
+        skip: Names, ``fnmatch`` patterns, types or predicates ``(name, module) -> bool`` of layers
+            whose output channels stay.
+
+    Raises:
+        ImportError: If torch-pruning is missing.
+        TypeError: If an argument has the wrong type.
+        ValueError: If the network cannot be shrunk, a name matches nothing, or a segment would
+            leave a layer no channel.
+
+    Examples:
+        >>> from l2l_prune import DSDSchedule
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> schedule = DSDSchedule(0.5, pretrain=1, prune=1, retrain=1)
+        >>> pruner = ChannelPruner(net, schedule, example_inputs=torch.zeros(1, 4))
+        >>> pruner.step()
+        >>> net[0].weight.shape, net[2].weight.shape
+        (torch.Size([4, 4]), torch.Size([2, 4]))
+        >>> pruner.finalize()[0].weight.shape
+        torch.Size([8, 4])
+    """
+
+    masks: dict[str, Tensor] = {}  # noqa: RUF012 - there never are any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        *,
+        example_inputs: Any,
+        importance: str | Importance = "l2",
+        skip: Rule | Iterable[Rule] | None = None,
+    ) -> None:
+        _values.instance("model", model, nn.Module, "a torch.nn.Module")
+        super().__init__(schedule)
+        self.model = model
+        self._importance = importance_function(importance)
+        self._needs_gradients = importance == "taylor"
+        rules = read_rules("skip", skip, model)
+        channels = find_channels(model, example_inputs, rules)
+        self._channels = try_cuts(model, channels, example_inputs, schedule)
+        self._surgery = Surgery(model, self._channels)
+        cuts = self._surgery.plan(torch.ones(self._channels.count, dtype=torch.bool))
+        self._shapes = {name: cut.get().shape for name, cut in cuts.items()}
+        self._example_inputs = example_inputs
+        self._full_size = count_operations(model, example_inputs)
+        self._counts = [channel_counts(self._channels, s) for s in schedule.segments]
+        self._optimizers = optimizer_state.as_optimizers(optimizer)
+        for given in self._optimizers:
+            optimizer_state.check_holds(given, [cut.get() for cut in cuts.values()])
+        self.more_states: Callable[[], States] = lambda: ()
+        self._kept: Tensor | None = None
+        self._full: dict[str, Tensor] = {}
+        self.regrown: dict[str, Tensor] = {}
+        if self.segment.sparse:
+            self._shrink(self._choose(self._position))
+        hook = self.first_step_hook(model)
+        self._handles = [held.register_step_pre_hook(hook) for held in self._optimizers]
+
+    # ---- what is going on -------------------------------------------------------------------
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the network is small now."""
+        return self._kept is not None
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the prunable channels that is cut out now."""
+        return 0.0 if self._kept is None else 1 - int(self._kept.sum()) / len(self._kept)
+
+    @property
+    def channels(self) -> dict[str, list[int]]:
+        """The channels that are there now, by the layer that makes them.
+
+        Where channels only go in blocks (attention heads, groups of a grouped convolution or of
+        group normalisation) it is the blocks that are counted.
+        """
+        return {name: kept.tolist() for name, kept in self._by_name().items()}
+
+    @property
+    def whole(self) -> dict[str, str]:
+        """Layers all of whose channels always stay, and why."""
+        return dict(self._channels.whole)
+
+    def summary(self) -> str:
+        """A table of kept and all channels by layer, and which layers stay whole."""
+        from tabulate import tabulate
+
+        here = self.channels
+        rows = [(g.name, len(here[g.name]), g.channels) for g in self._channels.groups]
+        table = tabulate(rows, headers=("layer", "channels", "of"))
+        whole = "".join(f"\n{name} stays whole: {why}" for name, why in self.whole.items())
+        return f"{self._place()}\n{table}{whole}"
+
+    # ---- training ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """End a meta-iteration: call it after the (outer) optimizer's step.
+
+        Raises:
+            RuntimeError: After :meth:`finalize`.
+            ValueError: If the importance of channels cannot be told; nothing is changed.
+        """
+        self._check_usable()
+        position = self.schedule.index(self._iteration + 1)
+        changes = position != self._position
+        kept = self._choose(position) if changes else None
+        self.regrown = {}  # the first steps after a release are over
+        if changes:
+            self._grow()
+            self._position = position
+            self._shrink(kept)
+        self._iteration += 1
+
+    @torch.no_grad()
+    def finalize(self) -> nn.Module:
+        """The model with its full shapes; channels that were cut out contribute nothing.
+
+        Raises:
+            RuntimeError: If called twice.
+        """
+        self._check_usable()
+        self._grow()
+        for handle in self._handles:
+            handle.remove()
+        self._finalized = True
+        return self.model
+
+    def first_step_hook(self, model: nn.Module) -> Callable[[Optimizer, Any, Any], Any]:
+        """A step pre-hook: in its first steps after a release no regrown weight jumps.
+
+        Args:
+            model: What the optimizer steps on: the network, or a copy of it.
+        """
+
+        @torch.no_grad()
+        def act(optimizer: Optimizer) -> None:
+            for name, mask in self.regrown.items():
+                parameter = model.get_parameter(name)
+                here = mask.to(parameter.device)  # the network may have been moved since
+                optimizer_state.raise_to_gradient(optimizer, parameter, ~here, here)
+
+        return optimizer_state.gradient_hook(act)
+
+    def export(self) -> Exported:
+        """A plain copy of the network as it is now, small in a sparse phase, with its counts.
+
+        For use as it is, or for ``torch.onnx.export(exported.module, (inputs,))``.
+        """
+        size = count_operations(self.model, self._example_inputs)
+        return Exported(copy.deepcopy(self.model), *size, *self._full_size)
+
+    # ---- saving and resuming ----------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to resume from beside the model's and optimizer's own state dicts."""
+        return {
+            "version": CHANNEL_STATE_VERSION,
+            "schedule": self.schedule.to_dict(),
+            "iteration": self._iteration,
+            "kept": None if self._kept is None else self._by_name(),
+            "full": {name: tensor.clone() for name, tensor in self._full.items()},
+            "regrown": {name: mask.clone() for name, mask in self.regrown.items()},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume. Call it **before** the model's and the optimizer's: it sets their shapes.
+
+        Raises:
+            ValueError: If the state belongs to another model or schedule; nothing is changed.
+        """
+        self._check_usable()
+        check_channel_state(state, self.schedule, self._channels, self._counts, self._shapes)
+        kept = state["kept"]
+        self._grow()
+        self._iteration = state["iteration"]
+        self._position = self.schedule.index(self._iteration)
+        self.regrown = {}
+        if kept is not None:
+            chosen = torch.zeros(self._channels.count, dtype=torch.bool)
+            for group in self._channels.groups:
+                chosen[group.first + kept[group.name].cpu()] = True
+            self._shrink(chosen)
+            for name, tensor in state["full"].items():
+                self._full[name].copy_(tensor)
+        for name, mask in state["regrown"].items():
+            self.regrown[name] = mask.to(self.model.get_parameter(name).device, copy=True)
+
+    # ---- inside -----------------------------------------------------------------------------
+
+    def _choose(self, position: int) -> Tensor | None:
+        """Channels to keep in a segment, or None if it is dense."""
+        counts = self._counts[position]
+        if counts is None:
+            return None
+        return choose_channels(
+            self._channels,
+            counts,
+            self._importance,
+            needs_gradients=self._needs_gradients,
+            before=self._kept,
+        )
+
+    def _by_name(self) -> dict[str, Tensor]:
+        """Positions of the channels that are there now, by group."""
+        everything = torch.ones(self._channels.count, dtype=torch.bool)
+        kept = everything if self._kept is None else self._kept
+        groups = self._channels.groups
+        return {g.name: kept[list(g.units)].nonzero().squeeze(1) for g in groups}
+
+    def _shrink(self, kept: Tensor | None) -> None:
+        if kept is None:
+            return
+        self._full = self._surgery.shrink(kept, self._states)
+        self._kept = kept
+        cuts = self._surgery.plan(kept)
+        partly = {name: cuts[name].take(mask) for name, mask in self.regrown.items()}
+        self.regrown = {name: mask for name, mask in partly.items() if bool(mask.any())}
+
+    def _grow(self) -> None:
+        if self._kept is None:
+            return
+        self.regrown = self._surgery.grow(self._kept, self._full, self._states)
+        self._kept, self._full = None, {}
+
+    def _states(self, parameter: Tensor) -> Iterator[dict[str, Any]]:
+        for optimizer in self._optimizers:
+            if parameter in optimizer.state:
+                yield optimizer.state[parameter]
+        for held, state in self.more_states():
+            if held is parameter:
+                yield state
+
+    def _check_usable(self) -> None:
+        if self._finalized:
+            raise RuntimeError("the ChannelPruner was finalized: make a new one to prune again")
