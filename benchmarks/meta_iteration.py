@@ -39,9 +39,9 @@ from benchmarks.workload import (
     plain_step,
 )
 from l2l_prune import PrunedReptile, Schedule
-from l2l_prune.compiled import CompiledStep
-from l2l_prune.data import minibatches
-from l2l_prune.structured import Structured
+from l2l_prune.channels.pruner import Structured
+from l2l_prune.fewshot.data import minibatches
+from l2l_prune.reptile.compiled import CompiledStep
 
 TASKS, SHOTS = 5, 15
 Draw = Callable[[], Iterator[Batches]]

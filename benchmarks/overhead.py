@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from benchmarks.timing import Times, interleaved, rows, show
 from benchmarks.workload import DENSE, SPARSE, device
 from l2l_prune import Pruner
-from l2l_prune.experiments.models import Conv4
-from l2l_prune.masks import top_mask
+from l2l_prune.fewshot.models import Conv4
+from l2l_prune.masking.topk import top_mask
 
 
 def maml(model: nn.Module, x: torch.Tensor, y: torch.Tensor, end: Callable[[], None]) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from l2l_prune import DSDSchedule, Pruner  # l2l_prune
-from l2l_prune.data import EpisodeSampler, Glyphs
-from l2l_prune.experiments.models import Conv4
-from l2l_prune.integrations.metaoptnet import (
+from l2l_prune.fewshot.data import EpisodeSampler, Glyphs
+from l2l_prune.fewshot.models import Conv4
+from l2l_prune.metalearners.metaoptnet import (
     MetaOptNet,
     published_lr_factor,
     smoothed_cross_entropy,

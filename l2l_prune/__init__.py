@@ -1,9 +1,9 @@
 """Network pruning for meta-learning with PyTorch, learn2learn and higher."""
 
+from l2l_prune.masking.masked_layer import dense_state_dict
 from l2l_prune.pruner import Pruner
-from l2l_prune.reparam import dense_state_dict
-from l2l_prune.reptile import PrunedReptile
-from l2l_prune.schedules import DSDSchedule, IHTSchedule, Schedule, Segment
+from l2l_prune.reptile.reptile import PrunedReptile
+from l2l_prune.schedules.paper import DSDSchedule, IHTSchedule, Schedule, Segment
 
 __version__ = "0.1.0"
 

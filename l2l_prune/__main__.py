@@ -1,5 +1,5 @@
 """``python -m l2l_prune``."""
 
-from l2l_prune.cli import main
+from l2l_prune.experiments.cli import main
 
 main()

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from l2l_prune import _values, optimizer_state
-from l2l_prune._precision import skips_step
-from l2l_prune.prunable import LayerTensor
-from l2l_prune.reparam import held_tensors
-from l2l_prune.selection import learning_rates
+from l2l_prune import optimizer_state
+from l2l_prune._basics import checks
+from l2l_prune._basics.precision import skips_step
+from l2l_prune.masking.layers import learning_rates
+from l2l_prune.masking.masked_layer import held_tensors
+from l2l_prune.masking.prunable import LayerTensor
 
 
 class FollowingOptimizers:
@@ -68,7 +69,7 @@ class FollowingOptimizers:
             TypeError: If it is no optimizer.
             ValueError: If it holds none of them, or follows already.
         """
-        _values.instance("optimizer", optimizer, Optimizer, "a torch Optimizer")
+        checks.instance("optimizer", optimizer, Optimizer, "a torch Optimizer")
         optimizer_state.check_holds(optimizer, weights)
         if any(optimizer is held for held in self.all):
             raise ValueError("optimizer follows the masks already")

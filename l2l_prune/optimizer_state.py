@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from l2l_prune import _values
-from l2l_prune._precision import step_gradient, widened
+from l2l_prune._basics import checks
+from l2l_prune._basics.precision import step_gradient, widened
 
 # State of torch.optim that divides the step: squared gradients, or their size in Adamax.
 _SQUARED = frozenset({"exp_avg_sq", "square_avg"})
@@ -37,7 +37,7 @@ def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Opt
     several = isinstance(optimizer, Iterable) and not isinstance(optimizer, type)
     optimizers = list(optimizer) if several else [optimizer]  # type: ignore[arg-type]
     for entry in optimizers:
-        _values.instance("optimizer", entry, Optimizer, "a torch Optimizer")
+        checks.instance("optimizer", entry, Optimizer, "a torch Optimizer")
     return optimizers  # type: ignore[return-value]
 
 

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from l2l_prune import _values, optimizer_state, ranks
-from l2l_prune.allocation import Allocation
-from l2l_prune.criteria import Criterion, magnitude
+from l2l_prune import optimizer_state
+from l2l_prune._basics import checks, ranks
 from l2l_prune.following import FollowingOptimizers
-from l2l_prune.held_masks import HeldMasks
-from l2l_prune.mask_choice import MaskChoice
-from l2l_prune.on_schedule import OnSchedule
-from l2l_prune.patterns import UNSTRUCTURED, Pattern
+from l2l_prune.masking.allocation import Allocation
+from l2l_prune.masking.attached import HeldMasks
+from l2l_prune.masking.criteria import Criterion, magnitude
+from l2l_prune.masking.layers import Layers, Rule, select
+from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
+from l2l_prune.masking.plan import MaskChoice
 from l2l_prune.pruner_state import STATE_VERSION, check_state
-from l2l_prune.segments import Schedule
-from l2l_prune.selection import Layers, Rule, select
+from l2l_prune.schedules.progress import OnSchedule
+from l2l_prune.schedules.schedule import Schedule
 
 StepHook: TypeAlias = Callable[["Pruner"], None]
 
@@ -49,12 +50,12 @@ class Pruner(OnSchedule):
         layers: ``"all"`` convolution and linear weights, or ``"authors"``: without the first
             convolution.
         only: Names, ``fnmatch`` patterns, module types or predicates ``(name, module) -> bool``
-            that a tensor must match; see :func:`l2l_prune.selection.select`.
+            that a tensor must match; see :func:`l2l_prune.masking.layers.select`.
         skip: The same, for tensors to leave dense.
         criterion: Scores of a weight's entries, of which the largest are kept: by default their
-            magnitude; see :mod:`l2l_prune.criteria`.
+            magnitude; see :mod:`l2l_prune.masking.criteria`.
         pattern: Where pruned weights may lie: anywhere by default, ``NByM(2, 4)`` or
-            ``Block(rows, columns)`` of :mod:`l2l_prune.patterns`.
+            ``Block(rows, columns)`` of :mod:`l2l_prune.masking.patterns`.
         allocation: ``"layerwise"``: each tensor is pruned at the schedule's sparsity. ``"global"``:
             all are ranked together, and layers lose as much as their scores say.
         regrow_state: Second moments (Adam, RMSprop, ...) of weights that are released.
@@ -107,22 +108,22 @@ class Pruner(OnSchedule):
         dense_keys: bool = False,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        _values.instance("model", model, nn.Module, "a torch.nn.Module")
+        checks.instance("model", model, nn.Module, "a torch.nn.Module")
         super().__init__(schedule)
         if regrow_state not in ("match", "keep"):
             raise ValueError(f'regrow_state must be "match" or "keep", got {regrow_state!r}')
         if not callable(criterion):
             raise TypeError(
-                f"criterion must be a function of a weight, got {_values.told(criterion)}"
+                f"criterion must be a function of a weight, got {checks.told(criterion)}"
             )
-        _values.instance("pattern", pattern, Pattern, "a Pattern")  # type: ignore[type-abstract]
-        _values.flag("dense_keys", dense_keys)
+        checks.instance("pattern", pattern, Pattern, "a Pattern")  # type: ignore[type-abstract]
+        checks.flag("dense_keys", dense_keys)
         if allocation not in ("layerwise", "global"):
             raise ValueError(f'allocation must be "layerwise" or "global", got {allocation!r}')
         if allocation == "global" and pattern != UNSTRUCTURED:
             raise ValueError('allocation="global" goes without pattern: that counts layer by layer')
         if group is not None:
-            _values.instance("group", group, dist.ProcessGroup, "a torch.distributed ProcessGroup")
+            checks.instance("group", group, dist.ProcessGroup, "a torch.distributed ProcessGroup")
         self.group = ranks.group_of(model) if group is None else group
         self.model = model
         self._pattern, self._global = pattern, allocation == "global"

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2l_prune.prunable import LayerTensor
-from l2l_prune.segments import Schedule
+from l2l_prune.masking.prunable import LayerTensor
+from l2l_prune.schedules.schedule import Schedule
 
 STATE_VERSION = 2
 

@@ -13,12 +13,12 @@ TITLES = {
     "tests/hosts/test_learn2learn.py": "learn2learn",
     "tests/hosts/test_higher.py": "higher",
     "tests/hosts/test_lightning.py": "Lightning",
-    "tests/test_cavia.py": "CAVIA",
+    "tests/metalearners/test_cavia.py": "CAVIA",
     "tests/hosts/test_metaoptnet.py": "MetaOptNet",
     "tests/hosts/test_published_loops.py": "Loops of the public CAVIA and MetaOptNet scripts",
-    "tests/test_reparam.py": "torch: copies, functional calls, layers, state dicts",
-    "tests/test_selection.py": "torch: what is refused, by name",
-    "tests/test_distributed.py": "torch: DistributedDataParallel",
+    "tests/masking/test_masked_layer.py": "torch: copies, functional calls, layers, state dicts",
+    "tests/masking/test_layers.py": "torch: what is refused, by name",
+    "tests/reptile/test_distributed.py": "torch: DistributedDataParallel",
     "tests/test_examples.py": "Examples",
 }
 VERSIONS = ("torch", "learn2learn", "higher", "pytorch-lightning")

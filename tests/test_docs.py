@@ -68,7 +68,7 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
 def test_commands_run(page, command, tmp_path, monkeypatch):
     """``run`` on a tiny scale; of longer commands the options are read."""
     pytest.importorskip("learn2learn")
-    from l2l_prune.cli import app
+    from l2l_prune.experiments.cli import app
 
     monkeypatch.chdir(tmp_path)
     _, verb, *words = shlex.split(command, comments=True)
@@ -88,8 +88,8 @@ def test_commands_run(page, command, tmp_path, monkeypatch):
 
 
 def test_grids_of_the_docs_are_grids(tmp_path):
-    from l2l_prune.cli_options import read_toml
-    from l2l_prune.experiments.sweep import expand
+    from l2l_prune.experiments.options import read_toml
+    from l2l_prune.experiments.running.sweep import expand
 
     found = [(p, b) for p in PAGES for b in blocks(p, "toml") if "[grid]" in b]
     assert len(found) == 2

@@ -11,7 +11,7 @@ import torch
 from torch import nn, optim
 
 from l2l_prune import DSDSchedule, Pruner, Schedule, Segment
-from l2l_prune.criteria import Movement
+from l2l_prune.masking.criteria import Movement
 
 RELEASE = 150
 LR = 0.02

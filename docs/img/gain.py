@@ -8,7 +8,7 @@ from statistics import mean
 
 import matplotlib.pyplot as plt
 
-from l2l_prune.experiments.plots import TEST, TRAIN
+from l2l_prune.experiments.report.plots import TEST, TRAIN
 
 HERE = Path(__file__).parent
 METHODS = ("dense", "DSD 50%", "IHT 50%", "DSD 80%", "IHT 80%")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from l2l_prune import _values
+from l2l_prune._basics import checks
 from l2l_prune.channels.tracing import Axis, Labels, Trace
-from l2l_prune.prunable import LayerTensor, tied
-from l2l_prune.selection import Rule, check_names, matches, read_rules
+from l2l_prune.masking.layers import Rule, check_names, matches, read_rules
+from l2l_prune.masking.prunable import LayerTensor, tied
 
 Importance = Callable[[Any], Tensor]
 
@@ -243,7 +243,7 @@ def run(model: nn.Module, example_inputs: Any) -> Any:
 
 @contextmanager
 def unseen(model: nn.Module) -> Iterator[None]:
-    """A run in here leaves the random generators as they were, and starts them alike."""
+    """A run in here leaves the random generators as they were, and starts them same_settings."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operation for a layer tells nothing
@@ -336,7 +336,7 @@ def importance_function(importance: str | Importance) -> Importance:
     if callable(importance):
         return importance
     if not isinstance(importance, str):
-        raise TypeError(f"importance must be a name or a function, got {_values.told(importance)}")
+        raise TypeError(f"importance must be a name or a function, got {checks.told(importance)}")
     scores = torch_pruning().importance
     made = {
         "l1": lambda: scores.GroupMagnitudeImportance(p=1),

@@ -22,9 +22,9 @@ from l2l_prune.channels.groups import (
     unseen,
 )
 from l2l_prune.channels.surgery import Surgery
-from l2l_prune.masks import kept_count, top_mask
-from l2l_prune.segments import Schedule, Segment
-from l2l_prune.selection import check_names, lookup
+from l2l_prune.masking.layers import check_names, lookup
+from l2l_prune.masking.topk import kept_count, top_mask
+from l2l_prune.schedules.schedule import Schedule, Segment
 
 CHANNEL_STATE_VERSION = 2
 

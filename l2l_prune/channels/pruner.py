@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from l2l_prune import _values, optimizer_state
+from l2l_prune import optimizer_state
+from l2l_prune._basics import checks
 from l2l_prune.channels.groups import (
     Importance,
     count_operations,
@@ -26,9 +27,9 @@ from l2l_prune.channels.plan import (
     try_cuts,
 )
 from l2l_prune.channels.surgery import Surgery
-from l2l_prune.on_schedule import OnSchedule
-from l2l_prune.segments import Schedule
-from l2l_prune.selection import Rule, read_rules
+from l2l_prune.masking.layers import Rule, read_rules
+from l2l_prune.schedules.progress import OnSchedule
+from l2l_prune.schedules.schedule import Schedule
 
 States = Iterable[tuple[Tensor, dict[str, Any]]]
 
@@ -118,7 +119,7 @@ class ChannelPruner(OnSchedule):
         importance: str | Importance = "l2",
         skip: Rule | Iterable[Rule] | None = None,
     ) -> None:
-        _values.instance("model", model, nn.Module, "a torch.nn.Module")
+        checks.instance("model", model, nn.Module, "a torch.nn.Module")
         super().__init__(schedule)
         self.model = model
         self._importance = importance_function(importance)

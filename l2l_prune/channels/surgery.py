@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from l2l_prune import optimizer_state
-from l2l_prune.cavia import FiLM
 from l2l_prune.channels.groups import ChannelGroup, Channels
+from l2l_prune.metalearners.cavia import FiLM
 
 States = Callable[[Tensor], Iterable[dict[str, Any]]]
 

@@ -7,13 +7,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from l2l_prune import _values
-from l2l_prune.data import DATA_SETS
+from l2l_prune._basics import checks
 from l2l_prune.experiments.defaults import DEFAULTS, INSTANCES, PUBLISHED
 from l2l_prune.experiments.methods import METHODS, make_schedule, published_phases
 from l2l_prune.experiments.settings import check_settings, setting, settings_of
-from l2l_prune.schedules import Schedule
-from l2l_prune.selection import Layers
+from l2l_prune.fewshot.data import DATA_SETS
+from l2l_prune.masking.layers import Layers
+from l2l_prune.schedules.paper import Schedule
 
 _BY_ALGORITHM, _BY_METHOD = "by algorithm", "by method"
 _NO_THIRD_DERIVATIVE = ("maml", "metasgd", "cavia", "metaoptnet")
@@ -41,7 +41,7 @@ class Phases:
     rounds: int | None = setting(
         None, "Rounds of IHT, cycles of cyclic.", least=1, shown=_BY_METHOD
     )
-    scale: float = setting(1.0, "Factor on the meta-iterations; phases shrink alike.", above=0)
+    scale: float = setting(1.0, "Factor on the meta-iterations; phases shrink same_settings.", above=0)
     published: bool = setting(
         False, "Start from the published settings (reptile, cavia, metaoptnet)."
     )
@@ -180,8 +180,8 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        _values.instance("schedule", self.schedule, Schedule, "a Schedule")
-        if not _values.instance("name", self.name, str, "a string"):
+        checks.instance("schedule", self.schedule, Schedule, "a Schedule")
+        if not checks.instance("name", self.name, str, "a string"):
             raise ValueError("name must not be empty: tables and files are called by it")
         check_settings(self)
         if self.split is not None and self.data != "glyphs":

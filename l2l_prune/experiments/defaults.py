@@ -84,7 +84,7 @@ PUBLISHED_SINE: dict[str, Any] = {
     "inner_lr": 1.0,
     "meta_lr": 1e-3,
 }
-"""CAVIA's settings for :class:`~l2l_prune.data.SineTasks` with ``CaviaMLP()``: the defaults of the
+"""CAVIA's settings for :class:`~l2l_prune.fewshot.data.SineTasks` with ``CaviaMLP()``: the defaults of the
 authors' regression script."""
 
 INSTANCES = {"glyphs": 20, "omniglot": 20}

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from l2l_prune.data import Glyphs
 from l2l_prune.experiments.config import RunConfig, make_config
-from l2l_prune.experiments.one_seed import run_and_report
-from l2l_prune.experiments.run import RunResult
+from l2l_prune.experiments.running.one_seed_table import run_and_report
+from l2l_prune.experiments.running.run import RunResult
+from l2l_prune.fewshot.data import Glyphs
 
 
 def demo_configs(

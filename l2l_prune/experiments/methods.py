@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from l2l_prune import _values
-from l2l_prune.other_schedules import cubic, cyclic, one_shot
-from l2l_prune.schedules import DSDSchedule, IHTSchedule, Schedule, Segment
+from l2l_prune._basics import checks
+from l2l_prune.schedules.common import cubic, cyclic, one_shot
+from l2l_prune.schedules.paper import DSDSchedule, IHTSchedule, Schedule, Segment
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def _dsd(
 def _iht(
     iterations: int, sparsity: float, pretrain: float = 0.2, retrain: float = 0.25, rounds: int = 4
 ) -> IHTSchedule:
-    _values.count("rounds", rounds)
+    checks.count("rounds", rounds)
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     round_share = (1 - pretrain) / rounds
@@ -77,7 +77,7 @@ def _cubic(iterations: int, sparsity: float, pretrain: float = 0.2) -> Schedule:
 
 def _cyclic(iterations: int, sparsity: float, pretrain: float = 0.2, rounds: int = 4) -> Schedule:
     """Each cycle is a ramp of up to 5 steps, and as long at the full sparsity."""
-    cycles = _values.count("rounds", rounds, least=1)
+    cycles = checks.count("rounds", rounds, least=1)
     length = (iterations - _dense_start(iterations, pretrain)) // cycles
     return cyclic(
         sparsity, pretrain=iterations - cycles * length, cycles=cycles, **_ramp_lengths(length, 5)
@@ -143,14 +143,14 @@ def make_schedule(
     method = METHODS[kind]
     if kind == "dense":
         return method.make(iterations, 0.0)
-    if _values.fraction("sparsity", sparsity) == 0:
+    if checks.fraction("sparsity", sparsity) == 0:
         raise ValueError(f"sparsity must be in (0, 1), got {sparsity}")
     given = {"pretrain": pretrain, "retrain": retrain, "rounds": rounds}
     phases = {name: value for name, value in given.items() if value is not None}
     if unknown := sorted(phases.keys() - set(method.takes)):
         raise ValueError(f"method {kind} takes no {', '.join(unknown)}")
     shares = {name: value for name, value in phases.items() if name != "rounds"}
-    _values.check_fractions(shares)
+    checks.check_fractions(shares)
     return method.make(iterations, sparsity, **phases)
 
 

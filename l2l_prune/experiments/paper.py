@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from l2l_prune.schedules import DSDSchedule, IHTSchedule
+from l2l_prune.schedules.paper import DSDSchedule, IHTSchedule
 
 Grid = dict[str, Any]
 
@@ -73,7 +73,7 @@ EXPERIMENTS: dict[str, tuple[str, list[Grid]]] = {
         ],
     ),
 }
-"""Data set of the paper and grids of :func:`~l2l_prune.experiments.sweep.expand`, by table or
+"""Data set of the paper and grids of :func:`~l2l_prune.experiments.running.sweep.expand`, by table or
 figure. Where the paper does not print what a figure varies, the values span its text (Section
 5.2)."""
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from l2l_prune import _values
+from l2l_prune._basics import checks
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,18 @@ class Setting:
             ValueError: If it is out of range, or a name unknown.
         """
         if kind is bool:
-            _values.flag(name, value)
+            checks.flag(name, value)
         elif kind is int:
-            _values.count(name, value, self.least or 0)  # type: ignore[arg-type]
+            checks.count(name, value, self.least or 0)  # type: ignore[arg-type]
         elif kind is float and self.share:
-            _values.fraction(name, value)
+            checks.fraction(name, value)
         elif kind is float:
-            _values.number(name, value, above=self.above)
+            checks.number(name, value, above=self.above)
         elif self.choices:
             if value not in self.choices:
                 raise ValueError(f"{name} must be one of {', '.join(self.choices)}, got {value!r}")
         else:
-            _values.instance(name, value, str, "a string")
+            checks.instance(name, value, str, "a string")
 
 
 def setting(default: Any, help: str, **rules: Any) -> Any:

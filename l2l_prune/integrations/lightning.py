@@ -12,15 +12,15 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from l2l_prune import _values
-from l2l_prune._tensor_files import save_tensors
-from l2l_prune.allocation import Allocation
-from l2l_prune.criteria import Criterion, magnitude
-from l2l_prune.patterns import UNSTRUCTURED, Pattern
+from l2l_prune._basics import checks
+from l2l_prune._basics.tensor_files import save_tensors
+from l2l_prune.masking.allocation import Allocation
+from l2l_prune.masking.criteria import Criterion, magnitude
+from l2l_prune.masking.layers import Layers, Rule, select
+from l2l_prune.masking.masked_layer import attach, dense_state_dict, detach, held_names
+from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.pruner import Pruner
-from l2l_prune.reparam import attach, dense_state_dict, detach, held_names
-from l2l_prune.segments import Schedule
-from l2l_prune.selection import Layers, Rule, select
+from l2l_prune.schedules.schedule import Schedule
 
 
 def _callback_class() -> Any:
@@ -85,9 +85,9 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         dense_weights: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
-        self.schedule = _values.instance("schedule", schedule, Schedule, "a Schedule")
+        self.schedule = checks.instance("schedule", schedule, Schedule, "a Schedule")
         if dense_weights is not None:
-            _values.instance("dense_weights", dense_weights, (str, os.PathLike), "a path")  # type: ignore[arg-type]
+            checks.instance("dense_weights", dense_weights, (str, os.PathLike), "a path")  # type: ignore[arg-type]
         self.pruner: Pruner | None = None
         self._options: dict[str, Any] = {
             "layers": layers,

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from l2l_prune import DSDSchedule, IHTSchedule, Pruner, Schedule, Segment, dense_state_dict
-from l2l_prune.criteria import random
-from l2l_prune.patterns import NByM
+from l2l_prune.masking.criteria import random
+from l2l_prune.masking.patterns import NByM
 from tests.bad_input.case import Case
 from tests.conftest import SmallNet
 

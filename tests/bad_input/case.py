@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 from torch.optim import Optimizer
 
 from l2l_prune import PrunedReptile, Pruner
-from l2l_prune.structured import ChannelPruner
+from l2l_prune.channels.pruner import ChannelPruner
 
 
 def nothing(folder: Path) -> dict[str, Any]:

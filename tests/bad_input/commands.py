@@ -8,15 +8,15 @@ from unittest import mock
 
 from typer.testing import CliRunner
 
-from l2l_prune.cli import app
+from l2l_prune.experiments.cli import app
 from tests.bad_input.case import Case
 
 WORK = (
     "l2l_prune.experiments.demo.run_demo",
-    "l2l_prune.experiments.one_seed.run_and_report",
-    "l2l_prune.experiments.compare.compare",
-    "l2l_prune.experiments.sweep.sweep",
-    "l2l_prune.data.glyphs.render_glyphs",
+    "l2l_prune.experiments.running.one_seed_table.run_and_report",
+    "l2l_prune.experiments.running.seeds_table.compare",
+    "l2l_prune.experiments.running.sweep.sweep",
+    "l2l_prune.fewshot.data.glyphs.render_glyphs",
 )
 
 

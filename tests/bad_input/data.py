@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from l2l_prune import PrunedReptile
-from l2l_prune.data import (
+from l2l_prune.fewshot.data import (
     EpisodeSampler,
     Glyphs,
     SineTasks,
     load_images,
     minibatches,
 )
-from l2l_prune.evaluation import Mean, accuracy, few_shot_accuracy, paired_difference
+from l2l_prune.fewshot.evaluation import Mean, accuracy, few_shot_accuracy, paired_difference
 from tests.bad_input.attaching import NOW
 from tests.bad_input.case import Case
 from tests.conftest import SmallNet

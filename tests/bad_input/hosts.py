@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from l2l_prune import DSDSchedule, Pruner
-from l2l_prune.cavia import CAVIA, ConcatContext, FiLM
-from l2l_prune.structured import ChannelPruner
+from l2l_prune.channels.pruner import ChannelPruner
+from l2l_prune.metalearners.cavia import CAVIA, ConcatContext, FiLM
 from tests.bad_input.attaching import NOW, SCHEDULE, small
 from tests.bad_input.case import Case
 from tests.bad_input.saved import of_another_model

@@ -6,10 +6,8 @@ import torch
 from torch import nn
 
 from l2l_prune import DSDSchedule, IHTSchedule, Schedule, Segment
-from l2l_prune.criteria import random
-from l2l_prune.evaluation import Mean
-from l2l_prune.patterns import Block, NByM
-from l2l_prune.theory import (
+from l2l_prune.fewshot.evaluation import Mean
+from l2l_prune.fewshot.theory import (
     Setting,
     dense_gap_bound,
     estimate_smoothness,
@@ -17,6 +15,8 @@ from l2l_prune.theory import (
     parameter_counts,
     sparse_gap_bound,
 )
+from l2l_prune.masking.criteria import random
+from l2l_prune.masking.patterns import Block, NByM
 from tests.bad_input.case import Case
 
 

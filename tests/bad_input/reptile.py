@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from l2l_prune import DSDSchedule, PrunedReptile, Pruner
-from l2l_prune.structured import Structured
+from l2l_prune.channels.pruner import Structured
 from tests.bad_input.attaching import NOW, small
 from tests.bad_input.case import Case
 from tests.conftest import SmallNet

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from l2l_prune import DSDSchedule, PrunedReptile, Pruner
-from l2l_prune.experiments.checkpoint import load_checkpoint, save_checkpoint
 from l2l_prune.experiments.config import make_config
+from l2l_prune.experiments.running.checkpoint import load_checkpoint, save_checkpoint
 from tests.bad_input.attaching import NOW, attached, finalized
 from tests.bad_input.case import Case
 from tests.conftest import SmallNet

@@ -7,10 +7,10 @@ import json
 from l2l_prune.experiments.config import RunConfig, make_config
 from l2l_prune.experiments.methods import make_schedule
 from l2l_prune.experiments.paper import experiment
-from l2l_prune.experiments.report import write_report
-from l2l_prune.experiments.storage import finished_run
-from l2l_prune.experiments.sweep import expand
-from l2l_prune.schedules import Schedule, Segment
+from l2l_prune.experiments.report.report import write_report
+from l2l_prune.experiments.running.storage import finished_run
+from l2l_prune.experiments.running.sweep import expand
+from l2l_prune.schedules.paper import Schedule, Segment
 from tests.bad_input.case import Case
 
 

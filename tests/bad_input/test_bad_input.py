@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import l2l_prune
 from l2l_prune import DSDSchedule, IHTSchedule, PrunedReptile
-from l2l_prune.cli import app
+from l2l_prune.experiments.cli import app
 from tests.bad_input import (
     attaching,
     commands,
@@ -83,8 +83,8 @@ def test_one_schedule_in_a_config_file_needs_no_list(tmp_path):
     (tmp_path / "run.toml").write_text('schedule = "iht"\niterations = 100\n')
     line = ["run", "--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "out")]
     with (
-        mock.patch("l2l_prune.experiments.one_seed.run_and_report") as started,
-        mock.patch("l2l_prune.cli.check_files"),
+        mock.patch("l2l_prune.experiments.running.one_seed_table.run_and_report") as started,
+        mock.patch("l2l_prune.experiments.cli.check_files"),
     ):
         result = CliRunner().invoke(app, line)
     assert result.exit_code == 0, result.output

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from l2l_prune import PrunedReptile, Pruner
-from l2l_prune.criteria import Movement
-from l2l_prune.structured import ChannelPruner, Structured
+from l2l_prune.channels.pruner import ChannelPruner, Structured
+from l2l_prune.masking.criteria import Movement
 from tests.cuda.place import SCHEDULE, Place, batch, loss_of, network, on_device, state_of
 from tests.cuda.pruner_checks import adam
 from tests.cuda.reptile_checks import iterate, reptile_trace

@@ -8,11 +8,12 @@ import itertools
 import torch
 from torch import nn
 
-from l2l_prune import DSDSchedule, Pruner, Schedule, Segment, criteria
-from l2l_prune.masks import top_mask
-from l2l_prune.patterns import Block, NByM
-from l2l_prune.regrowth import Regrowth
-from l2l_prune.rewinding import Rewind
+from l2l_prune import DSDSchedule, Pruner, Schedule, Segment
+from l2l_prune.masking import criteria
+from l2l_prune.masking.patterns import Block, NByM
+from l2l_prune.masking.topk import top_mask
+from l2l_prune.methods.regrowth import Regrowth
+from l2l_prune.methods.rewinding import Rewind
 from tests.cuda.place import (
     SCHEDULE,
     WIDE,

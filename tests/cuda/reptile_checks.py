@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from l2l_prune import PrunedReptile
-from l2l_prune.batched import BatchedLearners
-from l2l_prune.compiled import CompiledStep
-from l2l_prune.criteria import snip
-from l2l_prune.inner_loop import adam as inner_adam
-from l2l_prune.sparse_maml import SparseMAML
-from l2l_prune.structured import ChannelPruner, Structured
+from l2l_prune.channels.pruner import ChannelPruner, Structured
+from l2l_prune.masking.criteria import snip
+from l2l_prune.metalearners.sparse_maml import SparseMAML
+from l2l_prune.reptile.batched import BatchedLearners
+from l2l_prune.reptile.compiled import CompiledStep
+from l2l_prune.reptile.inner_loop import adam as inner_adam
 from tests.conftest import OLD_TORCH, without_compiler
 from tests.cuda.place import (
     SCHEDULE,

@@ -18,11 +18,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from l2l_prune import PrunedReptile, Pruner, held_masks, ranks, reparam
-from l2l_prune.criteria import Movement
-from l2l_prune.mask_choice import MaskChoice, _scores
-from l2l_prune.masks import _threshold
-from l2l_prune.rewinding import Rewind
+from l2l_prune import PrunedReptile, Pruner
+from l2l_prune._basics import ranks
+from l2l_prune.masking import attached as held_masks
+from l2l_prune.masking import masked_layer as reparam
+from l2l_prune.masking.criteria import Movement
+from l2l_prune.masking.plan import MaskChoice, _scores
+from l2l_prune.masking.topk import _threshold
+from l2l_prune.methods.rewinding import Rewind
 from tests.cuda.place import SCHEDULE, on_device
 from tests.cuda.waiting_checks import NoWaiting
 

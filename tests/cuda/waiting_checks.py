@@ -13,10 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2l_prune import PrunedReptile, Pruner
-from l2l_prune.criteria import Movement
-from l2l_prune.regrowth import Regrowth
-from l2l_prune.rewinding import Rewind
-from l2l_prune.structured import ChannelPruner, Structured
+from l2l_prune.channels.pruner import ChannelPruner, Structured
+from l2l_prune.masking.criteria import Movement
+from l2l_prune.methods.regrowth import Regrowth
+from l2l_prune.methods.rewinding import Rewind
 from tests.cuda.place import SCHEDULE, Place, batch, loss_of, network, tensors
 from tests.cuda.pruner_checks import adam, sgd
 from tests.cuda.reptile_checks import STEPS, TASKS

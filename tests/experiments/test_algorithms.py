@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from l2l_prune.data import EpisodeSampler
 from l2l_prune.experiments.algorithms import build
 from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.defaults import DEFAULTS
+from l2l_prune.fewshot.data import EpisodeSampler
 from tests.conftest import without_compiler
 
 pytest.importorskip("learn2learn")
@@ -205,7 +205,7 @@ def test_compiled_runs_are_plain_runs_and_resume_exactly():
     config = small("reptile", compile=True)
     learner, plain, twin = start(config), start(small("reptile")), start(config)
     episodes = [sampler().sample() for _ in range(2)]
-    with without_compiler():  # tests/test_compiled.py compiles
+    with without_compiler():  # tests/reptile/test_compiled.py compiles
         for iteration in range(8):
             if iteration == 5:
                 twin.load_state_dict(copy.deepcopy(learner.state_dict()))

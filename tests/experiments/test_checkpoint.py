@@ -8,13 +8,13 @@ import weakref
 import pytest
 import torch
 
-from l2l_prune.data import EpisodeSampler
-from l2l_prune.evaluation import Mean
 from l2l_prune.experiments import algorithms
 from l2l_prune.experiments import run as run_module
-from l2l_prune.experiments.checkpoint import load_checkpoint, save_checkpoint
 from l2l_prune.experiments.config import make_config
-from l2l_prune.experiments.run import Progress, run
+from l2l_prune.experiments.running.checkpoint import load_checkpoint, save_checkpoint
+from l2l_prune.experiments.running.run import Progress, run
+from l2l_prune.fewshot.data import EpisodeSampler
+from l2l_prune.fewshot.evaluation import Mean
 
 
 def settings(**options):

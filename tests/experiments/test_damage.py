@@ -19,13 +19,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from l2l_prune._files import remove_unfinished, replace_file
-from l2l_prune._tensor_files import DamagedFile, load_tensors, save_tensors
-from l2l_prune.cli import app
-from l2l_prune.experiments.checkpoint import load_checkpoint, save_checkpoint
+from l2l_prune._basics.files import remove_unfinished, replace_file
+from l2l_prune._basics.tensor_files import DamagedFile, load_tensors, save_tensors
+from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.config import make_config
-from l2l_prune.experiments.run import RunResult, run
-from l2l_prune.experiments.storage import run_name
+from l2l_prune.experiments.running.checkpoint import load_checkpoint, save_checkpoint
+from l2l_prune.experiments.running.run import RunResult, run
+from l2l_prune.experiments.running.storage import run_name
 
 STATE = {"a": torch.arange(6.0).view(2, 3), "b": [1, 2.5, None, (True, "c")], 0: torch.empty(0)}
 

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from l2l_prune.experiments import display as module
 from l2l_prune.experiments.config import make_config
-from l2l_prune.experiments.display import Display
-from l2l_prune.experiments.processes import run_all
-from l2l_prune.experiments.run import Progress
-from l2l_prune.experiments.run_folder import Outcome
-from l2l_prune.experiments.storage import run_name
+from l2l_prune.experiments.running.display import Display
+from l2l_prune.experiments.running.processes import run_all
+from l2l_prune.experiments.running.run import Progress
+from l2l_prune.experiments.running.run_folder import Outcome
+from l2l_prune.experiments.running.storage import run_name
 
 LONG = {"dropout": 0.1, "weight_decay": 0.01, "retrain": 0.1}
 

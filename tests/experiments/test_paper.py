@@ -8,11 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 from l2l_prune import DSDSchedule
-from l2l_prune.cli import app
-from l2l_prune.experiments.finished import FinishedRun
+from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.paper import EXPERIMENTS, experiment
-from l2l_prune.experiments.paper_numbers import printed_accuracy
-from l2l_prune.experiments.sweep import expand
+from l2l_prune.experiments.report.finished_runs import FinishedRun
+from l2l_prune.experiments.report.paper_numbers import printed_accuracy
+from l2l_prune.experiments.running.sweep import expand
 
 
 def configs(name, data=None, **options):

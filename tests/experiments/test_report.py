@@ -16,17 +16,17 @@ from l2l_prune.experiments.side_by_side import RunFailed
 from rich.console import Console
 from scipy import stats
 
-from l2l_prune.evaluation import Mean
 from l2l_prune.experiments import results, studies
-from l2l_prune.experiments.compare import compare
 from l2l_prune.experiments.config import RunConfig, make_config
-from l2l_prune.experiments.finished import collect, schedule_rate
-from l2l_prune.experiments.report import write_report
-from l2l_prune.experiments.results import write_results
-from l2l_prune.experiments.run import Point, RunResult
-from l2l_prune.experiments.storage import finished_run, run_name
-from l2l_prune.experiments.sweep import expand, sweep
-from l2l_prune.schedules import Schedule, Segment
+from l2l_prune.experiments.report.finished_runs import collect, schedule_rate
+from l2l_prune.experiments.report.report import write_report
+from l2l_prune.experiments.report.results import write_results
+from l2l_prune.experiments.running.run import Point, RunResult
+from l2l_prune.experiments.running.seeds_table import compare
+from l2l_prune.experiments.running.storage import finished_run, run_name
+from l2l_prune.experiments.running.sweep import expand, sweep
+from l2l_prune.fewshot.evaluation import Mean
+from l2l_prune.schedules.paper import Schedule, Segment
 
 TEST = {("dense", 0): 0.70, ("dense", 1): 0.74, ("dense", 2): 0.72}
 TEST |= {("dsd", 0): 0.75, ("dsd", 1): 0.78, ("dsd", 2): 0.77}
@@ -70,7 +70,7 @@ def reported(folder: Path) -> list[dict[str, dict[str, str]]]:
 def no_curves(monkeypatch):
     """Pictures take most of the time, and say nothing here."""
     monkeypatch.setattr(results, "accuracy_curves", lambda *arguments: None)
-    monkeypatch.setattr("l2l_prune.experiments.report._figures", lambda *arguments: [])
+    monkeypatch.setattr("l2l_prune.experiments.report.report._figures", lambda *arguments: [])
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_bounds_stand_beside_the_measured_gap_of_real_runs(tmp_path):
 
 
 def _net(run):
-    from l2l_prune.experiments.models import Conv4
+    from l2l_prune.fewshot.models import Conv4
 
     return Conv4(run.config["ways"], run.config["channels"])
 

@@ -17,15 +17,14 @@ import typer
 from scipy import stats
 from typer.testing import CliRunner
 
-from l2l_prune.cli import app
-from l2l_prune.evaluation import Mean
-from l2l_prune.experiments.compare import OverSeeds
+from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.config import make_config
-from l2l_prune.experiments.models import Conv4
-from l2l_prune.experiments.results import verdicts
-from l2l_prune.experiments.run import RunResult
-
-from ..data.benchmark_files import write_mini_imagenet
+from l2l_prune.experiments.report.results import verdicts
+from l2l_prune.experiments.running.run import RunResult
+from l2l_prune.experiments.running.seeds_table import OverSeeds
+from l2l_prune.fewshot.evaluation import Mean
+from l2l_prune.fewshot.models import Conv4
+from tests.fewshot.data.benchmark_files import write_mini_imagenet
 
 pytest.importorskip("learn2learn")
 

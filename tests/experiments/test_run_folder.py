@@ -10,15 +10,19 @@ import filelock
 import pytest
 from typer.testing import CliRunner
 
-from l2l_prune._files import replace_file
-from l2l_prune.cli import app
+from l2l_prune._basics.files import replace_file
 from l2l_prune.experiments import run_folder
-from l2l_prune.experiments.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
+from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.config import make_config
-from l2l_prune.experiments.results import read_result
-from l2l_prune.experiments.run import run
-from l2l_prune.experiments.run_folder import run_into
-from l2l_prune.experiments.storage import finished_run, locked_folder, run_name
+from l2l_prune.experiments.report.results import read_result
+from l2l_prune.experiments.running.checkpoint import (
+    load_checkpoint,
+    remove_checkpoint,
+    save_checkpoint,
+)
+from l2l_prune.experiments.running.run import run
+from l2l_prune.experiments.running.run_folder import run_into
+from l2l_prune.experiments.running.storage import finished_run, locked_folder, run_name
 
 
 def settings(**options):

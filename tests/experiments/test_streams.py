@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 
-from l2l_prune.data import EpisodeSampler
 from l2l_prune.experiments import run as run_module
 from l2l_prune.experiments.config import make_config
-from l2l_prune.experiments.run import run
-from l2l_prune.experiments.streams import PURPOSES, stream
+from l2l_prune.experiments.running.run import run
+from l2l_prune.experiments.running.streams import PURPOSES, stream
+from l2l_prune.fewshot.data import EpisodeSampler
 
 
 def recorded(monkeypatch, **settings):

@@ -16,11 +16,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from l2l_prune.cli import app
-from l2l_prune.experiments.processes import run_all
-from l2l_prune.experiments.run_folder import Outcome
-from l2l_prune.experiments.storage import run_name
-from l2l_prune.experiments.sweep import expand, sweep
+from l2l_prune.experiments.cli import app
+from l2l_prune.experiments.running.processes import run_all
+from l2l_prune.experiments.running.run_folder import Outcome
+from l2l_prune.experiments.running.storage import run_name
+from l2l_prune.experiments.running.sweep import expand, sweep
 
 BASE = {
     "algorithm": "reptile",

@@ -8,9 +8,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from l2l_prune.cli import app
+from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.config import make_config
-from l2l_prune.experiments.run import RunResult, run
+from l2l_prune.experiments.running.run import RunResult, run
 
 SETTINGS = {"iterations": 20, "channels": 4, "tasks": 1, "final_tasks": 2}
 

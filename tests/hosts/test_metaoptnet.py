@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from l2l_prune import DSDSchedule, IHTSchedule, Pruner
 
 l2l = pytest.importorskip("learn2learn")
-from l2l_prune.integrations.metaoptnet import (  # noqa: E402
+from l2l_prune.metalearners.metaoptnet import (  # noqa: E402
     MetaOptNet,
     published_lr_factor,
     resnet12,

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from l2l_prune import DSDSchedule, IHTSchedule, Pruner, dense_state_dict
-from l2l_prune.schedules import Schedule, Segment
+from l2l_prune.schedules.paper import Schedule, Segment
 
 from .oracle import largest
 

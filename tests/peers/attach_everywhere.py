@@ -10,7 +10,7 @@ import functools
 import torch
 
 from l2l_prune import Pruner, Schedule, Segment
-from l2l_prune.reparam import held_names
+from l2l_prune.masking.masked_layer import held_names
 
 SCHEDULE = Schedule((Segment(10**6, sparse=True, sparsity=0.0),))
 attached = 0

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from l2l_prune.data import Glyphs
+from l2l_prune.fewshot.data import Glyphs
 
 GUIDES = Path(__file__).parents[2] / "docs" / "guides"
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from l2l_prune.data import Episode
-from l2l_prune.evaluation import Mean
+from l2l_prune.channels.pruner import ChannelPruner
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.experiments.models import Conv4
+from l2l_prune.fewshot.data import Episode
+from l2l_prune.fewshot.evaluation import Mean
+from l2l_prune.fewshot.models import Conv4
 from l2l_prune.pruner import Pruner
-from l2l_prune.structured import ChannelPruner
 
 
 class Algorithm(ABC):

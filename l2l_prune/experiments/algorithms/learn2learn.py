@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2l_prune.cavia import CAVIA
-from l2l_prune.data import Episode
-from l2l_prune.evaluation import query_scores
 from l2l_prune.experiments.algorithms.base import (
     conv4,
     eval_mode,
 )
 from l2l_prune.experiments.algorithms.outer_optimizer import WithOuterOptimizer
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.experiments.models import CaviaConv4
-from l2l_prune.experiments.streams import stream
-from l2l_prune.sparse_maml import SparseMAML
+from l2l_prune.experiments.running.streams import stream
+from l2l_prune.fewshot.data import Episode
+from l2l_prune.fewshot.evaluation import query_scores
+from l2l_prune.fewshot.models import CaviaConv4
+from l2l_prune.metalearners.cavia import CAVIA
+from l2l_prune.metalearners.sparse_maml import SparseMAML
 
 
 class Adapting(WithOuterOptimizer):

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2l_prune.data import Episode
-from l2l_prune.evaluation import Mean
 from l2l_prune.experiments.algorithms.base import (
     OwnRandomness,
     conv4,
@@ -18,14 +16,16 @@ from l2l_prune.experiments.algorithms.base import (
 )
 from l2l_prune.experiments.algorithms.outer_optimizer import WithOuterOptimizer
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.experiments.streams import stream
+from l2l_prune.experiments.running.streams import stream
+from l2l_prune.fewshot.data import Episode
+from l2l_prune.fewshot.evaluation import Mean
 
 
 class MetaOptNetLearner(WithOuterOptimizer):
     """SVM head on an embedding; SGD with the published steps; running batch statistics."""
 
     def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
-        from l2l_prune.integrations import metaoptnet
+        from l2l_prune.metalearners import metaoptnet
 
         channels, size = image_shape[0], image_shape[-1]
         if config.backbone == "resnet12":

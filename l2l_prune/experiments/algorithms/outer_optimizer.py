@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2l_prune.data import Episode
-from l2l_prune.evaluation import Mean, accuracy
 from l2l_prune.experiments.algorithms.base import Algorithm
-from l2l_prune.experiments.algorithms.masks import Masks
+from l2l_prune.experiments.algorithms.pruning import Masks
 from l2l_prune.experiments.config import RunConfig
+from l2l_prune.fewshot.data import Episode
+from l2l_prune.fewshot.evaluation import Mean, accuracy
 from l2l_prune.pruner import Pruner
 
 

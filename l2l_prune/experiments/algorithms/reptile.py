@@ -11,23 +11,23 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from l2l_prune.compiled import CompiledStep
-from l2l_prune.data import Episode
-from l2l_prune.data.minibatches import minibatches
-from l2l_prune.evaluation import Mean, few_shot_accuracy
+from l2l_prune.channels.pruner import Structured
 from l2l_prune.experiments.algorithms.base import (
     Algorithm,
     OwnRandomness,
     conv4,
     eval_mode,
 )
-from l2l_prune.experiments.algorithms.masks import Masks
+from l2l_prune.experiments.algorithms.pruning import Masks
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.experiments.streams import stream
-from l2l_prune.inner_loop import adam
-from l2l_prune.learner import Learner
-from l2l_prune.reptile import PrunedReptile
-from l2l_prune.structured import Structured
+from l2l_prune.experiments.running.streams import stream
+from l2l_prune.fewshot.data import Episode
+from l2l_prune.fewshot.data.minibatches import minibatches
+from l2l_prune.fewshot.evaluation import Mean, few_shot_accuracy
+from l2l_prune.reptile.compiled import CompiledStep
+from l2l_prune.reptile.inner_loop import adam
+from l2l_prune.reptile.learner import Learner
+from l2l_prune.reptile.reptile import PrunedReptile
 
 
 class Reptile(Algorithm):

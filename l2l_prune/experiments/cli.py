@@ -1,0 +1,234 @@
+"""The ``l2l-prune`` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError as error:  # pragma: no cover - needs an environment without the extra
+    raise SystemExit(
+        f'l2l-prune: {error}; the command needs: pip install "l2l-prune[experiments]"'
+    ) from None
+
+import l2l_prune
+from l2l_prune.experiments.config import Phases, RunConfig, make_config
+from l2l_prune.experiments.options import (
+    AlgorithmOption,
+    ClusterOption,
+    ConfigOption,
+    DataOption,
+    DownloadOption,
+    JobsOption,
+    MethodOption,
+    RootOption,
+    TensorboardOption,
+    baseline_first,
+    check_sparsity,
+    plain_errors,
+    read_toml,
+)
+from l2l_prune.experiments.paper import EXPERIMENTS, experiment
+from l2l_prune.experiments.settings import takes_settings
+from l2l_prune.fewshot.data import DATA_SETS
+from l2l_prune.fewshot.data.images import check_files
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Network pruning for meta-learning.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Network pruning for meta-learning (DSD and IHT for Reptile and other meta-learners)."""
+    if version:
+        typer.echo(f"l2l-prune {l2l_prune.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for results, curves and weights.")] = Path(
+        "runs/demo"
+    ),
+    iterations: Annotated[int, typer.Option(min=20, help="Meta-iterations of each run.")] = 400,
+    sparsity: Annotated[float, typer.Option(help="Fraction pruned in the sparse phases.")] = 0.5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and tasks.")] = 0,
+    eval_tasks: Annotated[int, typer.Option(min=2, help="Tasks behind each accuracy.")] = 200,
+) -> None:
+    """Train dense, DSD and IHT Reptile side by side on rendered characters."""
+    from l2l_prune.experiments.demo import run_demo
+
+    check_sparsity(sparsity)
+    with plain_errors(out):
+        run_demo(
+            out,
+            iterations=iterations,
+            sparsity=sparsity,
+            seed=seed,
+            eval_tasks=eval_tasks,
+            console=Console(),
+        )
+
+
+@app.command()
+@takes_settings(Phases, RunConfig, own={"final_tasks": "--eval-tasks"})
+def run(
+    algorithm: AlgorithmOption = "reptile",
+    method: MethodOption = ["dsd"],  # noqa: B006 - typer copies it
+    data: DataOption = "glyphs",
+    data_root: RootOption = None,
+    download: DownloadOption = False,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of weights and tasks, or the first of --seeds.")
+    ] = 0,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of seeds; with more than one, a table over them.")
+    ] = 1,
+    jobs: JobsOption = 2,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results.", show_default="runs/ALGORITHM-METHODS"),
+    ] = None,
+    tensorboard: TensorboardOption = False,
+    config: ConfigOption = None,
+    **settings: Any,
+) -> None:
+    """Train any meta-learner by any pruning methods, over one seed or several.
+
+    A stopped command can be repeated: runs go on from their checkpoints, finished ones are kept.
+    """
+    from l2l_prune.experiments.running.one_seed_table import run_and_report
+    from l2l_prune.experiments.running.seeds_table import compare
+
+    check_sparsity(settings["sparsity"])
+    out = out or Path("runs") / "-".join((algorithm, *method))
+    settings |= {"data": data, "data_root": str(data_root) if data_root else None}
+    with plain_errors(out):
+        configs = [
+            make_config(algorithm, kind, seed=number, **settings)
+            for number in range(seed, seed + seeds)
+            for kind in sorted(set(method), key=baseline_first)
+        ]
+        check_files(data, data_root, download=download)
+        if seeds == 1:
+            run_and_report(configs, out, Console(), jobs, tensorboard)
+        else:
+            typer.echo(compare(configs, out, Console(), jobs, tensorboard))
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help=r"TOML file with the tables \[base] and \[grid].")],
+    out: Annotated[Path, typer.Option(help="Folder; each run gets one in it.")] = Path(
+        "runs/sweep"
+    ),
+    jobs: JobsOption = 2,
+    cluster: ClusterOption = None,
+    tensorboard: TensorboardOption = False,
+) -> None:
+    """Run a grid of settings: a table base as of `run`, tables grid of lists, and seeds = N.
+
+    A stopped sweep can be repeated; a failed run does not stop the others.
+    """
+    from l2l_prune.experiments.running.sweep import expand
+
+    with plain_errors(out):
+        document = read_toml(file)
+        if not document.keys() <= {"base", "grid"}:
+            raise ValueError(f"{file} must hold the tables [base] and [grid], and nothing else")
+        try:
+            configs = expand(document.get("base", {}), document.get("grid", {}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: {error}") from None
+        check_files(configs[0].data, configs[0].data_root)
+        _run_all(configs, out, jobs, cluster, tensorboard)
+
+
+@app.command()
+def paper(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(EXPERIMENTS)}.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help=f"One of {', '.join(DATA_SETS)}.",
+            show_default="the paper's with --data-root, else glyphs",
+            rich_help_panel="What",
+        ),
+    ] = None,
+    data_root: RootOption = None,
+    download: DownloadOption = False,
+    scale: Annotated[
+        float, typer.Option(help="Factor on the meta-iterations; phases shrink same_settings.")
+    ] = 1.0,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 1,
+    shots: Annotated[
+        list[int], typer.Option(min=1, help="Support examples of a class; repeat the option.")
+    ] = [1, 5],  # noqa: B006 - typer copies it
+    train_classes: Annotated[int | None, typer.Option(min=2, help="Classes to train on.")] = None,
+    eval_tasks: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tasks behind each accuracy.", show_default="by algorithm"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for runs and report.", show_default="runs/NAME")
+    ] = None,
+    jobs: JobsOption = 2,
+    cluster: ClusterOption = None,
+    tensorboard: TensorboardOption = False,
+) -> None:
+    """Run all that stands behind a table or figure of the paper, and write the report.
+
+    In the published settings, which take days; --scale 0.01 keeps the shape of the schedules.
+    A stopped command can be repeated.
+    """
+    from l2l_prune.experiments.report.report import write_report
+    from l2l_prune.experiments.running.sweep import expand
+
+    out = out or Path("runs") / name
+    with plain_errors(out):
+        base, grids = experiment(name, data or (None if data_root or download else "glyphs"))
+        base |= {"scale": scale, "train_classes": train_classes, "final_tasks": eval_tasks}
+        base["data_root"] = str(data_root) if data_root else None
+        configs = expand(base, [{**grid, "shots": shots, "seeds": seeds} for grid in grids])
+        check_files(configs[0].data, data_root, download=download)
+        _run_all(configs, out, jobs, cluster, tensorboard)
+        for path in write_report(out):
+            typer.echo(f"wrote {path}")
+
+
+def _run_all(
+    configs: list[RunConfig], out: Path, jobs: int, cluster: str | None, tensorboard: bool
+) -> None:
+    """A sweep; where runs failed, it says so and ends the command."""
+    from l2l_prune.experiments.running.sweep import sweep as run_all
+
+    outcomes = run_all(configs, out, Console(), jobs=jobs, cluster=cluster, tensorboard=tensorboard)
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if failed:
+        typer.echo(f"{len(failed)} of {len(outcomes)} runs failed: see error.txt in their folders")
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep, or of run --seeds.")],
+) -> None:
+    """Write report.md and report.html: tables, curves and differences over seeds."""
+    from l2l_prune.experiments.report.report import write_report
+
+    with plain_errors(folder, hint="FOLDER"):
+        for path in write_report(folder):
+            typer.echo(f"wrote {path}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,154 @@
+"""Options that commands share, and how their errors reach a person."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from l2l_prune.experiments.defaults import DEFAULTS
+from l2l_prune.experiments.methods import METHODS
+from l2l_prune.fewshot.data import DATA_SETS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_LARGEST_TOML = 1_000_000
+
+AlgorithmOption = Annotated[
+    str, typer.Option(help=f"One of {', '.join(DEFAULTS)}.", rich_help_panel="What")
+]
+MethodOption = Annotated[
+    list[str],
+    typer.Option(
+        "--method",
+        "--schedule",
+        help=f"One of {', '.join(METHODS)}; repeat the option to compare.",
+        rich_help_panel="What",
+    ),
+]
+DataOption = Annotated[
+    str, typer.Option(help=f"One of {', '.join(DATA_SETS)}.", rich_help_panel="What")
+]
+RootOption = Annotated[
+    Path | None, typer.Option(help="Folder of the data set's files.", rich_help_panel="What")
+]
+DownloadOption = Annotated[
+    bool,
+    typer.Option(
+        "--download",
+        help="Let learn2learn download missing files to --data-root.",
+        rich_help_panel="What",
+    ),
+]
+JobsOption = Annotated[int, typer.Option(min=1, help="Runs at once, one thread each.")]
+
+
+def _check_cluster(cluster: str | None) -> str | None:
+    if cluster not in (None, "local", "slurm"):
+        raise typer.BadParameter(f"{cluster!r} is neither local nor slurm")
+    return cluster
+
+
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(help="Hand the runs to submitit: local or slurm.", callback=_check_cluster),
+]
+TensorboardOption = Annotated[
+    bool, typer.Option("--tensorboard", help="Also write TensorBoard's event files.")
+]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("a directory or a device, not a file")
+        if path.stat().st_size > _LARGEST_TOML:
+            raise ValueError(f"more than {_LARGEST_TOML} bytes: no settings")
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        return values
+    except (OSError, ValueError) as error:  # also of text and numbers that Python refuses
+        raise ValueError(f"{path}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Options from a TOML file, as defaults: what is given on the command line wins."""
+    if path is None:
+        return None
+    try:
+        values = read_toml(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    known = {parameter.name for parameter in context.command.params} - {"config", "help"}
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    if "schedule" in values:  # the old name of method
+        values["method"] = values.pop("schedule")
+    if unknown := sorted(values.keys() - known):
+        raise typer.BadParameter(
+            f"{path} sets {', '.join(unknown)}; there are {', '.join(sorted(map(str, known)))}"
+        )
+    several = {p.name for p in context.command.params if getattr(p, "multiple", False)}
+    context.default_map = {
+        key: [value] if key in several and isinstance(value, str) else value
+        for key, value in values.items()
+    }
+    return path
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML file of options (underscores or dashes); the command line wins.",
+        callback=_read_config,
+        is_eager=True,
+        rich_help_panel="Settings",
+    ),
+]
+
+
+@contextmanager
+def plain_errors(out: Path, hint: str = "--out") -> Iterator[None]:
+    """What a user can mend is told in a line; Ctrl-C leaves quietly.
+
+    Args:
+        out: The folder that the command works in.
+        hint: The option or argument that gives it.
+    """
+    from l2l_prune.experiments.running.processes import RunFailed
+    from l2l_prune.experiments.running.storage import in_words
+
+    for place in (out, *out.parents):
+        if place.exists() and not place.is_dir():
+            raise typer.BadParameter(f"{place} is a file, not a folder", param_hint=hint)
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError, RunFailed) as error:
+        typer.echo(f"l2l-prune: {in_words(error)}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped by Ctrl-C; the same command goes on from the last checkpoints, if any")
+        raise typer.Exit(130) from None
+
+
+def baseline_first(method: str) -> int:
+    """Sort key: dense before the pruned ones."""
+    return list(METHODS).index(method) if method in METHODS else -1  # refused by make_config
+
+
+def check_sparsity(sparsity: float | None) -> None:
+    """Refuse what is no fraction."""
+    if sparsity is not None and not 0 < sparsity < 1:
+        raise typer.BadParameter(f"{sparsity} is not in (0, 1)", param_hint="--sparsity")

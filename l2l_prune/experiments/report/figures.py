@@ -1,0 +1,261 @@
+"""Figures of what accuracy depends on: training accuracy, phases, sparsity and its bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from l2l_prune._basics.tensor_files import load_tensors
+from l2l_prune.experiments.algorithms.base import conv4
+from l2l_prune.experiments.config import RunConfig, file_name
+from l2l_prune.experiments.report.finished_runs import (
+    FinishedRun,
+    by_method,
+    gap_over_seeds,
+    grouped,
+    over_seeds,
+    rate_in_words,
+)
+from l2l_prune.experiments.report.plots import COLORS, new_figure, save_figure, styles
+from l2l_prune.experiments.report.same_settings import frozen, in_words, varying
+from l2l_prune.experiments.report.seed_statistics import OverSeeds
+from l2l_prune.fewshot.data import EpisodeSampler, load_images
+from l2l_prune.fewshot.theory import (
+    Setting,
+    covering_gap_bound,
+    dense_gap_bound,
+    estimate_smoothness,
+    parameter_counts,
+    sparse_gap_bound,
+)
+from l2l_prune.schedules.paper import DSDSchedule, Schedule, Segment
+
+
+def tradeoff_figure(runs: list[FinishedRun], path: Path) -> bool:
+    """Test against training accuracy: a point a method, a line through dense runs by length.
+
+    Returns:
+        Whether there was something to draw: dense runs of two lengths, and another method.
+    """
+    dense = _reference(runs)
+    others = by_method(run for run in runs if run not in dense)
+    lengths = sorted(grouped(dense, lambda run: run.iterations).items())
+    if len(lengths) < 2 or not others:
+        return False
+    figure, (ax,) = new_figure((7, 4.6))
+    means = [
+        [100 * over_seeds(_once_a_seed(same), p).mean for _, same in lengths]
+        for p in ("train", "test")
+    ]
+    ax.plot(*means, "-o", color=COLORS[0], label="dense")
+    for (length, _), x, y in zip(lengths, *means, strict=True):
+        ax.annotate(f"{length}", (x, y), xytext=(4, -12), textcoords="offset points", fontsize=8)
+    for (method, same), (color, marker) in zip(others.items(), styles(others=True), strict=False):
+        train, test = over_seeds(same, "train"), over_seeds(same, "test")
+        ax.errorbar(
+            100 * train.mean,
+            100 * test.mean,
+            yerr=_bar(test),
+            fmt=marker,
+            color=color,
+            capsize=2,
+            label=method,
+        )
+    ax.set(xlabel="training accuracy [%]", ylabel="test accuracy [%], 95% CI over seeds")
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    save_figure(figure, path)
+    return True
+
+
+# What Figures 3 and 4 vary: name of the axis, family, value of a run, and the two phases of the
+# schedule that must be alike (as shares of the run) for runs to stand on one line.
+_STUDIES: list[tuple[str, str, Callable[[FinishedRun], float], Callable[[FinishedRun], Hashable]]]
+_STUDIES = [
+    (
+        "pre-training iterations",
+        "DSD",
+        lambda run: run.phase_iterations("pretrain"),
+        lambda run: run.phase_iterations("retrain"),
+    ),
+    (
+        "retraining iterations",
+        "DSD",
+        lambda run: run.phase_iterations("retrain"),
+        lambda run: run.phase_iterations("pretrain"),
+    ),
+    (
+        "pruning share of an interval [%]",
+        "IHT",
+        lambda run: 100 * _pruning_share(run),
+        lambda run: (run.phase_iterations("pretrain"), _rounds(run)),
+    ),
+    (
+        "iterations of an interval",
+        "IHT",
+        lambda run: (run.iterations - run.phase_iterations("pretrain")) / _rounds(run),
+        lambda run: (run.phase_iterations("pretrain"), round(_pruning_share(run), 2)),
+    ),
+]
+
+
+def hyperparameter_figure(runs: list[FinishedRun], path: Path) -> bool:
+    """Test accuracy by the lengths of phases (Figures 3 and 4 of the paper).
+
+    Returns:
+        Whether there was something to draw: three values of one length, all else same_settings.
+    """
+    panels = []
+    for label, family, value, held in _STUDIES:
+        mine = [
+            run
+            for run in runs
+            if run.family == family
+            and run.config["criterion"] == "magnitude"
+            and run.iterations == run.usual_iterations
+            and run.rate is not None
+        ]
+        alike = grouped(mine, lambda r, held=held: (r.rate, held(r), frozen(_but_schedule(r))))  # type: ignore[misc]
+        lines = [same for same in same_settings.values() if len({value(run) for run in same}) > 2]
+        if lines:
+            panels.append((label, family, value, lines))
+    if not panels:
+        return False
+    figure, axes = new_figure((1 + 4 * len(panels), 3.6), len(panels), sharey=True)
+    dense = _once_a_seed(run for run in runs if run.baseline)
+    for ax, (label, family, value, lines) in zip(axes, panels, strict=True):
+        if dense:
+            ax.axhline(100 * over_seeds(dense, "test").mean, color="0.4", ls="--", label="dense")
+        differing = varying(_but_schedule(same[0]) for same in lines)
+        for style, same in zip(styles(others=True), lines, strict=False):
+            # Schedules that differ by rounding alone stand at one place as points of their own.
+            points = list(grouped(sorted(same, key=value), lambda r: frozen(r.identity)).values())
+            means = [over_seeds(at, "test") for at in points]
+            parts = [f"{family} {rate_in_words(same[0].rate)}"]
+            parts += [in_words(name, same[0].identity[name]) for name in differing]
+            _line(ax, [value(at[0]) for at in points], means, style, ", ".join(parts))
+        ax.set(xlabel=label)
+        ax.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("test accuracy [%], 95% CI over seeds")
+    save_figure(figure, path)
+    return True
+
+
+def bounds_figure(runs: list[FinishedRun], path: Path) -> bool:
+    """The measured gap by sparsity, and beside it the paper's bounds for the same network.
+
+    The bounds are of the order that Theorem 1 states with 1 as its constant, for an error in
+    [0, 1] and as many tasks as the dense runs saw; their radius, G and H are measured at a dense
+    run's weights on training tasks. They lie far above 1: only their shape speaks.
+
+    Returns:
+        Whether there was something to draw: conv4 under Reptile, dense and at two rates.
+    """
+    plain = [run for run in runs if run.plain and run.rate is not None]
+    rates = {run.rate for run in plain}
+    dense = [run for run in plain if run.dense]
+    weights = dense[0].folder / f"{file_name(dense[0].config['name'])}.pt" if dense else path
+    if len(rates) < 3 or dense[0].config["algorithm"] != "reptile" or not weights.is_file():
+        return False
+    figure, (left, right) = new_figure((10, 3.8), 2)
+    for family, style in zip(("DSD", "IHT"), styles(others=True), strict=False):
+        mine = [run for run in plain if run.family == family]
+        points = sorted(grouped(dense + mine, lambda run: run.rate or 0.0).items())
+        if mine:
+            gaps = [gap_over_seeds(same) for _, same in points]
+            _line(left, [100 * rate for rate, _ in points], gaps, style, family)
+    left.set(xlabel="sparsity [%]", ylabel="train - test accuracy [%], measured")
+    left.legend(frameon=False)
+    sparsities = np.linspace(0, 0.95, 39)
+    for values, label, line in _bounds(dense[0], weights, sparsities):
+        right.semilogy(100 * sparsities, values, line, color=COLORS[0], label=label)
+    for formatter in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+        formatter("{x:g}")  # 6 and 20, not powers of 10
+    right.set(xlabel="sparsity [%]", ylabel="bound on the gap of the error")
+    right.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
+    return True
+
+
+def _bounds(
+    run: FinishedRun, weights: Path, sparsities: np.ndarray[Any, Any]
+) -> list[tuple[list[float], str, str]]:
+    names = {field.name for field in dataclasses.fields(RunConfig)}
+    values = {key: value for key, value in run.config.items() if key in names}
+    config = RunConfig(**{**values, "schedule": Schedule((Segment(run.iterations),))})
+    data = load_images(
+        config.data, "train", root=config.data_root, max_classes=config.train_classes
+    )
+    net = conv4(config, data.images.shape[1:])
+    net.load_state_dict(load_tensors(weights))
+    task = EpisodeSampler(
+        data.images, data.labels, ways=config.ways, shots=config.train_shots, queries=0
+    ).sample()
+    lipschitz, smoothness = estimate_smoothness(
+        lambda: F.cross_entropy(net(task.support_x), task.support_y),
+        net.parameters(),
+        radius=0.1,
+        samples=10,
+        generator=torch.Generator().manual_seed(0),
+    )
+    with torch.no_grad():
+        radius = float(torch.cat([p.flatten() for p in net.parameters()]).norm())
+    setting = Setting(
+        tasks=run.iterations * config.tasks,
+        loss_bound=1.0,
+        lipschitz=lipschitz,
+        smoothness=smoothness,
+        radius=radius,
+        inner_lr=config.inner_lr,
+    )
+    counts = []
+    for sparsity in sparsities:
+        schedule = DSDSchedule(float(sparsity), pretrain=0, prune=1, retrain=0)
+        counts.append(parameter_counts(net, schedule, layers=config.layers))
+    total = counts[0][1]
+    return [
+        ([sparse_gap_bound(k, p, setting) for k, p in counts], "Theorem 1, constant 1", "-"),
+        ([covering_gap_bound(k, p, setting) for k, p in counts], "all constants explicit", "--"),
+        ([dense_gap_bound(total, setting)] * len(counts), "dense, sqrt(p / M)", ":"),
+    ]
+
+
+def _reference(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
+    """The dense runs, of all lengths, that add no regulariser."""
+    return [run for run in runs if run.dense and run.regularisers == run.usual_regularisers]
+
+
+def _once_a_seed(dense: Iterable[FinishedRun]) -> list[FinishedRun]:
+    """Dense runs of one length can differ in what changes no score; no seed counts twice."""
+    return list({run.seed: run for run in dense}.values())
+
+
+def _but_schedule(run: FinishedRun) -> dict[str, Any]:
+    return {k: v for k, v in run.identity.items() if k not in ("name", "schedule")}
+
+
+def _pruning_share(run: FinishedRun) -> float:
+    prune, retrain = run.phase_iterations("prune"), run.phase_iterations("retrain")
+    return prune / (prune + retrain)
+
+
+def _rounds(run: FinishedRun) -> int:
+    return max(int(segment["round"]) for segment in run.segments)
+
+
+def _line(
+    ax: Any, xs: list[float], means: list[OverSeeds], style: tuple[str, str], label: str
+) -> None:
+    """Means in percent with their intervals, joined by a line."""
+    heights, bars = [100 * mean.mean for mean in means], [_bar(mean) for mean in means]
+    color, marker = style
+    ax.errorbar(xs, heights, yerr=bars, fmt=f"-{marker}", capsize=2, color=color, label=label)
+
+
+def _bar(mean: OverSeeds) -> float:
+    return 100 * mean.ci95 if len(mean.values) > 1 else 0.0

@@ -1,0 +1,434 @@
+"""Finished runs as a report reads them: settings, methods, accuracies over seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from l2l_prune._basics import checks
+from l2l_prune._basics.tensor_files import DamagedFile, load_tensors
+from l2l_prune.experiments.report import same_settings
+from l2l_prune.experiments.config import file_name
+from l2l_prune.experiments.report.seed_statistics import OverSeeds
+from l2l_prune.fewshot.evaluation import paired_difference
+from l2l_prune.schedules.paper import Schedule
+
+Key = TypeVar("Key", bound=Hashable)
+
+_SHOWN = ("algorithm", "data", "ways", "shots", "backbone", "channels", "bf16")
+"""Settings that titles and columns of tables say."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run of ``results.json``.
+
+    Args:
+        entry: Its entry in the file.
+        folder: The folder of the file, where its weights are too.
+        usual_iterations: Meta-iterations of most runs in the same setting.
+        usual_regularisers: What :attr:`regularisers` are where the method adds none: those that
+            all runs in the same setting share, 0 of the others.
+        variation: Regularisers and length in words, where they vary among the runs of its table.
+        settings: All other settings that vary there, in words.
+        special: What else tells it from runs of the same name, in words.
+    """
+
+    entry: dict[str, Any]
+    folder: Path
+    usual_iterations: int
+    usual_regularisers: tuple[float, ...] = (0.0,) * len(same_settings.REGULARISERS)
+    variation: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    special: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings, as :meth:`RunConfig.to_json` gives them."""
+        config: dict[str, Any] = self.entry["config"]
+        return config
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """All by which it differs from others of its seed, see :func:`same_settings.identity`."""
+        return same_settings.identity(self.config)
+
+    @property
+    def seed(self) -> int:
+        """Seed of weights and tasks."""
+        return int(self.config["seed"])
+
+    @property
+    def shots(self) -> int:
+        """Support examples of a class at evaluation."""
+        return int(self.config["shots"])
+
+    @property
+    def regularisers(self) -> tuple[float, ...]:
+        """Dropout and weight decay."""
+        return tuple(self.identity[name] for name in same_settings.REGULARISERS)
+
+    @property
+    def family(self) -> str:
+        """The method by the head of its name: ``"dense"``, ``"DSD"``, ``"IHT"``, ``"cubic"`` ..."""
+        return str(self.config["name"]).partition(",")[0]
+
+    @property
+    def variant(self) -> str:
+        """What the name says besides family and regularisers: ``"no retrain"``, or nothing."""
+        regularisers = {f"{word} {self.identity[n]:g}" for n, word in same_settings.REGULARISERS.items()}
+        _, *parts = str(self.config["name"]).split(", ")
+        return ", ".join(part for part in parts if part not in regularisers)
+
+    @property
+    def dense(self) -> bool:
+        """Whether it can be a baseline: a dense run, with whatever regularisers."""
+        return self.family == "dense" and not self.pruned and not self.variant
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but rate and size differs from the family's default."""
+        return (
+            not self.variant
+            and not self.special
+            and self.iterations == self.usual_iterations
+            and self.regularisers == self.usual_regularisers
+        )
+
+    @property
+    def baseline(self) -> bool:
+        """Whether others of its setting are compared with it, and it with none."""
+        return (
+            self.dense
+            and self.iterations == self.usual_iterations
+            and self.regularisers == self.usual_regularisers
+        )
+
+    @cached_property
+    def segments(self) -> list[dict[str, Any]]:
+        """The segments of the schedule that are not empty."""
+        listed = self.config["schedule"]["segments"]
+        return [segment for segment in listed if segment["iterations"]]
+
+    @property
+    def pruned(self) -> bool:
+        """Whether it has a sparse phase."""
+        return any(segment["sparse"] for segment in self.segments)
+
+    @property
+    def iterations(self) -> int:
+        """Meta-iterations of the run."""
+        return sum(segment["iterations"] for segment in self.segments)
+
+    @property
+    def rate(self) -> float | None:
+        """The largest sparsity, 0 for a dense run, ``None`` if it goes by layer."""
+        return largest_rate(self.segments)
+
+    @property
+    def method(self) -> str:
+        """Family, rate and what else is special: ``"DSD 50%, no retrain"``."""
+        name = f"{self.family} {rate_in_words(self.rate)}" if self.pruned else self.family
+        parts = (name, self.variant, *self.variation, *self.settings, *self.special)
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def size(self) -> str:
+        """The backbone as the paper writes it, and bfloat16 where it computes in that."""
+        conv4 = "-".join([str(self.config["channels"])] * 4)
+        backbone = conv4 if self.config["backbone"] == "conv4" else "ResNet-12"
+        return f"{backbone}, bf16" if self.config.get("bf16") else backbone
+
+    @property
+    def problem(self) -> tuple[str, str, int]:
+        """Algorithm, data set and ways."""
+        return str(self.config["algorithm"]), str(self.config["data"]), int(self.config["ways"])
+
+    @cached_property
+    def setting(self) -> Hashable:
+        """What runs must share to be compared, see :func:`same_settings.setting`."""
+        return same_settings.frozen(same_settings.setting(self.config))
+
+    @property
+    def title(self) -> str:
+        """The setting in words."""
+        algorithm, data, ways = self.problem
+        parts = (f"{algorithm} on {data}", f"{ways}-way {self.shots}-shot", self.size)
+        return ", ".join((*parts, *self.settings))
+
+    def check(self) -> None:
+        """Touch all that a report reads, so that damage shows where it can still be named.
+
+        Raises:
+            KeyError: If something is missing.
+            TypeError: If something has another type.
+            ValueError: If something is no number.
+        """
+        numbers = self._accuracies()
+        for point in self.entry["curve"]:
+            numbers += [point[key] for key in ("iteration", "sparsity")]
+        for value in (*numbers, self.entry["seconds"], self.seed):
+            checks.instance("a number of the results", value, (int, float), "a number")  # type: ignore[arg-type]
+            float(value)  # not beyond all floats
+        _ = (self.method, hash(self.setting), self.phase_iterations("prune"))
+
+    def _accuracies(self) -> list[float]:
+        points = self.entry["curve"]
+        return [
+            *(self.entry[part]["mean"] for part in ("train", "test")),
+            *(point[part] for point in points for part in ("train", "test")),
+        ]
+
+    @property
+    def diverged(self) -> str:
+        """What of it is not finite, in words; empty if all is.
+
+        Accuracies of weights that are not finite are those of chance, and look like a result. What
+        l2l_prune writes today cannot be so, but older files can.
+
+        Raises:
+            ValueError: If the file of its weights is damaged.
+        """
+        if not all(map(math.isfinite, self._accuracies())):
+            return "its accuracies are not finite"
+        weights = self.folder / f"{file_name(self.config['name'])}.pt"
+        if weights.is_file():  # who deletes them has seen them
+            for name, value in _state_dict(weights).items():
+                if not torch.isfinite(value).all():
+                    return f"its weights are not finite ({name} of {weights.name})"
+        return ""
+
+    def phase_iterations(self, phase: str) -> int:
+        """Meta-iterations in all segments of a phase."""
+        return sum(s["iterations"] for s in self.segments if s["phase"] == phase)
+
+
+def _state_dict(file: Path) -> dict[str, Tensor]:
+    state = load_tensors(file)
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise DamagedFile(file, "no state dict")
+    return state
+
+
+def largest_rate(segments: Iterable[dict[str, Any]]) -> float | None:
+    """The largest sparsity of segments, 0 without a sparse one, ``None`` if one goes by layer."""
+    rates = [s["sparsity"] for s in segments if s["sparse"] and s["iterations"]]
+    by_layer = any(s.get("keep") for s in segments if s["sparse"] and s["iterations"])
+    if by_layer or any(isinstance(rate, list) for rate in rates):
+        return None
+    return max(rates, default=0.0)
+
+
+def rate_in_words(rate: float | None) -> str:
+    """``"50%"``, or ``"per layer"``."""
+    return "per layer" if rate is None else f"{100 * rate:g}%"
+
+
+def schedule_rate(schedule: Schedule) -> str:
+    """The largest sparsity of a schedule in words, ``"-"`` for a dense one."""
+    if not any(segment.sparse for segment in schedule.segments if segment.iterations):
+        return "-"
+    return rate_in_words(largest_rate(schedule.to_dict()["segments"]))
+
+
+def read_runs(file: Path) -> list[dict[str, Any]]:
+    """The entries of a ``results.json``, each with all that a report reads of it.
+
+    Raises:
+        ValueError: If the file is damaged, or holds a run that diverged.
+    """
+    runs = _read(file)
+    for run in runs:
+        if why := run.diverged:
+            raise ValueError(f"{file} holds a run that diverged, {why}: delete it and run it again")
+    return [run.entry for run in runs]
+
+
+def _read(file: Path) -> list[FinishedRun]:
+    try:
+        entries: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["runs"]
+        runs = [FinishedRun(entry, file.parent, 0) for entry in entries]
+        for run in runs:
+            run.check()
+        if not runs:
+            raise ValueError("it holds no run")
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise ValueError(
+            f"{file} is damaged ({type(error).__name__}: {error}): delete it and run it again"
+        ) from None
+    return runs
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What a folder holds.
+
+    Args:
+        runs: The finished runs, by width and name; of copies one.
+        failed: Runs without a result, by name, and why.
+        copies: Folders that hold a copy, and of which other folder.
+    """
+
+    runs: list[FinishedRun]
+    failed: dict[str, str]
+    copies: dict[str, str]
+
+
+def collect(folder: Path) -> Collection:
+    """The runs in a folder and in the folders right below it.
+
+    Raises:
+        ValueError: If there is none, a ``results.json`` is damaged, or two hold different results
+            of the same settings and seed.
+    """
+    places = [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]
+    runs: list[FinishedRun] = []
+    failed = {}
+    for place in places:
+        results, error = place / "results.json", place / "error.txt"
+        name = str(place.relative_to(folder))
+        if results.is_file():
+            for run in _read(results):
+                if why := run.diverged:
+                    failed[f"{name}: {run.method}, seed {run.seed}"] = why
+                else:
+                    runs.append(run)
+        elif error.is_file():
+            lines = error.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            failed[name] = lines[-1] if lines else "it does not say why"
+    if not runs and not failed:
+        raise ValueError(f"there is no finished run in {folder}")
+    runs, copies = _without_copies(runs, folder)
+    in_order = sorted(runs, key=lambda run: int(run.config["channels"]))
+    named = [run for same in grouped(in_order, _problem).values() for run in _named(same)]
+    return Collection(named, failed, copies)
+
+
+def _problem(run: FinishedRun) -> Hashable:
+    return run.problem
+
+
+def _without_copies(
+    runs: list[FinishedRun], folder: Path
+) -> tuple[list[FinishedRun], dict[str, str]]:
+    """Each run once, and which folders hold copies; a copied folder is no other seed."""
+    kept: dict[Hashable, FinishedRun] = {}
+    copies = {}
+    for run in runs:
+        first = kept.setdefault((same_settings.frozen(run.identity), run.seed), run)
+        if first is run:
+            continue
+        if any(first.entry[part] != run.entry[part] for part in ("train", "test", "curve")):
+            raise ValueError(
+                f"{first.folder} and {run.folder} hold different results of {run.method}, seed "
+                f"{run.seed}, in the same settings: move the one that is wrong away"
+            )
+        copies[str(run.folder.relative_to(folder))] = str(first.folder.relative_to(folder))
+    return list(kept.values()), copies
+
+
+def _named(runs: list[FinishedRun]) -> list[FinishedRun]:
+    """The runs of one problem, with names that say all in which they differ."""
+    usual = _most([run.iterations for run in runs])
+    settings = same_settings.train_shots_aside(same_settings.setting(run.config) for run in runs)
+    varying = [name for name in same_settings.varying(settings) if name not in _SHOWN]
+    rivals = [
+        name for name in same_settings.varying(run.identity for run in runs) if name in same_settings.REGULARISERS
+    ]
+    found = []
+    for same in grouped(runs, lambda run: run.setting).values():
+        length = _most([run.iterations for run in same])
+        shared = tuple(
+            values[0] if len(set(values)) == 1 else 0.0
+            for values in zip(*(run.regularisers for run in same), strict=True)
+        )
+        for run in same:
+            own = same_settings.setting(run.config)
+            words = [same_settings.in_words(n, run.identity[n]) for n in rivals if run.identity[n]]
+            if run.iterations != usual:
+                words.append(f"{run.iterations} iterations")
+            found.append(
+                dataclasses.replace(
+                    run,
+                    usual_iterations=length,
+                    usual_regularisers=shared,
+                    variation=tuple(words),
+                    settings=tuple(same_settings.in_words(n, own[n]) for n in varying if n in own),
+                )
+            )
+    return [run for same in grouped(found, _row).values() for run in _told_apart(same)]
+
+
+def _row(run: FinishedRun) -> Hashable:
+    return run.size, run.method
+
+
+def _told_apart(runs: list[FinishedRun]) -> list[FinishedRun]:
+    """Runs of one name, which say more where they are not the same but for shots and seed."""
+    rest = same_settings.train_shots_aside(run.identity for run in runs)
+    varying = [name for name in same_settings.varying(rest) if name != "shots"]
+    return [
+        dataclasses.replace(
+            run, special=tuple(same_settings.in_words(n, own[n]) for n in varying if n in own)
+        )
+        for run, own in zip(runs, rest, strict=True)
+    ]
+
+
+def _most(numbers: list[int]) -> int:
+    """The most frequent one, the largest of several."""
+    return max(Counter(numbers).items(), key=lambda item: (item[1], item[0]))[0]
+
+
+def grouped(
+    runs: Iterable[FinishedRun], key: Callable[[FinishedRun], Key]
+) -> dict[Key, list[FinishedRun]]:
+    """Runs by what ``key`` says of them, in the order of their first ones."""
+    groups: dict[Key, list[FinishedRun]] = defaultdict(list)
+    for run in runs:
+        groups[key(run)].append(run)
+    return dict(groups)
+
+
+def over_seeds(runs: Iterable[FinishedRun], part: str) -> OverSeeds:
+    """Mean accuracies of the runs on ``"train"`` or ``"test"`` tasks."""
+    return OverSeeds(tuple(run.entry[part]["mean"] for run in runs))
+
+
+def gap_over_seeds(runs: Sequence[FinishedRun]) -> OverSeeds:
+    """Training minus test accuracy of each run."""
+    return paired_difference(over_seeds(runs, "train"), over_seeds(runs, "test"))
+
+
+def by_method(runs: Iterable[FinishedRun]) -> dict[str, list[FinishedRun]]:
+    """Runs by method: dense first, then as DSD, IHT and by rate."""
+    order = ["dense", "DSD", "IHT"]
+    ranked = sorted(
+        runs,
+        key=lambda r: (
+            order.index(r.family) if r.family in order else len(order),
+            not r.plain,
+            r.iterations != r.usual_iterations,
+            r.rate or 0.0,
+            r.method,
+            r.seed,
+        ),
+    )
+    return grouped(ranked, lambda run: run.method)

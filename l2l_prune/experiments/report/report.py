@@ -1,0 +1,144 @@
+"""One page from a folder of runs: tables in the paper's form, differences, and figures."""
+
+from __future__ import annotations
+
+import base64
+import re
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+
+from l2l_prune._basics.files import replace_file
+from l2l_prune.experiments.report.figures import (
+    bounds_figure,
+    hyperparameter_figure,
+    tradeoff_figure,
+)
+from l2l_prune.experiments.report.finished_runs import (
+    Collection,
+    FinishedRun,
+    by_method,
+    collect,
+    grouped,
+)
+from l2l_prune.experiments.report.plots import curves_by_method
+from l2l_prune.experiments.report.tables import difference_table, markdown_table, method_table
+
+_STYLE = (
+    "body{font:16px/1.5 sans-serif;max-width:80em;margin:2em auto;padding:0 1em}"
+    "table{border-collapse:collapse}td,th{padding:.3em .8em;border-bottom:1px solid #bbb;"
+    "text-align:left}img{max-width:100%}"
+)
+
+
+def write_report(folder: Path) -> list[Path]:
+    """Write ``report.md``, ``report.html`` (one self-contained file) and the figures.
+
+    Args:
+        folder: What ``l2l-prune paper``, ``sweep`` or ``run`` filled; all runs in it count.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: If there is no run in the folder, a ``results.json`` is damaged, or two hold
+            different results of the same settings and seed.
+    """
+    found = collect(folder)
+    parts, figures = ["# Runs", *_notes(found)], []
+    names: set[str] = set()
+    for (algorithm, data, ways), mine in grouped(found.runs, lambda run: run.problem).items():
+        parts += [
+            f"## {algorithm} on {data}, {ways}-way: accuracy [%]",
+            "Mean ± 95% confidence interval over seeds (the paper's: over tasks). Differences are "
+            "to dense runs of the same settings, seed and length.",
+            method_table(mine),
+            difference_table(mine),
+        ]
+        for same in grouped(mine, lambda run: run.setting).values():
+            stem = re.sub(r"[^a-z0-9]+", "-", same[0].title.lower())
+            while stem in names:
+                stem += "-"
+            names.add(stem)
+            written = _figures(same, folder, stem)
+            figures += [path for path, _ in written]
+            parts.append(f"### {same[0].title}")
+            parts += [f"![{title}]({path.name})\n\n{title}" for path, title in written]
+    markdown, page = folder / "report.md", folder / "report.html"
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    with replace_file(markdown) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    with replace_file(page) as temporary:
+        temporary.write_text(_page(text, folder), encoding="utf-8")
+    return [markdown, page, *figures]
+
+
+def _notes(found: Collection) -> list[str]:
+    """What of the folder is in no table of accuracies, and why."""
+    notes = []
+    if found.failed:
+        rows = [
+            {"run": name, "accuracy": f"none, it failed: {why}"}
+            for name, why in found.failed.items()
+        ]
+        notes.append(markdown_table(rows))
+    if found.copies:
+        listed = ", ".join(f"{copy} (of {first})" for copy, first in found.copies.items())
+        notes.append(f"Copies, which count as one run with what they copy: {listed}.")
+    return notes
+
+
+def _figures(runs: list[FinishedRun], folder: Path, stem: str) -> list[tuple[Path, str]]:
+    """Every figure that the runs of one setting have data for, with its caption."""
+    title = runs[0].title
+    usual = [run for run in runs if run.iterations == run.usual_iterations]
+    plain, others = [r for r in usual if r.plain], [r for r in usual if not r.plain]
+    written = []
+    if plain:
+        path = folder / f"curves-{stem}.png"
+        curves_by_method(_panels(plain, plain), path, title)
+        written.append((path, "Accuracy curves by pruning rate, means over seeds"))
+    if others and plain:
+        path = folder / f"variants-{stem}.png"
+        curves_by_method(_panels(plain, others), path, title)
+        written.append((path, "Accuracy curves of ablations, controls and rivals"))
+    for name, draw, caption in (
+        ("tradeoff", tradeoff_figure, "Test against training accuracy; the line: dense by length"),
+        ("phases", hyperparameter_figure, "Test accuracy by length of phases and rounds"),
+        ("bounds", bounds_figure, "Measured gap, and the bounds of Section 3.3, by sparsity"),
+    ):
+        path = folder / f"{name}-{stem}.png"
+        if draw(runs, path):
+            written.append((path, caption))
+    return written
+
+
+def _panels(
+    plain: list[FinishedRun], shown: list[FinishedRun]
+) -> dict[str, dict[str, list[FinishedRun]]]:
+    """A panel for each family that is shown, with dense and the plain runs of the same rates."""
+    families = {run.family for run in shown} - {"dense"} or {"dense"}
+    if shown is not plain and any(run.family == "dense" for run in shown):
+        families.add("dense")
+    panels = {}
+    for family in sorted(families):
+        mine = [run for run in shown if run.family == family]
+        rates = {run.rate for run in mine}
+        beside = [r for r in plain if r.family == family and r.rate in rates and r not in mine]
+        dense = [r for r in plain if r.family == "dense" and r not in mine and r not in beside]
+        panels[family] = by_method(dense + beside + mine)
+    return panels
+
+
+def _page(markdown: str, folder: Path) -> str:
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+
+    def inline(match: re.Match[str]) -> str:
+        data = base64.b64encode((folder / match[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{data}"'
+
+    body = re.sub(r'src="([^"]+\.png)"', inline, body)
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>l2l_prune report</title>'
+        f"<style>{_STYLE}</style>{body}</html>\n"
+    )

@@ -1,0 +1,161 @@
+"""What a person and a program read of finished runs: table, verdicts, files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import l2l_prune
+from l2l_prune._basics.files import replace_file
+from l2l_prune._basics.tensor_files import save_tensors
+from l2l_prune.experiments.config import RunConfig, file_name
+from l2l_prune.experiments.report.finished_runs import schedule_rate
+from l2l_prune.experiments.report.plots import accuracy_curves
+from l2l_prune.experiments.report.seed_statistics import signed
+from l2l_prune.experiments.running.run import Point, RunResult
+from l2l_prune.fewshot.evaluation import Mean, paired_difference, unpaired_difference
+
+
+def results_table(configs: list[RunConfig], results: list[RunResult]) -> Table:
+    """Method, sparsity, train and test accuracy, gap (each with 95% CI over tasks), seconds."""
+    tasks = configs[0].final_tasks
+    table = Table(title=f"accuracy [%], mean ± 95% CI over {tasks} tasks")
+    for header in ("method", "sparsity", "train", "test", "gap", "seconds"):
+        table.add_column(header, justify="left" if header == "method" else "right")
+    for config, result in zip(configs, results, strict=True):
+        gap, width = unpaired_difference(result.train, result.test)
+        table.add_row(
+            result.name,
+            schedule_rate(config.schedule),
+            str(result.train),
+            str(result.test),
+            f"{100 * gap:.1f} ± {100 * width:.1f}",
+            f"{result.seconds:.0f}",
+        )
+    return table
+
+
+def verdicts(results: list[RunResult]) -> list[str]:
+    """What the table says about pruning: paired differences to dense, which comes first."""
+    dense, *others = results
+    if dense.name != "dense" or not others:
+        return []
+    found = [(other.name, paired_difference(other.test, dense.test)) for other in others]
+    lines = [f"{name} - dense on test tasks: {signed(d)} ({_word(d)})" for name, d in found]
+    if any(difference.significant and difference.mean > 0 for _, difference in found):
+        lines.append("One seed only: the intervals are over tasks, not over training runs.")
+    else:
+        some = any(difference.mean > 0 for _, difference in found)
+        word = " significantly" if some else ""
+        lines.append(f"In this run (one seed), pruning did not raise test accuracy{word}.")
+    return lines
+
+
+def write_results(folder: Path, configs: list[RunConfig], results: list[RunResult]) -> None:
+    """Write ``results.json``, ``curves.csv``, ``curves.png`` and the weights as state dicts.
+
+    ``results.json`` comes last: where it stands, the others do.
+    """
+    document = {
+        "l2l_prune": l2l_prune.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "runs": [_as_json(c, r) for c, r in zip(configs, results, strict=True)],
+    }
+    for result in results:
+        save_tensors(result.weights, folder / f"{file_name(result.name)}.pt")
+    write_curves(results, folder / "curves.csv")
+    accuracy_curves(configs, results, folder / "curves.png")
+    with replace_file(folder / "results.json") as path:
+        path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def read_result(entry: dict[str, Any], file: Path) -> RunResult:
+    """A run's result from its entry of ``results.json``, without its weights.
+
+    Args:
+        entry: The entry.
+        file: Where it is from, for messages.
+
+    Raises:
+        ValueError: If the entry is damaged.
+    """
+
+    def mean(values: list[float]) -> Mean:
+        return Mean(tuple(map(float, values)))
+
+    try:
+        curve = [
+            Point(
+                point["iteration"],
+                point["phase"],
+                point["sparsity"],
+                mean(point["train_per_task"]),
+                mean(point["test_per_task"]),
+            )
+            for point in entry["curve"]
+        ]
+        train, test = (mean(entry[part]["per_task"]) for part in ("train", "test"))
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is damaged ({type(error).__name__}: {error}): delete it and run it again"
+        ) from None
+    return RunResult(entry["config"]["name"], train, test, entry["seconds"], curve)
+
+
+def write_curves(results: list[RunResult], path: Path) -> None:
+    """Write the points of the accuracy curves as CSV."""
+    columns = (
+        "method",
+        "iteration",
+        "phase",
+        "sparsity",
+        "train",
+        "train_ci95",
+        "test",
+        "test_ci95",
+    )
+    with replace_file(path) as temporary, temporary.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(columns)
+        for result in results:
+            for p in result.curve:
+                accuracies = (p.train.mean, p.train.ci95, p.test.mean, p.test.ci95)
+                rows.writerow((result.name, p.iteration, p.phase, p.sparsity, *accuracies))
+
+
+def _as_json(config: RunConfig, result: RunResult) -> dict[str, Any]:
+    return {
+        "config": config.to_json(),
+        "train": _mean_json(result.train),
+        "test": _mean_json(result.test),
+        "seconds": result.seconds,
+        "curve": [
+            {
+                "iteration": point.iteration,
+                "phase": point.phase,
+                "sparsity": point.sparsity,
+                "train": point.train.mean,
+                "test": point.test.mean,
+                "train_per_task": list(point.train.values),
+                "test_per_task": list(point.test.values),
+            }
+            for point in result.curve
+        ],
+    }
+
+
+def _mean_json(mean: Mean) -> dict[str, Any]:
+    return {"mean": mean.mean, "ci95": mean.ci95, "per_task": list(mean.values)}
+
+
+def _word(difference: Mean) -> str:
+    if not difference.significant:
+        return "not significant"
+    return "significant over tasks: " + ("better" if difference.mean > 0 else "worse")

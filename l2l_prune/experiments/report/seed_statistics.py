@@ -1,0 +1,45 @@
+"""Means over training runs, and the words for their differences."""
+
+from __future__ import annotations
+
+import math
+
+from scipy import stats
+
+from l2l_prune.fewshot.evaluation import Mean
+
+WORDS = {"train": ("higher", "lower"), "test": ("better", "worse"), "gap": ("larger", "smaller")}
+
+
+class OverSeeds(Mean):
+    """A mean over seeds; so few need Student's t for their 95% confidence interval."""
+
+    @property
+    def ci95(self) -> float:
+        """Half width of the interval; NaN for one seed."""
+        if len(self.values) < 2:
+            return math.nan
+        quantile = stats.t.ppf(0.975, len(self.values) - 1)
+        return float(quantile * stats.sem(self.values))
+
+    def verdict(self, more: str, less: str) -> str:
+        """Of a difference: one of the words, ``"not significant"`` or ``"one seed"``."""
+        if len(self.values) < 2:
+            return "one seed"
+        if not self.significant:
+            return "not significant"
+        return more if self.mean > 0 else less
+
+    def __str__(self) -> str:
+        return super().__str__() if len(self.values) > 1 else f"{100 * self.mean:.1f}"
+
+
+def signed(difference: Mean) -> str:
+    """A difference in percentage points with its sign: ``"+1.2 ± 0.5"``."""
+    width = f" ± {100 * difference.ci95:.1f}" if len(difference.values) > 1 else ""
+    return f"{100 * difference.mean:+.1f}{width}"
+
+
+def with_verdict(part: str, difference: OverSeeds) -> str:
+    """A difference of ``"train"``, ``"test"`` or ``"gap"`` with its verdict in brackets."""
+    return f"{signed(difference)} ({difference.verdict(*WORDS[part])})"

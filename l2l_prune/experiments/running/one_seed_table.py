@@ -1,0 +1,63 @@
+"""Methods of one seed side by side: their table and curves."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.report.plots import accuracy_curves
+from l2l_prune.experiments.report.results import read_result, results_table, verdicts, write_curves
+from l2l_prune.experiments.running.processes import finish_all
+from l2l_prune.experiments.running.run import RunResult
+from l2l_prune.experiments.running.storage import locked_folder, run_name
+
+
+def run_and_report(
+    configs: list[RunConfig],
+    folder: Path,
+    console: Console,
+    jobs: int | None = None,
+    tensorboard: bool = False,
+) -> list[RunResult]:
+    """Run methods of one seed, those that have not ended yet; print the table, write the files.
+
+    Args:
+        configs: The runs; their names differ.
+        folder: Gets a folder for each run, and ``curves.csv`` and ``curves.png`` of all; made if
+            missing.
+        console: Where progress and table are printed.
+        jobs: Runs at once; all by default.
+        tensorboard: Write TensorBoard's event files into each run's folder.
+
+    Returns:
+        The results in the order of ``configs``, without weights: these are in the folders.
+
+    Raises:
+        RunFailed: If a run failed; the others are stopped, and go on when started again.
+        ValueError: If another process writes to ``folder``, or results in it are damaged.
+    """
+    started = time.perf_counter()
+    config = configs[0]
+    size = config.backbone if config.backbone != "conv4" else f"{config.channels} channels"
+    classes = "all" if config.train_classes is None else config.train_classes
+    with locked_folder(folder):
+        console.print(
+            f"{config.algorithm} on {config.data}: {config.ways}-way {config.shots}-shot, {size}, "
+            f"{classes} training classes, {config.schedule.iterations} meta-iterations, "
+            f"seed {config.seed}"
+        )
+        entries = finish_all(configs, folder, console, jobs=jobs, tensorboard=tensorboard)
+        results = [
+            read_result(entry, folder / run_name(config) / "results.json")
+            for config, entry in zip(configs, entries, strict=True)
+        ]
+        console.print(results_table(configs, results))
+        for line in verdicts(results):
+            console.print(line)
+        write_curves(results, folder / "curves.csv")
+        accuracy_curves(configs, results, folder / "curves.png")
+    console.print(f"wrote {folder}/ in {time.perf_counter() - started:.0f} s in all")
+    return results

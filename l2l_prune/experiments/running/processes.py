@@ -1,0 +1,262 @@
+"""Runs in processes of their own, here or on a cluster; each leaves its files in its folder."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import l2l_prune
+from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.running.checkpoint import remove_checkpoint
+from l2l_prune.experiments.running.display import Display
+from l2l_prune.experiments.running.run import Progress
+from l2l_prune.experiments.running.run_folder import Outcome, run_into
+from l2l_prune.experiments.running.storage import finished_run, run_name
+
+Work = Callable[..., Outcome]
+Message = Progress | Outcome | str | None  # None: its process starts; a string: a warning
+_STARTS = 2
+
+
+class RunFailed(RuntimeError):
+    """A run failed; the message holds what it said."""
+
+
+def run_all(
+    configs: Sequence[RunConfig],
+    folder: Path,
+    console: Console,
+    *,
+    jobs: int | None = None,
+    cluster: str | None = None,
+    tensorboard: bool = False,
+    work: Work = run_into,
+) -> Generator[Outcome]:
+    """Run what has not ended in ``folder`` yet, and show how it goes.
+
+    A run that fails does not stop the others; closing the generator does.
+
+    Args:
+        configs: The runs; no two are the same.
+        folder: Gets a folder for each.
+        console: Where progress is shown.
+        jobs: Runs at once, one thread each; all by default.
+        cluster: Hand the runs to submitit: ``"local"`` or ``"slurm"``.
+        tensorboard: Write TensorBoard's event files into each run's folder.
+        work: What a process does with a run.
+
+    Yields:
+        The outcomes as runs end; those that had ended before come first.
+
+    Raises:
+        ImportError: If ``cluster`` is given and submitit is missing.
+        ValueError: If results in ``folder`` are damaged.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = []
+    for config in configs:
+        if found := finished_run(folder / run_name(config), config):
+            # It may have been killed between its result and the end of its checkpoint.
+            remove_checkpoint(folder / run_name(config) / "checkpoint.pt")
+            yield Outcome(run_name(config), None, found["train"]["mean"], found["test"]["mean"])
+        else:
+            missing.append(config)
+    ended = len(configs) - len(missing)
+    if ended:
+        console.print(f"{ended} of {len(configs)} runs had ended before")
+    work = functools.partial(work, folder=folder, tensorboard=tensorboard)
+    number = len(configs) if jobs is None else jobs
+    if cluster:
+        events = _submitted(work, missing, folder / "jobs", number, cluster)
+    else:
+        events = _local(work, missing, folder / "logs", number)
+    with Display(configs, ended, console) as display:
+        for config, message in events:
+            if isinstance(message, Outcome):
+                display.ended(config, message)
+                yield message
+            elif isinstance(message, Progress):
+                display.progress(config, message)
+            elif message is None:
+                display.started(config)
+            else:
+                display.said(config, message)
+
+
+def finish_all(
+    configs: Sequence[RunConfig],
+    folder: Path,
+    console: Console,
+    *,
+    jobs: int | None = None,
+    tensorboard: bool = False,
+) -> list[dict[str, Any]]:
+    """Run what has not ended in ``folder`` yet, and stop at the first run that fails.
+
+    Args:
+        configs: See :func:`run_all`, likewise the others.
+        folder: See above.
+        console: See above.
+        jobs: See above.
+        tensorboard: See above.
+
+    Returns:
+        The entries of ``results.json`` in the order of ``configs``.
+
+    Raises:
+        RunFailed: If a run failed; the others are stopped, and go on when started again.
+        ValueError: If results in ``folder`` are damaged.
+    """
+    by_name = {run_name(config): config for config in configs}
+    outcomes = run_all(configs, folder, console, jobs=jobs, tensorboard=tensorboard)
+    with closing(outcomes):
+        for outcome in outcomes:
+            if outcome.error:
+                title = by_name[outcome.name].title
+                raise RunFailed(f"the run {title!r} failed: {outcome.error}")
+    found = [finished_run(folder / name, config) for name, config in by_name.items()]
+    return [entry for entry in found if entry is not None]
+
+
+def _local(
+    work: Work, configs: Sequence[RunConfig], logs: Path, jobs: int
+) -> Iterator[tuple[RunConfig, Message]]:
+    context = multiprocessing.get_context("spawn")
+    waiting, starts = deque(configs), Counter[str]()
+    running: dict[Connection, tuple[RunConfig, Any]] = {}
+    logs.mkdir(exist_ok=True)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                config = waiting.popleft()
+                starts[run_name(config)] += 1
+                receiving, sending = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_work, args=(work, config, _log(logs, config), sending), daemon=True
+                )
+                _start(process)
+                sending.close()  # else its end would not be seen here
+                running[receiving] = (config, process)
+                yield config, None
+            ready = wait(list(running))
+            for receiving in [each for each in running if each in ready]:
+                config, process = running[receiving]
+                try:
+                    message: Message = receiving.recv()
+                except (EOFError, OSError):  # killed from outside, say for its memory
+                    del running[receiving]
+                    process.join()
+                    if starts[run_name(config)] < _STARTS:
+                        waiting.appendleft(config)  # goes on from its checkpoint
+                        continue
+                    message = Outcome(run_name(config), _death(process.exitcode, logs, config))
+                else:
+                    if isinstance(message, Outcome):
+                        del running[receiving]
+                        process.join()
+                yield config, message
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.join()
+        _remove_empty(logs)
+
+
+def _start(process: Any) -> None:
+    """Start with SIGINT blocked, which the process inherits: Ctrl-C is the parent's to handle.
+
+    Blocked and not ignored, so that a Ctrl-C at this very moment is late and not lost.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        process.start()
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _work(work: Work, config: RunConfig, log: Path, sending: Connection) -> None:
+    def tell(message: Message) -> None:
+        with suppress(OSError):  # the parent was killed: the run finds that out by itself
+            sending.send(message)
+
+    _write_to(log)
+    shown, ours = warnings.showwarning, Path(l2l_prune.__file__).parent
+
+    def show(said: Warning | str, kind: Any, file: str, *place: Any, **more: Any) -> None:
+        if Path(file).is_relative_to(ours):
+            tell(str(said))
+        else:
+            shown(said, kind, file, *place, **more)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+    tell(work(config, tell=tell))
+    sending.close()
+
+
+def _log(logs: Path, config: RunConfig) -> Path:
+    return logs / f"{run_name(config)}.txt"
+
+
+def _death(code: int | None, logs: Path, config: RunConfig) -> str:
+    words = f"its process was killed (out of memory?), exit code {code}"
+    log = _log(logs, config)
+    return f"{words}: see {log}" if log.exists() and log.stat().st_size else words
+
+
+def _write_to(log: Path) -> None:
+    """All that this process and its libraries print goes to a file: it would break the display."""
+    try:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:
+        handle = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(handle, stream)
+    os.close(handle)
+
+
+def _remove_empty(logs: Path) -> None:
+    with suppress(OSError):
+        for log in logs.glob("*.txt"):
+            if log.stat().st_size == 0:
+                log.unlink()
+        logs.rmdir()
+
+
+def _submitted(
+    work: Work, configs: Sequence[RunConfig], folder: Path, jobs: int, cluster: str
+) -> Iterator[tuple[RunConfig, Message]]:
+    try:
+        import submitit
+    except ImportError as error:
+        raise ImportError(f'{error}; --cluster needs: pip install "l2l-prune[cluster]"') from None
+    executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+    executor.update_parameters(
+        timeout_min=3 * 24 * 60, cpus_per_task=1, slurm_array_parallelism=jobs
+    )
+    handed = dict(zip(executor.map_array(work, configs), configs, strict=True))
+    for job, config in handed.items():
+        yield config, f"handed to {cluster} as job {job.job_id}"
+    for job in submitit.helpers.as_completed(list(handed), poll_frequency=1):
+        config = handed[job]
+        try:
+            yield config, job.result()
+        except Exception as error:  # the job itself died
+            yield (
+                config,
+                Outcome(run_name(config), f"{type(error).__name__}: {error}".splitlines()[0]),
+            )

@@ -1,0 +1,225 @@
+"""One training run: a network, a schedule, tasks; progress and results as they come."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2l_prune.experiments.algorithms import Algorithm, build
+from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.running.checkpoint import load_checkpoint, save_checkpoint
+from l2l_prune.experiments.running.streams import stream
+from l2l_prune.experiments.running.tensorboard import EventLog
+from l2l_prune.fewshot.data import Episode, EpisodeSampler, Images, load_images
+from l2l_prune.fewshot.data.benchmarks import SPLITS
+from l2l_prune.fewshot.evaluation import Mean
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: meta-iterations done, phase, sparsity, and the newest accuracies."""
+
+    iteration: int
+    phase: str
+    sparsity: float
+    train: float
+    test: float
+
+
+@dataclass
+class Point:
+    """One point of the accuracy curves."""
+
+    iteration: int
+    phase: str
+    sparsity: float
+    train: Mean
+    test: Mean
+
+
+@dataclass
+class RunResult:
+    """What came out of a run."""
+
+    name: str
+    train: Mean
+    test: Mean
+    seconds: float
+    curve: list[Point] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def run(
+    config: RunConfig,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
+    events: Path | None = None,
+) -> Iterator[Progress | RunResult]:
+    """Train and evaluate; the same config gives the same result on the same machine.
+
+    Args:
+        config: The settings.
+        checkpoint: If given, the run's state is kept in this file every ``checkpoint_every``
+            meta-iterations and taken up from it, bit for bit. The caller deletes it once the
+            result is safe.
+        checkpoint_every: Meta-iterations between checkpoints, >= 1.
+        events: If given, a folder for TensorBoard's event files.
+
+    Yields:
+        A :class:`Progress` after every meta-iteration, and last the :class:`RunResult`, whose
+        ``seconds`` count training alone.
+
+    Raises:
+        ValueError: If settings cannot be, or the checkpoint is damaged or of other settings.
+        FileNotFoundError: If a file of the data set is missing.
+        FloatingPointError: If scores or the weights at the end are not finite: the run diverged.
+    """
+    splits = ("train", "test", "validation") if config.select == "best" else ("train", "test")
+    data = {split: _load(config, split) for split in splits}
+    _check_memory(config, data["train"].images.shape[1:])
+    tasks = _training_tasks(data["train"], config)
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(stream(config.seed, "weights").get_state())
+        algorithm = build(config, data["train"].images.shape[1:])
+    curve_episodes = {s: list(_evaluation_tasks(data[s], config, "curve tasks", s)) for s in splits}
+    state = _State()
+    saved = load_checkpoint(checkpoint, config) if checkpoint else None
+    if saved:
+        state.restore(saved, algorithm, tasks)
+    log = EventLog(events, state.done)
+    for done in range(state.done + 1, config.schedule.iterations + 1):
+        started = time.perf_counter()
+        algorithm.train([tasks.sample() for _ in range(config.tasks)])
+        state.seconds += time.perf_counter() - started
+        state.done = done
+        phase, sparsity = algorithm.pruner.segment.label, algorithm.pruner.sparsity
+        if done % config.eval_every == 0 or done == config.schedule.iterations:
+            found = {s: algorithm.evaluate(curve_episodes[s]) for s in splits}
+            train, test = found["train"], found["test"]
+            state.curve.append(Point(done, phase, sparsity, train, test))
+            log.add(done, train=train.mean, test=test.mean, sparsity=sparsity)
+            if config.select == "best" and found["validation"].mean > state.best_accuracy:
+                state.best_accuracy = found["validation"].mean
+                state.best = copy.deepcopy(algorithm.state_dict())
+        if checkpoint and done % checkpoint_every == 0:
+            save_checkpoint(checkpoint, config, state.to_save(algorithm, tasks))
+        newest = state.curve[-1] if state.curve else None
+        yield Progress(
+            done,
+            phase,
+            sparsity,
+            newest.train.mean if newest else float("nan"),
+            newest.test.mean if newest else float("nan"),
+        )
+    log.close()
+    if state.best is not None:
+        algorithm.load_state_dict(state.best)
+    train, test = (
+        algorithm.evaluate(_evaluation_tasks(data[split], config, "final tasks", split))
+        for split in ("train", "test")
+    )
+    weights = algorithm.finalize().state_dict()
+    if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise FloatingPointError(
+            f"training diverged: {', '.join(wrong)} of the final weights are not finite; try a "
+            "lower learning rate"
+        )
+    yield RunResult(config.name, train, test, state.seconds, state.curve, dict(weights))
+
+
+@dataclass
+class _State:
+    """What a run has besides its algorithm and its stream of tasks."""
+
+    done: int = 0
+    seconds: float = 0.0
+    curve: list[Point] = field(default_factory=list)
+    best_accuracy: float = -1.0
+    best: dict[str, Any] | None = None
+
+    def to_save(self, algorithm: Algorithm, tasks: EpisodeSampler) -> dict[str, Any]:
+        points = [
+            (p.iteration, p.phase, p.sparsity, p.train.values, p.test.values) for p in self.curve
+        ]
+        return {
+            "done": self.done,
+            "seconds": self.seconds,
+            "curve": points,
+            "best_accuracy": self.best_accuracy,
+            "best": self.best,
+            "algorithm": algorithm.state_dict(),
+            "tasks": tasks.state_dict(),
+        }
+
+    def restore(self, saved: dict[str, Any], algorithm: Algorithm, tasks: EpisodeSampler) -> None:
+        self.done, self.seconds = saved["done"], saved["seconds"]
+        self.curve = [
+            Point(iteration, phase, sparsity, Mean(tuple(train)), Mean(tuple(test)))
+            for iteration, phase, sparsity, train, test in saved["curve"]
+        ]
+        self.best_accuracy, self.best = saved["best_accuracy"], saved["best"]
+        algorithm.load_state_dict(saved["algorithm"])
+        tasks.load_state_dict(saved["tasks"])
+
+
+def _load(config: RunConfig, split: str) -> Images:
+    limit = config.train_classes if split == "train" else None
+    return load_images(
+        config.data, split, root=config.data_root, max_classes=limit, split_seed=config.split
+    )
+
+
+def _training_tasks(data: Images, config: RunConfig) -> EpisodeSampler:
+    return EpisodeSampler(
+        data.images,
+        data.labels,
+        ways=config.ways,
+        shots=config.train_shots,
+        queries=config.train_queries,
+        generator=stream(config.seed, "training tasks"),
+    )
+
+
+def _evaluation_tasks(
+    data: Images, config: RunConfig, purpose: str, split: str
+) -> Iterator[Episode]:
+    """The same for all methods of a seed, so that they can be compared task by task.
+
+    They are drawn one by one: the paper's 10,000 evaluation tasks would fill 25 GB.
+    """
+    sampler = EpisodeSampler(
+        data.images,
+        data.labels,
+        ways=config.ways,
+        shots=config.shots,
+        queries=config.queries,
+        generator=stream(config.seed, purpose, SPLITS.index(split)),
+    )
+    counts = {"curve tasks": config.curve_tasks, "final tasks": config.final_tasks}
+    return itertools.islice(sampler, counts[purpose])
+
+
+def _check_memory(config: RunConfig, image: torch.Size) -> None:
+    """Refuse tasks that do not fit, before they fill the memory one by one."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    examples = config.ways * max(
+        config.tasks * (config.train_shots + config.train_queries),
+        config.curve_tasks * (config.shots + config.queries),
+    )
+    size = 4 * math.prod(image) * examples
+    if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise ValueError(
+            f"{config.tasks} tasks, or {config.curve_tasks} for a point of the curves, of "
+            f"{config.ways} ways take {size / 1e9:.0f} GB, more than the machine has: ask for fewer"
+        )

@@ -1,0 +1,94 @@
+"""One run with its files in a folder of its own: checkpoint, results, or what went wrong."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.report.results import write_results
+from l2l_prune.experiments.running.checkpoint import remove_checkpoint
+from l2l_prune.experiments.running.run import Progress, RunResult, run
+from l2l_prune.experiments.running.storage import finished_run, in_words, locked_folder, run_name
+
+_PATIENCE = 120
+"""Seconds for a process whose command was killed to notice at its next meta-iteration."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: ``error`` is ``None``, or what went wrong in a line."""
+
+    name: str
+    error: str | None
+    train: float = math.nan
+    test: float = math.nan
+
+    def __str__(self) -> str:
+        if self.error:
+            return self.error
+        return f"train {100 * self.train:.1f}, test {100 * self.test:.1f}"
+
+
+def run_into(
+    config: RunConfig,
+    folder: Path,
+    tensorboard: bool = False,
+    tell: Callable[[Progress], None] = lambda progress: None,
+) -> Outcome:
+    """Train in ``folder / run_name(config)``, from its checkpoint if there is one.
+
+    A run that fails leaves ``error.txt`` there and raises nothing. One whose command was killed
+    ends by itself and leaves its checkpoint for the next.
+
+    Args:
+        config: The run.
+        folder: The folder of all runs.
+        tensorboard: Also write TensorBoard's event files.
+        tell: Called with the progress after each meta-iteration.
+    """
+    torch.set_num_threads(1)
+    name = run_name(config)
+    try:
+        with locked_folder(folder / name, patience=_PATIENCE):
+            return _train(config, folder / name, tensorboard, tell)
+    except Exception as error:  # not our folder: nothing in it is touched
+        return Outcome(name, _in_a_line(error))
+
+
+def _train(
+    config: RunConfig, place: Path, tensorboard: bool, tell: Callable[[Progress], None]
+) -> Outcome:
+    checkpoint = place / "checkpoint.pt"
+    parent = multiprocessing.parent_process()
+    try:
+        (place / "error.txt").unlink(missing_ok=True)
+        if found := finished_run(place, config):  # by the process that we waited for
+            outcome = Outcome(place.name, None, found["train"]["mean"], found["test"]["mean"])
+        else:
+            events = place / "tensorboard" if tensorboard else None
+            for message in run(config, checkpoint, events=events):
+                if parent is not None and not parent.is_alive():
+                    return Outcome(place.name, "its command was killed")
+                if isinstance(message, RunResult):
+                    write_results(place, [config], [message])
+                    outcome = Outcome(place.name, None, message.train.mean, message.test.mean)
+                else:
+                    tell(message)
+        remove_checkpoint(checkpoint)
+    except Exception as error:
+        with suppress(OSError):  # on a full disk, say: the outcome tells it too
+            (place / "error.txt").write_text(traceback.format_exc())
+        return Outcome(place.name, _in_a_line(error))
+    return outcome
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {in_words(error)}"

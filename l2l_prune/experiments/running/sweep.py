@@ -1,0 +1,129 @@
+"""Many runs over a grid of settings, on this machine or a cluster."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from l2l_prune._basics import checks
+from l2l_prune.experiments.config import KNOWN, RunConfig, make_config
+from l2l_prune.experiments.running.processes import run_all
+from l2l_prune.experiments.running.run_folder import Outcome
+from l2l_prune.experiments.running.storage import locked_folder, run_name
+
+MOST_RUNS = 100_000
+
+
+def expand(base: dict[str, Any], grid: dict[str, Any] | list[dict[str, Any]]) -> list[RunConfig]:
+    """Every combination of the grid's values over the base settings.
+
+    Args:
+        base: Arguments of :func:`make_config`.
+        grid: Lists of values for the same; ``seeds = 3`` is short for ``seed = [0, 1, 2]``. Of
+            several grids, all combinations of each.
+
+    Returns:
+        The runs, the first seed of all methods first; those that differ in nothing (a dense run at
+        several sparsities) only once.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a setting is unknown or not possible.
+
+    Examples:
+        >>> grid = {"method": ["dense", "dsd"], "sparsity": [0.3, 0.5], "seeds": 2}
+        >>> len(expand({"algorithm": "reptile"}, grid))
+        6
+    """
+    grids = grid if isinstance(grid, list) else [grid]
+    for name, table in (("base", base), *(("grid", one) for one in grids)):
+        checks.instance(name, table, dict, "a table")
+    configs = [config for one in grids for config in _combinations(base, one)]
+    unique = {run_name(config): config for config in configs}.values()
+    return sorted(unique, key=lambda config: config.seed)
+
+
+def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]:
+    base, grid = _with_method(base), _with_method(grid)
+    axes: dict[str, Sequence[Any]] = {
+        name: value if isinstance(value, list) else [value] for name, value in grid.items()
+    }
+    if "seeds" in axes:
+        axes["seed"] = _seeds(grid)
+        del axes["seeds"]
+    if empty := sorted(name for name, values in axes.items() if not values):
+        raise ValueError(f"{', '.join(empty)} must not be empty: leave it out for its default")
+    size = math.prod(len(values) for values in axes.values())
+    if size > MOST_RUNS:
+        raise ValueError(f"the grid has {size} runs, and {MOST_RUNS} are the most")
+    given = base.keys() | axes.keys()
+    known = KNOWN | {"algorithm", "method"}
+    if unknown := sorted(given - known):
+        raise ValueError(f"there is no setting {', '.join(unknown)}; there are {sorted(known)}")
+    if missing := sorted({"algorithm", "method"} - given):
+        raise ValueError(f"{' and '.join(missing)} must be given in [base] or [grid]")
+    return [
+        make_config(**base | dict(zip(axes, values, strict=True)))
+        for values in itertools.product(*axes.values())
+    ]
+
+
+def _with_method(table: dict[str, Any]) -> dict[str, Any]:
+    """``schedule`` is the old name of ``method``."""
+    if "schedule" not in table:
+        return table
+    if "method" in table:
+        raise ValueError("give method or schedule (its old name), not both")
+    return {"method" if name == "schedule" else name: value for name, value in table.items()}
+
+
+def _seeds(grid: dict[str, Any]) -> range:
+    number = grid["seeds"]
+    if isinstance(number, list):
+        raise TypeError(
+            f"seeds must be an integer, got {number}: to list them write seed = {number}"
+        )
+    if "seed" in grid:
+        raise ValueError("give seeds or seed, not both")
+    return range(checks.count("seeds", number, least=1))
+
+
+def sweep(
+    configs: list[RunConfig],
+    folder: Path,
+    console: Console,
+    *,
+    jobs: int = 2,
+    cluster: str | None = None,
+    tensorboard: bool = False,
+) -> list[Outcome]:
+    """Run what has not ended yet; a run that fails does not stop the others.
+
+    A sweep that was stopped goes on from the runs' checkpoints when it is started again.
+
+    Args:
+        configs: The runs.
+        folder: Gets a folder for each.
+        console: Gets a line for each run that ends, with its accuracies and the time left.
+        jobs: Runs at once, one thread each.
+        cluster: Hand the runs to submitit: ``"local"`` or ``"slurm"``.
+        tensorboard: Write TensorBoard's event files into each run's folder.
+
+    Returns:
+        The outcomes, in the order of ``configs``.
+
+    Raises:
+        ImportError: If ``cluster`` is given and submitit is missing.
+        ValueError: If another process writes to ``folder``, or results in it are damaged.
+    """
+    with locked_folder(folder):
+        outcomes = run_all(
+            configs, folder, console, jobs=jobs, cluster=cluster, tensorboard=tensorboard
+        )
+        ended = {outcome.name: outcome for outcome in outcomes}
+    return [ended[run_name(config)] for config in configs]

@@ -1,0 +1,134 @@
+"""Few-shot tasks from images in memory, drawn without a loop over examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from l2l_prune._basics import checks
+
+
+class Episode(NamedTuple):
+    """One few-shot task.
+
+    Attributes:
+        support_x: float32 ``[ways * shots, C, H, W]``.
+        support_y: int64 ``[ways * shots]``, in 0 .. ways - 1 (targets in regression).
+        query_x: float32 ``[ways * queries, C, H, W]``.
+        query_y: int64 ``[ways * queries]``.
+    """
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+
+
+class EpisodeSampler:
+    """Draws episodes: classes, and examples of each class, without replacement.
+
+    Args:
+        images: ``[n, C, H, W]``; uint8 images are scaled to [0, 1] after the draw.
+        labels: Class of each image ``[n]``, any integers.
+        ways: Classes in a task, >= 1.
+        shots: Support examples of each class, >= 1.
+        queries: Query examples of each class, >= 0; never support examples.
+        seed: Seed of the draws, >= 0.
+        generator: Source of the draws in place of a new one with ``seed``.
+
+    Raises:
+        TypeError: If images or labels are no tensors (of integers), or a number is no integer.
+        ValueError: If a number is out of range, lengths differ, or a class is too small.
+
+    Examples:
+        >>> sampler = EpisodeSampler(
+        ...     torch.zeros(4, 1, 8, 8), torch.tensor([0, 0, 1, 1]), ways=2, shots=1, queries=1
+        ... )
+        >>> sampler.sample().query_y.tolist()
+        [0, 1]
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        for name, given in (("images", images), ("labels", labels)):
+            checks.instance(name, given, Tensor, "a tensor")
+        if labels.is_floating_point() or labels.is_complex():
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        if labels.dim() != 1:
+            raise ValueError(f"labels must have one dimension, got {list(labels.shape)}")
+        if len(images) != len(labels):
+            raise ValueError(f"labels must be as many as images, got {len(labels)}, {len(images)}")
+        for name, value, least in (("ways", ways, 1), ("shots", shots, 1), ("queries", queries, 0)):
+            checks.count(name, value, least)
+        checks.count("seed", seed)
+        classes, sizes = torch.unique(labels, return_counts=True)
+        if ways > len(classes):
+            raise ValueError(f"ways={ways}, but there are only {len(classes)} classes")
+        smallest = int(sizes.argmin())
+        if shots + queries > int(sizes[smallest]):
+            raise ValueError(
+                f"shots + queries = {shots + queries}, but class {int(classes[smallest])} has only "
+                f"{int(sizes[smallest])} examples"
+            )
+        self._images = images
+        self.ways, self.shots, self.queries = ways, shots, queries
+        self._sizes = sizes
+        self._first = sizes.cumsum(0) - sizes  # of each class in the order below
+        self._order = labels.argsort(stable=True)
+        if generator is None:
+            generator = torch.Generator().manual_seed(seed)
+        self._generator = checks.instance(
+            "generator", generator, torch.Generator, "a torch.Generator"
+        )
+
+    def sample(self) -> Episode:
+        """Draw one episode."""
+        classes = torch.randperm(len(self._sizes), generator=self._generator)[: self.ways]
+        # The smallest of random keys choose examples without replacement, in all classes at once.
+        keys = torch.rand(self.ways, int(self._sizes.max()), generator=self._generator)
+        keys[torch.arange(keys.shape[1]) >= self._sizes[classes][:, None]] = 2.0
+        members = keys.argsort(dim=1)[:, : self.shots + self.queries]
+        chosen = self._order[self._first[classes][:, None] + members]
+        support, query = chosen[:, : self.shots], chosen[:, self.shots :]
+        labels = torch.arange(self.ways)
+        return Episode(
+            self._gather(support),
+            labels.repeat_interleave(self.shots),
+            self._gather(query),
+            labels.repeat_interleave(self.queries),
+        )
+
+    def __iter__(self) -> Iterator[Episode]:
+        while True:
+            yield self.sample()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the stream of draws."""
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the draws from where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: If ``state`` is no such state.
+        """
+        try:
+            self._generator.set_state(state["generator"])
+        except (KeyError, TypeError, RuntimeError):
+            raise ValueError("this is not a state dict of an EpisodeSampler") from None
+
+    def _gather(self, indices: Tensor) -> Tensor:
+        images = self._images[indices.flatten()]
+        return images.float().div_(255) if images.dtype == torch.uint8 else images.float()

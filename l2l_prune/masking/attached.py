@@ -1,0 +1,119 @@
+"""The masks that a Pruner holds on its tensors: set, opened, and guarded against others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from l2l_prune.masking.masked_layer import (
+    attach,
+    close_mask,
+    detach,
+    held_names,
+    held_tensors,
+    open_mask,
+    set_mask,
+)
+from l2l_prune.masking.prunable import LayerTensor
+
+
+class HeldMasks:
+    """Puts all tensors under masks, which hold nothing back until they are :meth:`set`.
+
+    Args:
+        tensors: What is pruned.
+        dense_keys: As in :class:`~l2l_prune.Pruner`.
+
+    Attributes:
+        values: Boolean mask of each tensor; True stays.
+    """
+
+    def __init__(self, tensors: Sequence[LayerTensor], *, dense_keys: bool) -> None:
+        for tensor in tensors:
+            attach(tensor.module, tensor.name, dense_keys=dense_keys)
+        self._tensors = tensors
+        self.values: list[Tensor] = []
+        self._seen: list[tuple[Tensor, int]] = []  # buffers as last checked, with their versions
+
+    def originals(self) -> list[Tensor]:
+        """The stored parameter (``weight_orig``) of each tensor."""
+        return [held_tensors(t.module, t.name)[0] for t in self._tensors]
+
+    def set(self, masks: list[Tensor]) -> None:
+        """Put other masks in place; the weights that they prune become 0."""
+        for tensor, mask in zip(self._tensors, masks, strict=True):
+            set_mask(tensor.module, tensor.name, mask)
+        self.values = masks
+        self._remember_buffers()
+
+    def project(self) -> None:
+        """Set the pruned weights to exactly 0."""
+        held = [held_tensors(t.module, t.name) for t in self._tensors]
+        torch._foreach_mul_([original for original, _ in held], [mask for _, mask in held])
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Within it gradients reach the pruned entries, which stay 0."""
+        mine = [t for t in self._tensors if open_mask(t.module, t.name)]
+        try:
+            yield
+        finally:
+            for tensor in mine:
+                close_mask(tensor.module, tensor.name)
+
+    def take_off(self) -> None:
+        """Plain modules again; pruned weights stay 0 as values."""
+        for tensor in self._tensors:
+            detach(tensor.module, tensor.name)
+
+    def check_there(self) -> None:
+        """Refuse to go on where a mask is gone.
+
+        Raises:
+            RuntimeError: Naming the tensor.
+        """
+        for tensor in self._tensors:
+            if tensor.name not in held_names(tensor.module):
+                raise RuntimeError(
+                    f"the mask of {tensor.full_name} was removed by somebody else "
+                    "(prune.remove?); use Pruner.finalize() to take masks off"
+                )
+
+    def check_same(self, iteration: int, *, thoroughly: bool = False) -> None:
+        """Masks in the model may be moved, cast or reloaded, but must say the same.
+
+        Args:
+            iteration: Whose masks they must be, for the error.
+            thoroughly: Look also at buffers that nobody is known to have written to: DDP's
+                broadcasts leave no trace.
+
+        Raises:
+            RuntimeError: Naming the tensor whose mask differs.
+        """
+        for position, tensor in enumerate(self._tensors):
+            buffer = _buffer(tensor)
+            seen, version = self._seen[position]
+            if not thoroughly and buffer is seen and buffer._version == version:
+                continue
+            self.values[position] = self.values[position].to(buffer.device)
+            if not torch.equal(buffer.bool(), self.values[position]):
+                raise RuntimeError(
+                    f"the mask of {tensor.full_name} is not the one of this Pruner's iteration "
+                    f"{iteration}: load Pruner.state_dict() together with the model's, and "
+                    "under DistributedDataParallel give Pruner its group="
+                )
+        self._remember_buffers()
+
+    def _remember_buffers(self) -> None:
+        buffers = [_buffer(tensor) for tensor in self._tensors]
+        self._seen = [(buffer, buffer._version) for buffer in buffers]
+
+
+def _buffer(tensor: LayerTensor) -> Tensor:
+    """Its mask as it is in the model, whoever wrote it."""
+    buffer = tensor.module._buffers[f"{tensor.name}_mask"]
+    assert buffer is not None
+    return buffer

@@ -1,0 +1,213 @@
+"""What makes a weight worth keeping: a criterion is one function from a weight to scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from l2l_prune._basics import checks
+from l2l_prune._basics.precision import step_gradient, widened
+
+Criterion: TypeAlias = Callable[[Tensor], Tensor]
+"""Gets one weight, as the parameter that it is (with its ``grad``, if any), and returns a real
+tensor of the same shape; in each tensor the entries with the largest scores are kept. Called
+without gradients being recorded, each time a mask is due."""
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """The paper's criterion: the absolute value (Section 4.1).
+
+    Raises:
+        TypeError: If ``weight`` is complex.
+    """
+    if weight.is_complex():
+        raise TypeError("complex weights have no order by magnitude that pruning could use")
+    return weight.detach().abs()
+
+
+def random(generator: torch.Generator) -> Criterion:
+    """Scores without meaning: the control that any other criterion should beat.
+
+    Args:
+        generator: Source of the scores, on the CPU; save its state to resume exactly.
+
+    Raises:
+        TypeError: If ``generator`` is no generator, a seed for instance.
+
+    Examples:
+        >>> scores = random(torch.Generator().manual_seed(0))
+        >>> scores(torch.zeros(2, 3)).shape
+        torch.Size([2, 3])
+    """
+    checks.instance("generator", generator, torch.Generator, "a torch.Generator")
+
+    def scores(weight: Tensor) -> Tensor:
+        return torch.rand(weight.shape, generator=generator).to(weight.device)
+
+    return scores
+
+
+def snip(weight: Tensor) -> Tensor:
+    """``|w * g|``: how much the loss changes when a weight is cut off, to first order.
+
+    ``g`` is the weight's ``grad`` when the mask is due: the meta-gradient that the outer step has
+    just used (for :class:`~l2l_prune.PrunedReptile` its direction, old minus mean adapted weights).
+
+    Raises:
+        ValueError: If the weight has no gradient.
+
+    Source:
+        Lee, Ajanthan and Torr, *SNIP: Single-shot Network Pruning based on Connection
+        Sensitivity*, ICLR 2019, Equation 6 (its division by the sum changes no order).
+    """
+    return (widened(weight) * _gradient(weight, "snip")).abs()
+
+
+def taylor(weight: Tensor) -> Tensor:
+    """``(w * g)**2``: the squared first-order change of the loss; ``g`` as in :func:`snip`.
+
+    It ranks single weights as :func:`snip` does; sums over a ``Block`` pattern differ.
+
+    Raises:
+        ValueError: If the weight has no gradient.
+
+    Source:
+        Molchanov et al., *Importance Estimation for Neural Network Pruning*, CVPR 2019, Equation 8.
+    """
+    return (widened(weight) * _gradient(weight, "taylor")).square()
+
+
+def grasp(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Criterion:
+    """``w * (H g)``: keeps the weights whose removal would cost most gradient flow.
+
+    Args:
+        loss: Computes the (meta-)loss of the model as it is, a scalar, on the same data at every
+            call.
+        parameters: All parameters that the loss is differentiated by; those that it does not
+            reach do not count.
+
+    Raises:
+        ValueError: On use, if a weight is not among ``parameters``, or the loss does not reach it.
+
+    Source:
+        Wang, Zhang and Grosse, *Picking Winning Tickets Before Training by Preserving Gradient
+        Flow*, ICLR 2020, Equation 8 (which removes the largest of ``-w * (H g)``).
+    """
+    held = list(parameters)
+
+    def scores(weight: Tensor) -> Tensor:
+        number = _position(weight, held, "grasp")
+        with torch.enable_grad():
+            value = loss()
+            gradients: tuple[Tensor | None, ...] = (None,) * len(held)
+            if value.requires_grad:
+                gradients = torch.autograd.grad(value, held, create_graph=True, allow_unused=True)
+            if gradients[number] is None:
+                raise ValueError(
+                    "grasp's loss gives no gradient for it: compute the loss from the model that "
+                    "is pruned, and leave tensors that it does not use out with skip="
+                )
+            flows = (widened(g) * widened(g.detach()) for g in gradients if g is not None)
+            flow = sum((part.sum() for part in flows), torch.zeros(()))
+            (product,) = torch.autograd.grad(flow, weight, allow_unused=True)
+        if product is None:  # a loss that is linear in this weight
+            product = torch.zeros_like(weight)
+        return widened(weight.detach()) * widened(product)
+
+    return scores
+
+
+class Movement:
+    """``-sum w * g`` over the outer steps: weights that move away from 0 stay.
+
+    Gradients reach the criterion as a step hook, of a torch optimizer or of
+    :class:`~l2l_prune.PrunedReptile`::
+
+        movement = Movement(model.parameters())
+        optimizer.register_step_pre_hook(movement.observe)
+        pruner = Pruner(model, schedule, optimizer, criterion=movement)
+
+    While a weight is pruned its gradient is 0, and its sum stays as it was.
+
+    Args:
+        parameters: The parameters to watch.
+
+    Source:
+        Sanh, Wolf and Rush, *Movement Pruning: Adaptive Sparsity by Fine-Tuning*, NeurIPS 2020,
+        Section 4.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._parameters: Sequence[Tensor] = list(parameters)
+        self._sums = [torch.zeros_like(widened(p.detach())) for p in self._parameters]
+        self._seen = 0
+
+    @torch.no_grad()
+    def observe(self, source: Any = None, args: Any = (), kwargs: Any = None) -> None:
+        """Add a step's ``-w * g``; call it before the step, as a step pre-hook is.
+
+        Sums are in float32 at least. A step that a gradient scaler skips adds nothing.
+
+        Raises:
+            ValueError: If the optimizer steps with a closure, which finds the gradient only later.
+        """
+        if len(args) > 1 or (kwargs or {}).get("closure") is not None:
+            raise ValueError("movement cannot watch an optimizer that steps with a closure")
+        for number, parameter in enumerate(self._parameters):
+            if parameter.grad is not None:
+                weight = widened(parameter)
+                total, gradient = (
+                    self._sums[number].to(weight),
+                    step_gradient(source, parameter.grad),
+                )
+                self._sums[number] = total.addcmul_(weight, gradient, value=-1)
+        self._seen += 1
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The scores of one weight.
+
+        Raises:
+            ValueError: If it is not among the watched parameters, or no step was observed yet.
+        """
+        number = _position(weight, self._parameters, "movement")
+        if not self._seen:
+            raise ValueError(
+                "movement has observed no step: register its observe as a step pre-hook, and "
+                "begin with a dense phase"
+            )
+        return self._sums[number]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far, to resume from."""
+        return {"seen": self._seen, "sums": [total.clone() for total in self._sums]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it is of other parameters.
+        """
+        shapes = [tuple(p.shape) for p in self._parameters]
+        if [tuple(total.shape) for total in state["sums"]] != shapes:
+            raise ValueError("the checkpoint's movement is of other parameters")
+        self._seen = state["seen"]
+        self._sums = [total.clone() for total in state["sums"]]
+
+
+def _gradient(weight: Tensor, name: str) -> Tensor:
+    if weight.grad is None:
+        raise ValueError(
+            f"{name} needs gradients when a mask is due: begin with a dense phase, and call step() "
+            "between backward() and zero_grad()"
+        )
+    return widened(weight.grad)
+
+
+def _position(weight: Tensor, parameters: Sequence[Tensor], name: str) -> int:
+    for number, parameter in enumerate(parameters):
+        if parameter is weight:
+            return number
+    raise ValueError(f"{name} was made for other parameters: give it those of the pruned model")

@@ -1,0 +1,276 @@
+"""Which tensors of a model are pruned, and how many of their weights stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from l2l_prune._basics.checks import told
+from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
+from l2l_prune.masking.prunable import LayerTensor, check_all_prunable
+from l2l_prune.masking.topk import kept_count
+from l2l_prune.schedules.schedule import Segment
+
+_CONV = nn.modules.conv._ConvNd
+
+Rule: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+Layers: TypeAlias = Literal["all", "authors"]
+
+
+def select(
+    model: nn.Module,
+    *,
+    layers: Layers = "all",
+    only: Rule | Iterable[Rule] | None = None,
+    skip: Rule | Iterable[Rule] | None = None,
+) -> list[LayerTensor]:
+    """Choose the tensors to prune, in the order of the model's modules.
+
+    Args:
+        model: Any module, wrapped by learn2learn or not.
+        layers: ``"all"``: the weight of every convolution and linear layer of the network; not
+            what a learn2learn algorithm holds beside it (transforms). ``"authors"``: the same
+            without the first convolution, as the paper's program prunes.
+        only: Names, ``fnmatch`` patterns, module types or predicates ``(name, module) -> bool``;
+            a tensor must match one. With it, other modules can be chosen too: of those, every
+            own parameter with two or more dimensions, or the one whose full name is given.
+        skip: As ``only``, but matches are left out.
+
+    Returns:
+        At least one tensor; each can be pruned.
+
+    Raises:
+        ValueError: If a name matches nothing, nothing is left to prune, or a chosen tensor
+            cannot be pruned correctly (already pruned, tied, parametrized, frozen, ...).
+    """
+    if layers not in ("all", "authors"):
+        raise ValueError(f'layers must be "all" or "authors", got {layers!r}')
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ValueError("the model is scripted (torch.jit), its weights are out of reach")
+    aside = _beside_the_network(model) if only is None else set()
+    candidates = [
+        LayerTensor(path, module, name)
+        for path, module in model.named_modules()
+        if module not in aside
+        for name in _prunable_names(module, everything=only is not None)
+    ]
+    if layers == "authors":
+        first = next((c for c in candidates if isinstance(c.module, _CONV)), None)
+        if first is None:
+            raise ValueError('layers="authors" leaves out the first convolution; there is none')
+        candidates.remove(first)
+    only_rules, skip_rules = read_rules("only", only, model), read_rules("skip", skip, model)
+    check_names(candidates, [r for r in (*only_rules, *skip_rules) if isinstance(r, str)])
+    chosen = [
+        c
+        for c in candidates
+        if (only is None or matches(c, only_rules)) and not matches(c, skip_rules)
+    ]
+    if candidates and not chosen:
+        names = ", ".join(c.full_name for c in candidates)
+        raise ValueError(f"there is nothing to prune: only= and skip= leave nothing of {names}")
+    if not chosen:
+        kinds = sorted({type(module).__name__ for module in model.modules()})
+        raise ValueError(
+            "there is nothing to prune: the model holds no weight of a convolution or linear "
+            f"layer (the model is made of {', '.join(kinds)}); choose others with only="
+        )
+    check_all_prunable(model, chosen)
+    return chosen
+
+
+def segment_counts(
+    tensors: Sequence[LayerTensor], segment: Segment, pattern: Pattern = UNSTRUCTURED
+) -> list[int]:
+    """How many weights each tensor keeps in ``segment``.
+
+    Args:
+        tensors: The selected tensors.
+        segment: A segment of a schedule; dense ones keep everything.
+        pattern: Where pruned weights may lie.
+
+    Returns:
+        One count ``k_l`` per tensor, in [1, numel].
+
+    Raises:
+        ValueError: If the segment names a layer that is not selected, keeps more weights than
+            a layer has, would prune a layer away, or the pattern does not fit a layer.
+    """
+    counts = [tensor.shape.numel() for tensor in tensors]
+    if not segment.sparse:
+        return counts
+    keep, rates = dict(segment.keep or ()), segment.sparsity
+    check_names(tensors, keep)
+    if isinstance(rates, tuple):
+        check_names(tensors, dict(rates))
+    for position, tensor in enumerate(tensors):
+        numel = counts[position]
+        explicit = lookup([tensor], keep)
+        if explicit is not None:
+            if explicit > numel:
+                raise ValueError(f"keep={explicit} is more than {tensor.full_name} has: {numel}")
+            counts[position] = _in_pattern(tensor, int(explicit), pattern)
+            continue
+        rate = lookup([tensor], dict(rates)) if isinstance(rates, tuple) else float(rates)  # type: ignore[arg-type]
+        counts[position] = _in_pattern(tensor, kept_count(numel, rate or 0.0), pattern)
+        if counts[position] == 0:
+            raise ValueError(
+                f"sparsity {rate} would prune all {numel} weights of {tensor.full_name} and cut "
+                "the network: lower it for this layer, or leave the layer out with skip="
+            )
+    return counts
+
+
+def learning_rates(model: nn.Module, tensors: Iterable[LayerTensor]) -> list[nn.Parameter | None]:
+    """What is learned of each tensor's inner steps entry by entry, as in learn2learn's Meta-SGD.
+
+    Meta-SGD keeps one rate tensor for each parameter of its network, in the same order, as
+    ``lrs``; SparseMAML its ``scores``. They get no gradients where weights are pruned, so the
+    state that an optimizer has for them must follow the masks like the weights'.
+
+    Args:
+        model: The model that was given to the Pruner.
+        tensors: The selected tensors, before anything is attached.
+
+    Returns:
+        For each tensor its rates or scores, of the same shape, or None.
+    """
+    rates: dict[int, nn.Parameter] = {}
+    for wrapper in model.modules():
+        network, held = wrapper._modules.get("module"), wrapper._modules
+        lrs = held.get("lrs", held.get("scores"))
+        if network is not None and isinstance(lrs, nn.ParameterList):
+            pairs = list(zip(network.parameters(), lrs.parameters(), strict=False))
+            if all(parameter.shape == rate.shape for parameter, rate in pairs):
+                rates.update({id(parameter): rate for parameter, rate in pairs})
+    weights = [t.module._parameters.get(t.name) for t in tensors]
+    return [rates.get(id(weight)) for weight in weights]
+
+
+def _beside_the_network(model: nn.Module) -> set[nn.Module]:
+    """Modules that a meta-learning wrapper holds beside its network.
+
+    learn2learn's algorithms (clone, adapt) keep the network under ``module``; what else they
+    hold, like the gradient transforms of GBML, is no layer of it.
+    """
+    aside: set[nn.Module] = set()
+    for wrapper in model.modules():
+        if all(callable(getattr(wrapper, verb, None)) for verb in ("clone", "adapt")):
+            network = wrapper._modules.get("module")
+            for child in wrapper.children() if network is not None else ():
+                if child is not network:
+                    aside.update(child.modules())
+            aside -= set(network.modules()) if network is not None else set()
+    return aside
+
+
+def _prunable_names(module: nn.Module, *, everything: bool) -> list[str]:
+    own = [name for name, weight in module._parameters.items() if weight is not None]
+    if isinstance(module, (_CONV, nn.Linear)):  # a reparametrized weight is no parameter, yet meant
+        return list(dict.fromkeys(["weight", *own])) if everything else ["weight"]
+    return own if everything else []
+
+
+def read_rules(argument: str, rules: Rule | Iterable[Rule] | None, model: nn.Module) -> list[Rule]:
+    """Names, patterns, types and predicates as a list, one or several as they were given.
+
+    Raises:
+        TypeError: If something else is among them; ``argument`` is named.
+    """
+    if rules is None:
+        return []
+    several = isinstance(rules, Iterable) and not isinstance(rules, (str, type, nn.Module))
+    listed: list[Rule] = list(rules) if several else [rules]  # type: ignore[list-item, arg-type]
+    for rule in listed:
+        if isinstance(rule, nn.Module):  # callable, but no predicate
+            paths = (path for path, module in model.named_modules() if module is rule)
+            name = next(paths, "")
+            raise TypeError(
+                f"{argument} takes names, module types or predicates, got a {told(rule)} itself: "
+                f"give its name {name!r}"
+            )
+        if not (isinstance(rule, (str, type)) or callable(rule)):
+            raise TypeError(f"{argument} takes names, module types or predicates, got {told(rule)}")
+    return listed
+
+
+def matches(tensor: LayerTensor, rules: Iterable[Rule]) -> bool:
+    """Whether one of the rules means this tensor."""
+    return any(_matches_one(tensor, rule) for rule in rules)
+
+
+def _matches_one(tensor: LayerTensor, rule: Rule) -> bool:
+    if isinstance(rule, str):
+        return rule == tensor.full_name or (tensor.named_by(rule) and _is_weight(tensor))
+    hit = (
+        isinstance(tensor.module, rule)
+        if isinstance(rule, type)
+        else rule(tensor.path, tensor.module)
+    )
+    return bool(hit) and _is_weight(tensor)
+
+
+def _is_weight(tensor: LayerTensor) -> bool:
+    """Naming a whole module means its matrices and kernels, not its biases and scales."""
+    if isinstance(tensor.module, (_CONV, nn.Linear)):
+        return tensor.name == "weight"
+    weight = tensor.module._parameters[tensor.name]
+    return weight is not None and weight.dim() > 1
+
+
+def check_names(tensors: Sequence[LayerTensor], patterns: Iterable[str]) -> None:
+    """Refuse a name or ``fnmatch`` pattern that means none of the tensors.
+
+    Raises:
+        ValueError: Naming it, and what there is.
+    """
+    for pattern in patterns:
+        if not any(tensor.named_by(pattern) for tensor in tensors):
+            known = ", ".join(tensor.full_name for tensor in tensors)
+            raise ValueError(f"no prunable layer is called {pattern!r}; there are: {known}")
+
+
+def lookup(tensors: Sequence[LayerTensor], table: Mapping[str, float]) -> float | None:
+    """The entry for a tensor, or for several that must have the same: names before patterns.
+
+    Args:
+        tensors: One tensor, or those that lose the same channels.
+        table: Values by name of a layer or tensor, or by ``fnmatch`` pattern.
+
+    Returns:
+        The value of an exact name if there is one, else of the first pattern that matches.
+
+    Raises:
+        ValueError: If two tensors are named with different values.
+    """
+    exact = {
+        tensor.path: table[name]
+        for tensor in tensors
+        for name in (tensor.path, tensor.full_name)  # the fuller name counts
+        if name in table
+    }
+    if len(set(exact.values())) > 1:
+        told = ", ".join(f"{name}: {value}" for name, value in exact.items())
+        raise ValueError(f"these lose the same channels and need one value, got {told}")
+    if exact:
+        return next(iter(exact.values()))
+    return next(
+        (v for pattern, v in table.items() if any(t.named_by(pattern) for t in tensors)), None
+    )
+
+
+def _in_pattern(tensor: LayerTensor, keep: int, pattern: Pattern) -> int:
+    shape = tensor.shape
+    if keep in (0, shape.numel()):  # nothing to arrange
+        return keep
+    try:
+        as_outputs = tensor.swapped(torch.empty(shape, device="meta")).shape
+        return pattern.count(as_outputs, keep)
+    except ValueError as error:
+        raise ValueError(
+            f"{tensor.full_name} of shape {tuple(shape)} cannot take the pattern {pattern}: "
+            f"{error}; leave it out with skip="
+        ) from None

@@ -1,0 +1,165 @@
+"""Where pruned weights may lie: anywhere, N of every M, or in whole blocks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from l2l_prune._basics import checks
+from l2l_prune._basics.precision import widened
+from l2l_prune.masking.topk import check_finite, kept_count, top_mask
+
+
+class Pattern(ABC):
+    """A rule for the places of a mask.
+
+    Tensors come as ``[outputs, inputs / groups, ...]``, those of transposed convolutions too.
+    """
+
+    @abstractmethod
+    def count(self, shape: torch.Size, keep: int) -> int:
+        """How many weights are kept where ``keep`` are asked for.
+
+        Raises:
+            ValueError: If a tensor of this shape cannot be pruned by the pattern, or not so far.
+        """
+
+    @abstractmethod
+    def mask(self, scores: Tensor, keep: int) -> Tensor:
+        """Boolean mask with ``count(scores.shape, keep)`` True entries.
+
+        Args:
+            scores: Real tensor; large ones stay, of equals the first.
+            keep: Number of weights to keep.
+
+        Raises:
+            ValueError: If ``scores`` holds NaN or infinity.
+        """
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """Each weight by itself: the paper's masks."""
+
+    def count(self, shape: torch.Size, keep: int) -> int:
+        """``keep``."""
+        return keep
+
+    def mask(self, scores: Tensor, keep: int) -> Tensor:
+        """The largest scores of the tensor."""
+        return top_mask(scores, keep)
+
+
+@dataclass(frozen=True)
+class NByM(Pattern):
+    """``n`` of every ``m`` neighbours along the input dimension stay, as sparse tensor cores ask.
+
+    The input dimension is the second: columns of a linear layer, input channels of a convolution
+    (at each kernel position, as NVIDIA's ASP does). A transposed convolution, which holds its
+    inputs first, is pruned along its inputs too. The schedule's sparsity must be ``1 - n / m``.
+
+    Args:
+        n: Weights that stay in each group, 1 .. ``m - 1``.
+        m: Neighbours in a group, >= 2.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Source:
+        Mishra et al., *Accelerating Sparse Deep Neural Networks*, 2021 (2:4).
+
+    Examples:
+        >>> NByM(2, 4).mask(torch.tensor([[3.0, 1.0, 2.0, 0.0]]), 2).tolist()
+        [[True, False, True, False]]
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        checks.count("m", self.m, least=2)
+        if checks.count("n", self.n, least=1) >= self.m:
+            raise ValueError(f"n must be below m = {self.m}, got {self.n}")
+
+    def count(self, shape: torch.Size, keep: int) -> int:
+        """``keep``, if it is ``n / m`` of the tensor."""
+        if len(shape) < 2 or shape[1] % self.m:
+            inputs = shape[1] if len(shape) > 1 else "no"
+            raise ValueError(f"it has {inputs} inputs, which do not divide by {self.m}")
+        total = shape.numel()
+        if keep * self.m != total * self.n:
+            raise ValueError(
+                f"{self.n}:{self.m} keeps {self.n} of {self.m}, so the sparsity must be "
+                f"{1 - self.n / self.m:g}; asked were {keep} of {total} weights"
+            )
+        return keep
+
+    def mask(self, scores: Tensor, keep: int) -> Tensor:
+        """The ``n`` largest of each group."""
+        check_finite(scores)
+        by_input = scores.detach().movedim(1, -1)
+        groups = by_input.reshape(-1, self.m)
+        kept = groups.argsort(dim=1, descending=True, stable=True)[:, : self.n]
+        mask = torch.zeros(groups.shape, dtype=torch.bool, device=scores.device)
+        mask.scatter_(1, kept, True)
+        return mask.view(by_input.shape).movedim(-1, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class Block(Pattern):
+    """Whole blocks of the matrix ``[outputs, inputs x kernel]`` stay or go.
+
+    For a transposed convolution, which holds its inputs first, the matrix is the same.
+
+    A block's score is the sum of its weights' scores. The number of blocks that stay is rounded
+    as the number of weights is in :class:`Unstructured`.
+
+    Args:
+        rows: Height of a block, along the outputs, >= 1.
+        columns: Width of a block, along inputs and kernel positions, >= 1.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Source:
+        Narang et al., *Block-Sparse Recurrent Neural Networks*, 2017.
+
+    Examples:
+        >>> Block(1, 2).mask(torch.tensor([[3.0, 1.0, 2.0, 0.5]]), 2).tolist()
+        [[True, True, False, False]]
+    """
+
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        checks.count("rows", self.rows, least=1)
+        checks.count("columns", self.columns, least=1)
+
+    def count(self, shape: torch.Size, keep: int) -> int:
+        """The weights of the nearest number of blocks."""
+        matrix = (shape[0], shape[1:].numel()) if len(shape) > 1 else (1, shape.numel())
+        if matrix[0] % self.rows or matrix[1] % self.columns:
+            raise ValueError(
+                f"its matrix of {matrix[0]} x {matrix[1]} does not divide into blocks of "
+                f"{self.rows} x {self.columns}"
+            )
+        size = self.rows * self.columns
+        return size * kept_count(shape.numel() // size, 1 - keep / shape.numel())
+
+    def mask(self, scores: Tensor, keep: int) -> Tensor:
+        """The blocks with the largest sums."""
+        matrix = scores.detach().reshape(scores.shape[0] if scores.dim() > 1 else 1, -1)
+        height, width = matrix.shape
+        rows, columns = height // self.rows, width // self.columns
+        blocks = matrix.view(rows, self.rows, columns, self.columns)
+        size = self.rows * self.columns
+        kept = top_mask(widened(blocks).sum(dim=(1, 3)), self.count(scores.shape, keep) // size)
+        spread = kept[:, None, :, None].expand(rows, self.rows, columns, self.columns)
+        return spread.reshape(scores.shape)
+
+
+UNSTRUCTURED = Unstructured()

@@ -1,0 +1,174 @@
+"""Masks that move within a sparse phase: the smallest weights go, others grow (SET, RigL)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from l2l_prune._basics import checks, ranks
+from l2l_prune._basics.losses import check_loss
+from l2l_prune.masking.topk import top_mask
+from l2l_prune.pruner import Pruner
+
+
+class Regrowth:
+    """Every ``interval`` iterations of a sparse segment some weights are exchanged.
+
+    In each tensor the smallest of the kept weights are dropped and as many of the others grow from
+    0: those with the largest gradient (RigL) if ``loss`` is given, else random ones (SET). The
+    fraction falls over the segment by half a cosine. One line after the Pruner is made::
+
+        regrowth = Regrowth(pruner, interval=100, loss=lambda: loss_of(model))
+
+    Args:
+        pruner: A :class:`~l2l_prune.Pruner`: ``reptile.pruner`` for Reptile.
+        interval: Meta-iterations between exchanges, >= 1.
+        fraction: Fraction of the kept weights that is exchanged at the segment's start, in [0, 1).
+        loss: Computes the (meta-)loss, a scalar, from the model that is pruned; its gradient is
+            taken with respect to all weights, the pruned ones at 0 included
+            (:func:`dense_gradients`). With Reptile it is the loss of ``reptile(x)`` on data of the
+            tasks, since no gradient comes back from ``reptile.clone()``. In a ``group`` of ranks
+            each computes the loss of its own data, and the gradients are added up.
+        generator: Source of SET's random numbers, on the CPU; a new one with seed 0 by default. Of
+            several ranks the first one's numbers count.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is out of range, or the pruner holds masks by pattern or globally.
+
+    Source:
+        SET: Mocanu et al., Nature Communications 2018, Algorithm 2 (here with RigL's schedule).
+        RigL: Evci et al., *Rigging the Lottery*, ICML 2020, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        pruner: Pruner,
+        *,
+        interval: int,
+        fraction: float = 0.3,
+        loss: Callable[[], Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self._pruner = checks.instance("pruner", pruner, Pruner, "a Pruner")
+        if not pruner.layerwise:
+            raise ValueError("Regrowth counts layer by layer: use no pattern and no global masks")
+        self._interval = checks.count("interval", interval, least=1)
+        self._fraction = checks.fraction("fraction", fraction)
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss must be a function without arguments, got {checks.told(loss)}")
+        if generator is not None:
+            checks.instance("generator", generator, torch.Generator, "a torch.Generator")
+        self._loss = loss
+        self._generator = generator or torch.Generator().manual_seed(0)
+        pruner.register_step_hook(self._after_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random numbers' state, to resume from beside the Pruner's own."""
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._generator.set_state(state["generator"])
+
+    @torch.no_grad()
+    def _after_step(self, pruner: Pruner) -> None:
+        start, stop = self._span()
+        done = pruner.iteration - start
+        if not pruner.sparse or done <= 0 or done % self._interval or pruner.iteration >= stop:
+            return
+        fraction = self._fraction / 2 * (1 + math.cos(math.pi * done / (stop - start)))
+        scores = self._growth_scores()
+        pruner.replace_masks(
+            {
+                name: exchanged(weight, pruner.masks[name], scores[name], fraction)
+                for name, weight in pruner.weights.items()
+            }
+        )
+
+    def _span(self) -> tuple[int, int]:
+        """First iteration of the segment in force, and the one after its last."""
+        for start, stop, _ in self._pruner.schedule.spans():
+            if start <= self._pruner.iteration < stop:
+                return start, stop
+        return self._pruner.iteration, self._pruner.iteration
+
+    def _growth_scores(self) -> dict[str, Tensor]:
+        group, weights = self._pruner.group, self._pruner.weights
+        if self._loss is None:
+            random = {
+                name: torch.rand(weight.shape, generator=self._generator).to(weight.device)
+                for name, weight in weights.items()
+            }
+            ranks.take_first(list(random.values()), group)
+            return random
+        device = next(iter(weights.values())).device
+        with ranks.failing_together(group, device):
+            gradients = dense_gradients(self._pruner, self._loss)
+        return {n: ranks.total(g, group).abs() for n, g in gradients.items()}
+
+
+def exchanged(weight: Tensor, mask: Tensor, growth: Tensor, fraction: float) -> Tensor:
+    """The mask after one exchange, with as many True entries as before.
+
+    Args:
+        weight: The weights; those outside the mask are 0.
+        mask: Boolean tensor of the same shape; True is kept.
+        growth: Scores of the same shape, >= 0: the largest outside what stays grow, so that a
+            weight may also come back at once, as it was.
+        fraction: Fraction of the kept weights to exchange, in [0, 1].
+
+    Examples:
+        >>> weight, mask = torch.tensor([3.0, 1.0, 0.0, 0.0]), torch.tensor([1, 1, 0, 0]).bool()
+        >>> exchanged(weight, mask, torch.tensor([9.0, 0.0, 1.0, 2.0]), 0.5).tolist()
+        [True, False, False, True]
+    """
+    kept = int(mask.sum())
+    number = round(fraction * kept)
+    magnitude = weight.detach().abs().masked_fill(~mask, -1)
+    stays = top_mask(magnitude, kept - number)
+    grows = top_mask(growth.detach().masked_fill(stays, -1), number)
+    return stays | grows
+
+
+def dense_gradients(pruner: Pruner, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Gradients of ``loss`` for all entries of the pruned weights, those that are cut off included.
+
+    The masks are opened for one forward and backward pass (:meth:`Pruner.opened_masks`); the loss
+    is the same. Through a meta-loss this is the derivative by the initial weights of an inner loop
+    that moves the kept entries only.
+
+    Args:
+        pruner: In a sparse segment.
+        loss: Computes a scalar from the pruned model.
+
+    Returns:
+        A gradient for each tensor by its dense name.
+
+    Raises:
+        TypeError: If the loss is no tensor.
+        ValueError: If it holds several numbers, or does not reach a tensor, which is named.
+    """
+    weights = pruner.weights
+    with ExitStack() as local, pruner.opened_masks(), torch.enable_grad():
+        for module in pruner.model.modules():
+            if isinstance(module, DistributedDataParallel):  # it would wait for a backward()
+                local.enter_context(module.no_sync())
+        value = check_loss(loss())
+        gradients: tuple[Tensor | None, ...] = (None,) * len(weights)
+        if value.requires_grad:
+            gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+    found = {n: g for n, g in zip(weights, gradients, strict=True) if g is not None}
+    if missing := [name for name in weights if name not in found]:
+        raise ValueError(
+            f"loss gives no gradient for {', '.join(missing)}: compute it from the model that is "
+            "pruned (with PrunedReptile from reptile(x), not from reptile.clone(), which is a "
+            "copy), and leave tensors that it does not use out with skip="
+        )
+    return found

@@ -1,0 +1,362 @@
+"""Reptile with network pruning (Algorithms 1 and 2 of the paper) in learn2learn's verbs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from l2l_prune._basics import checks, ranks
+from l2l_prune.channels.pruner import ChannelPruner, Structured
+from l2l_prune.masking.allocation import Allocation
+from l2l_prune.masking.criteria import Criterion, magnitude
+from l2l_prune.masking.layers import Layers, Rule
+from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
+from l2l_prune.pruner import Pruner
+from l2l_prune.reptile.inner_loop import OptimizerFactory, Workspace, adam, copied_state
+from l2l_prune.reptile.learner import Learner
+from l2l_prune.reptile.state import check_reptile_state
+from l2l_prune.schedules.schedule import Schedule
+
+StepPreHook: TypeAlias = Callable[["PrunedReptile", tuple[()], dict[str, Any]], None]
+
+
+class PrunedReptile(nn.Module):
+    """Reptile whose meta-parameters follow a pruning schedule.
+
+    Each meta-iteration clones a learner per task, adapts it by minibatch steps, collects it, and
+    then moves the meta-parameters towards the mean of the adapted ones (Algorithm 2), holds the
+    pruned ones at 0 and advances the schedule (Algorithm 1). While sparse, learners are adapted
+    under the mask. As in the authors' program the inner optimizer sees the gradients of pruned
+    weights, so Adam's second moments are warm when those weights are released.
+
+    Batch normalisation uses batch statistics in training mode; running buffers that a learner
+    changes are dropped with it, so nothing leaks from task to task, nor into the model.
+
+    Args:
+        model: The network; its initial weights are the start. It is pruned in place.
+        schedule: When to prune, and how much.
+        inner_lr: Learning rate of the inner optimizer, > 0.
+        meta_lr: Step towards the mean of the adapted weights at the start, >= 0.
+        meta_lr_final: The same at the end of the schedule; linear in between.
+        inner_optimizer: Called as ``inner_optimizer(parameters, lr=inner_lr)``: an optimizer
+            class or a ``functools.partial`` of one. By default :func:`adam`, with betas (0, 0.999).
+        carry_state: Carry the inner optimizer's state over from one collected task to the next,
+            as the authors and learn2learn's example do; else each task starts afresh.
+        foml: First-order MAML: move by the last inner step only, instead of by all.
+        layers: As in :class:`~l2l_prune.Pruner`, likewise ``only``, ``skip``,
+            ``criterion``, ``pattern`` and ``allocation``.
+        structured: Cut out whole channels instead of masking weights, so that sparse phases run on
+            a small network: see :class:`~l2l_prune.channels.pruner.ChannelPruner`. Of the arguments
+            before it, only ``skip`` goes with this, as names of layers.
+        group: Ranks of torch.distributed (``dist.group.WORLD``) that share the tasks of each
+            meta-iteration: every rank adapts its own, at least one, and all call :meth:`step`.
+            Weights and masks are then the same on all ranks, as of one process with all tasks
+            (masks as of :class:`~l2l_prune.Pruner`). The
+            carried state is averaged over the ranks, where one process hands it from task to task.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is out of range, or the model cannot be pruned as asked.
+
+    Examples:
+        >>> from l2l_prune import DSDSchedule
+        >>> net, x = torch.nn.Linear(4, 2), torch.ones(3, 4)
+        >>> reptile = PrunedReptile(net, DSDSchedule(0.5, pretrain=1, prune=1, retrain=1))
+        >>> for _ in range(reptile.schedule.iterations):
+        ...     for task in range(2):
+        ...         learner = reptile.clone()
+        ...         learner.adapt(learner(x).square().mean())
+        ...         reptile.collect(learner)
+        ...     reptile.step()
+        >>> reptile.finalize() is net
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        *,
+        inner_lr: float = 1e-3,
+        meta_lr: float = 1.0,
+        meta_lr_final: float = 0.0,
+        inner_optimizer: OptimizerFactory = adam,
+        carry_state: bool = True,
+        foml: bool = False,
+        layers: Layers = "all",
+        only: Rule | Iterable[Rule] | None = None,
+        skip: Rule | Iterable[Rule] | None = None,
+        criterion: Criterion = magnitude,
+        pattern: Pattern = UNSTRUCTURED,
+        allocation: Allocation = "layerwise",
+        structured: Structured | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        checks.instance("model", model, nn.Module, "a torch.nn.Module")
+        checks.number("meta_lr", meta_lr)
+        checks.number("meta_lr_final", meta_lr_final)
+        checks.number("inner_lr", inner_lr, above=0)
+        checks.flag("carry_state", carry_state)
+        checks.flag("foml", foml)
+        if not callable(inner_optimizer):
+            raise TypeError(
+                "inner_optimizer must be an optimizer class, or a functools.partial of one, got "
+                f"{checks.told(inner_optimizer)}"
+            )
+        if structured is not None:
+            checks.instance("structured", structured, Structured, "a Structured")
+        if group is not None:  # before a mask is made
+            checks.instance("group", group, dist.ProcessGroup, "a torch.distributed ProcessGroup")
+            ranks.take_first([*model.parameters(), *model.buffers()], group)
+        self.pruner: Pruner | ChannelPruner
+        if structured is None:
+            self.pruner = Pruner(
+                model,
+                schedule,
+                layers=layers,
+                only=only,
+                skip=skip,
+                criterion=criterion,
+                pattern=pattern,
+                allocation=allocation,
+                group=group,
+            )
+        else:
+            given = (only, layers, criterion, pattern, allocation)
+            if given != (None, "all", magnitude, UNSTRUCTURED, "layerwise"):
+                raise ValueError(
+                    "structured goes without only, layers, criterion, pattern and allocation: it "
+                    "cuts out whole channels of all layers but those of skip="
+                )
+            self.pruner = ChannelPruner(
+                model,
+                schedule,
+                example_inputs=structured.example_inputs,
+                importance=structured.importance,
+                skip=skip,
+            )
+            self.pruner.more_states = self._carried_states
+        self.module = model
+        self.inner_lr = inner_lr
+        self.meta_lr_initial, self.meta_lr_final = meta_lr, meta_lr_final
+        self.carry_state, self.foml = carry_state, foml
+        self.inner_optimizer = inner_optimizer
+        self._group = group
+        self._workspaces: list[Workspace] = []
+        self._inner_state: list[dict[str, Any]] = []
+        self._collected: list[Tensor] = []  # sum over tasks, one tensor a parameter
+        self._tasks = 0
+        self._step_pre_hooks: dict[int, StepPreHook] = OrderedDict()
+
+    @property
+    def schedule(self) -> Schedule:
+        """The pruning schedule."""
+        return self.pruner.schedule
+
+    @property
+    def structured(self) -> bool:
+        """Whether sparse phases cut out channels instead of masking weights."""
+        return isinstance(self.pruner, ChannelPruner)
+
+    @property
+    def iteration(self) -> int:
+        """Meta-iterations done so far."""
+        return self.pruner.iteration
+
+    @property
+    def meta_lr(self) -> float:
+        """The meta step size of the current iteration: linear from start to end."""
+        done = min(self.iteration / self.schedule.iterations, 1.0)
+        return (1 - done) * self.meta_lr_initial + done * self.meta_lr_final
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the (masked) meta-model."""
+        return self.module(*args, **kwargs)
+
+    @torch.no_grad()
+    def clone(self) -> Learner:
+        """A learner that starts from the meta-parameters, for one task.
+
+        Several may live at once. Dropping a learner without :meth:`collect` leaves no trace, so
+        evaluation is ``clone``, ``adapt``, predict.
+
+        Raises:
+            RuntimeError: After :meth:`finalize`.
+        """
+        self._check_usable()
+        workspace = self._workspaces.pop() if self._workspaces else self._new_workspace()
+        workspace.restore(self.module, self._inner_state if self.carry_state else [])
+        return Learner(self, self.iteration, workspace)
+
+    @torch.no_grad()
+    def collect(self, learner: Learner) -> None:
+        """Take the adapted weights of ``learner`` into this meta-iteration, and use it up.
+
+        Raises:
+            RuntimeError: If the learner is another's, was collected before, or was cloned before
+                the last :meth:`step`; or after :meth:`finalize`.
+        """
+        self._check_usable()
+        workspace = self._released(learner)
+        moved = [p.detach() for p in workspace.parameters]
+        if self.foml:
+            moved = list(torch._foreach_sub(moved, workspace.before_last))
+        if not self._collected:
+            self._collected = [p.clone() for p in moved]
+        else:
+            torch._foreach_add_(self._collected, moved)
+        self._tasks += 1
+        if self.carry_state:
+            workspace.clear_momentum()
+            self._inner_state = workspace.save_state(self._inner_state)
+        self._workspaces.append(workspace)
+
+    def discard(self, learner: Learner) -> None:
+        """Use a learner up without collecting it, for evaluation.
+
+        Dropping it does the same; this spares the next :meth:`clone` a copy of the model.
+
+        Raises:
+            RuntimeError: As for :meth:`collect`.
+        """
+        self._workspaces.append(self._released(learner))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """End a meta-iteration: interpolate, project, advance the schedule.
+
+        Raises:
+            RuntimeError: If no learner was collected since the last step, or after
+                :meth:`finalize`; or if the ranks of ``group`` are at different iterations, or
+                masks differ between them.
+            ValueError: If weights are NaN or infinite when a mask is due; nothing is changed then.
+        """
+        self._check_usable()
+        if not self._tasks:
+            raise RuntimeError("step() without a task: collect(learner) at least one before it")
+        tasks, mean = self._tasks, [total.clone() for total in self._collected]
+        if self._group is not None:
+            ranks.check_same_iteration(self.iteration, self._group, mean[0].device)
+            if self.carry_state:
+                ranks.average_states(self._inner_state, tasks, self._group)
+            tasks = ranks.sum_over_ranks(mean, tasks, self._group)
+        torch._foreach_div_(mean, tasks)
+        parameters = list(self.module.parameters())
+        before = [p.detach().clone() for p in parameters]
+        iteration, segment = self.iteration, self.pruner.segment
+        observed = bool(self._step_pre_hooks) or self.pruner.mask_due
+        try:
+            if observed:
+                self._show_gradients(mean)
+                for hook in list(self._step_pre_hooks.values()):
+                    hook(self, (), {})
+            if self.foml:
+                torch._foreach_add_([p.detach() for p in parameters], mean, alpha=self.meta_lr)
+            else:
+                torch._foreach_lerp_([p.detach() for p in parameters], mean, self.meta_lr)
+            self.pruner.step()
+        except Exception:
+            if self.iteration == iteration:  # else a hook failed after the step
+                torch._foreach_copy_([p.detach() for p in parameters], before)
+            raise
+        finally:
+            if observed:
+                for parameter in parameters:
+                    parameter.grad = None
+            if self.iteration != iteration:
+                self._collected, self._tasks = [], 0
+        if isinstance(self.pruner, ChannelPruner) and self.pruner.segment is not segment:
+            self._workspaces.clear()  # their shapes are those of the old segment
+            kept = {n: torch.tensor(c).to(mean[0].device) for n, c in self.pruner.channels.items()}
+            ranks.check_same(kept, self.iteration, self._group)
+
+    def register_step_pre_hook(self, hook: StepPreHook) -> RemovableHandle:
+        """Call ``hook(reptile, args, kwargs)`` in each :meth:`step` before the weights move.
+
+        As with torch's optimizers the gradients are there then: Reptile's meta-gradient, old minus
+        mean adapted weights, is in the parameters' ``grad`` (criteria find it there, too).
+
+        Returns:
+            A handle; its ``remove()`` takes the hook off.
+        """
+        handle = RemovableHandle(self._step_pre_hooks)
+        self._step_pre_hooks[handle.id] = hook
+        return handle
+
+    def forget_inner_state(self) -> None:
+        """Start the inner optimizer's carried state afresh."""
+        self._inner_state = []
+
+    def finalize(self) -> nn.Module:
+        """Take the masks off and return the plain model (see :meth:`Pruner.finalize`)."""
+        self._workspaces.clear()
+        return self.pruner.finalize()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What ``state_dict()`` holds beside the model, to resume exactly."""
+        return {
+            "pruner": self.pruner.state_dict(),
+            "inner_state": [copied_state(state) for state in self._inner_state],
+            "collected": [total.clone() for total in self._collected],
+            "tasks": self._tasks,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Called by ``load_state_dict()``.
+
+        Raises:
+            ValueError: If the state belongs to another model or schedule; nothing is changed then.
+        """
+        # Cut tensors have the state's shapes only later.
+        parameters = dict(self.module.named_parameters())
+        check_reptile_state(state, parameters, shapes=not self.structured)
+        self.pruner.load_state_dict(state["pruner"])
+        self._workspaces.clear()
+        devices = [parameter.device for parameter in parameters.values()]
+        self._inner_state = [
+            copied_state(entry, device)
+            for entry, device in zip(state["inner_state"], devices, strict=False)
+        ]
+        self._collected = [
+            total.to(device, copy=True)
+            for total, device in zip(state["collected"], devices, strict=False)
+        ]
+        self._tasks = state["tasks"]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrunedReptile:
+        """Move or cast: working copies are made anew, the carried state goes along."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._workspaces.clear()
+        self._collected = [fn(total) for total in self._collected]
+        for state in self._inner_state:
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dim():  # Adam's step count stays
+                    state[key] = fn(value)
+        return self
+
+    def _show_gradients(self, means: list[Tensor]) -> None:
+        """Reptile's meta-gradient as ``grad``: Nichol et al., 2018, Section 2."""
+        for parameter, mean in zip(self.module.parameters(), means, strict=True):
+            parameter.grad = -mean if self.foml else parameter.detach() - mean
+
+    def _released(self, learner: Learner) -> Workspace:
+        if not isinstance(learner, Learner):
+            raise TypeError(f"this takes a learner made by clone(), got {checks.told(learner)}")
+        return learner.release(self, self.iteration)
+
+    def _carried_states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        return zip(self.module.parameters(), self._inner_state, strict=False)
+
+    def _new_workspace(self) -> Workspace:
+        return Workspace(self.pruner, self.inner_optimizer, self.inner_lr, self.foml)
+
+    def _check_usable(self) -> None:
+        if self.pruner.finalized:
+            raise RuntimeError("PrunedReptile was finalized: make a new one to train on")

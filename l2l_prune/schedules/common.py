@@ -1,0 +1,119 @@
+"""Schedules of the field beside the paper's: one-shot, cubic and cyclic."""
+
+from __future__ import annotations
+
+from l2l_prune._basics.checks import count, fraction
+from l2l_prune.schedules.schedule import Schedule, Segment
+
+
+def one_shot(sparsity: float, *, pretrain: int, prune: int) -> Schedule:
+    """Prune once, and stay sparse to the end.
+
+    Args:
+        sparsity: Fraction of each selected tensor to prune, in [0, 1).
+        pretrain: Dense meta-iterations, >= 0.
+        prune: Sparse meta-iterations, >= 0.
+
+    Raises:
+        TypeError: If a number of iterations is not an integer.
+        ValueError: If a value is out of range, or there are no iterations at all.
+
+    Examples:
+        >>> [s.label for s in one_shot(0.5, pretrain=2, prune=3).segments]
+        ['pretrain', 'prune']
+    """
+    return Schedule(
+        (
+            Segment(pretrain, phase="pretrain"),
+            Segment(prune, sparse=True, sparsity=sparsity, phase="prune"),
+        )
+    )
+
+
+def cubic(
+    sparsity: float,
+    *,
+    pretrain: int,
+    steps: int,
+    interval: int,
+    hold: int,
+    initial_sparsity: float = 0.0,
+) -> Schedule:
+    """Sparsity that grows fast at first and slowly at the end.
+
+    After ``k`` of ``steps`` intervals it is
+    ``sparsity + (initial_sparsity - sparsity) * (1 - k / steps) ** 3``.
+
+    Args:
+        sparsity: Fraction that is pruned at the end, in [0, 1).
+        pretrain: Dense meta-iterations before, >= 0.
+        steps: Number of intervals, >= 1.
+        interval: Meta-iterations of each, >= 1.
+        hold: Meta-iterations at the final sparsity, >= 0.
+        initial_sparsity: Sparsity of the first interval, in [0, ``sparsity``].
+
+    Raises:
+        TypeError: If a number of iterations is not an integer.
+        ValueError: If a value is out of range.
+
+    Examples:
+        >>> ramp = cubic(0.8, pretrain=10, steps=4, interval=5, hold=20)
+        >>> [round(segment.sparsity, 4) for segment in ramp.segments]
+        [0.0, 0.0, 0.4625, 0.7, 0.7875, 0.8]
+
+    Source:
+        Zhu and Gupta, *To Prune, or Not to Prune*, ICLR 2018 workshop, Equation 1.
+    """
+    ramp = _ramp(sparsity, steps, interval, hold, initial_sparsity)
+    return Schedule((Segment(pretrain, phase="pretrain"), *ramp))
+
+
+def cyclic(
+    sparsity: float,
+    *,
+    pretrain: int,
+    cycles: int,
+    steps: int,
+    interval: int,
+    hold: int,
+    initial_sparsity: float = 0.0,
+) -> Schedule:
+    """The ramp of :func:`cubic` over and over: weights pruned too early can come back.
+
+    Args:
+        sparsity: Fraction that is pruned at the end of each cycle, in [0, 1).
+        pretrain: Dense meta-iterations before the first, >= 0.
+        cycles: Number of ramps, >= 1.
+        steps: Intervals of a ramp, >= 1.
+        interval: Meta-iterations of each, >= 1.
+        hold: Meta-iterations at the full sparsity in each cycle, >= 0.
+        initial_sparsity: Sparsity at the start of each cycle, in [0, ``sparsity``].
+
+    Raises:
+        TypeError: If a number of iterations is not an integer.
+        ValueError: If a value is out of range.
+
+    Source:
+        Srinivas et al., *Cyclical Pruning for Sparse Neural Networks*, CVPR 2022 workshop,
+        Section 3.
+    """
+    segments = [Segment(pretrain, phase="pretrain")]
+    for cycle in range(1, count("cycles", cycles, least=1) + 1):
+        segments += _ramp(sparsity, steps, interval, hold, initial_sparsity, cycle)
+    return Schedule(tuple(segments))
+
+
+def _ramp(
+    sparsity: float, steps: int, interval: int, hold: int, initial: float, cycle: int = 0
+) -> list[Segment]:
+    last, first = fraction("sparsity", sparsity), fraction("initial_sparsity", initial)
+    if first > last:
+        raise ValueError(f"initial_sparsity={first} is more than sparsity={last}")
+    count("steps", steps, least=1)
+    count("interval", interval, least=1)
+    rates = [last + (first - last) * (1 - k / steps) ** 3 for k in range(steps)]
+    lengths = [*[interval] * steps, hold]
+    return [
+        Segment(length, sparse=rate > 0, sparsity=rate, phase="prune", round=cycle)
+        for rate, length in zip([*rates, last], lengths, strict=True)
+    ]

@@ -1,0 +1,228 @@
+"""What a schedule is: dense and sparse stretches of meta-iterations, as a frozen value.
+
+It knows nothing about models or tensors, so it can be printed, compared, pickled, scaled and
+plotted anywhere; this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+from l2l_prune._basics.checks import (
+    Counts,
+    Sparsity,
+    count,
+    flag,
+    frozen_counts,
+    frozen_sparsity,
+    instance,
+    plain,
+    set_field,
+    told,
+)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of meta-iterations that is wholly dense or wholly sparse.
+
+    Args:
+        iterations: Length in meta-iterations, >= 0. An empty segment is skipped.
+        sparse: Whether masks are held during the segment.
+        sparsity: Fraction of each selected tensor to prune, in [0, 1), or a mapping from layer
+            name or ``fnmatch`` pattern to such a fraction (layers that it does not name stay
+            dense). Ignored when dense.
+        keep: Explicit counts ``k_l``: layer name or pattern -> number of weights that stay
+            (>= 1). Takes precedence over ``sparsity``.
+        phase: What the segment is called in reports; ``"dense"`` or ``"sparse"`` by default.
+        round: The pruning round (from 1) that the segment belongs to, or 0.
+
+    Raises:
+        TypeError: If a value has the wrong type, say a sparsity that is not a number.
+        ValueError: If a value is out of range.
+    """
+
+    iterations: int
+    _: KW_ONLY
+    sparse: bool = False
+    sparsity: Sparsity = 0.0
+    keep: Counts | None = None
+    phase: str = ""
+    round: int = 0
+
+    def __post_init__(self) -> None:
+        set_field(self, "iterations", count("iterations", self.iterations))
+        set_field(self, "sparsity", frozen_sparsity("sparsity", self.sparsity))
+        set_field(self, "keep", frozen_counts("keep", self.keep))
+        set_field(self, "sparse", flag("sparse", self.sparse))
+        set_field(self, "round", count("round", self.round))
+        instance("phase", self.phase, str, "a string")
+        set_field(self, "phase", self.phase or ("sparse" if self.sparse else "dense"))
+
+    @property
+    def label(self) -> str:
+        """The phase with its round, for people: ``"prune 2"``."""
+        return f"{self.phase} {self.round}" if self.round else self.phase
+
+    @property
+    def sparsity_label(self) -> str:
+        """The sparsity for people: ``"30%"``, or ``"per layer"`` for a mapping."""
+        if not self.sparse:
+            return "-"
+        if self.keep is not None or isinstance(self.sparsity, tuple):
+            return "per layer"
+        return f"{100 * float(self.sparsity):g}%"  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Any sequence of dense and sparse segments.
+
+    Args:
+        segments: The segments in order; at least one must be longer than zero iterations.
+
+    Raises:
+        TypeError: If ``segments`` holds something that is not a :class:`Segment`.
+        ValueError: If the segments sum to zero iterations.
+
+    Examples:
+        >>> schedule = Schedule([Segment(10), Segment(5, sparse=True, sparsity=0.5)])
+        >>> schedule.iterations
+        15
+        >>> schedule.segment(12).sparse
+        True
+    """
+
+    segments: tuple[Segment, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.segments, Iterable):
+            raise TypeError(f"segments must be a list of Segment values, got {told(self.segments)}")
+        set_field(self, "segments", tuple(self.segments))
+        for segment in self.segments:
+            if not isinstance(segment, Segment):
+                raise TypeError(f"segments must hold Segment values, got {segment!r}")
+        if self.iterations < 1:
+            raise ValueError("the schedule is empty: give at least one segment some iterations")
+
+    @property
+    def iterations(self) -> int:
+        """Total number of meta-iterations."""
+        return sum(segment.iterations for segment in self.segments)
+
+    def index(self, iteration: int) -> int:
+        """Position in ``segments`` of the segment that holds ``iteration``.
+
+        Args:
+            iteration: Meta-iteration, counted from 0. Past the end the last segment goes on.
+
+        Returns:
+            An index into :attr:`segments`; empty segments are never returned.
+
+        Raises:
+            ValueError: If ``iteration`` is negative.
+        """
+        iteration = count("iteration", iteration)
+        last = 0
+        for position, segment in enumerate(self.segments):
+            if segment.iterations == 0:
+                continue
+            last = position
+            if iteration < segment.iterations:
+                break
+            iteration -= segment.iterations
+        return last
+
+    def segment(self, iteration: int) -> Segment:
+        """The segment that holds ``iteration`` (see :meth:`index`)."""
+        return self.segments[self.index(iteration)]
+
+    def spans(self) -> list[tuple[int, int, Segment]]:
+        """``(start, stop, segment)`` of each non-empty segment, ``stop`` exclusive."""
+        start, spans = 0, []
+        for segment in self.segments:
+            if segment.iterations:
+                spans.append((start, start + segment.iterations, segment))
+            start += segment.iterations
+        return spans
+
+    def describe(self) -> str:
+        """A table of the phases, for printing."""
+        from tabulate import tabulate
+
+        rows = [
+            (segment.label, start, stop - 1, stop - start, segment.sparsity_label)
+            for start, stop, segment in self.spans()
+        ]
+        rows.append(("total", 0, self.iterations - 1, self.iterations, ""))
+        headers = ("phase", "first", "last", "iterations", "sparsity")
+        return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=[4])
+
+    def shade(self, ax: Any) -> Any:
+        """Shade the sparse phases on a matplotlib axis whose x axis is the meta-iteration."""
+        named = False
+        for start, stop, segment in self.spans():
+            if segment.sparse:
+                label = None if named else "sparse phase"
+                ax.axvspan(start, stop, color="0.5", alpha=0.18, lw=0, label=label)
+                named = True
+        return ax
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw sparsity over meta-iterations.
+
+        Args:
+            ax: matplotlib axis to draw on; a new figure by default.
+
+        Returns:
+            The axis.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+        """
+        if ax is None:
+            try:
+                import matplotlib.pyplot as plt
+            except ImportError as error:
+                raise ImportError(
+                    f'{error}; plots need: pip install "l2l-prune[experiments]"'
+                ) from None
+            _, ax = plt.subplots(figsize=(6, 2.2), layout="constrained")
+        edges, values = [0], []
+        for _, stop, segment in self.spans():
+            edges.append(stop)
+            values.append(100 * _plotted(segment))
+        ax.stairs(values, edges, lw=2)
+        self.shade(ax)
+        ax.set(xlabel="meta-iteration", ylabel="pruned weights [%]", xlim=(0, self.iterations))
+        ax.set_ylim(-3, 100)
+        return ax
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, so that a checkpoint can tell schedules apart."""
+        return {
+            "type": type(self).__name__,
+            "segments": [
+                {
+                    "iterations": segment.iterations,
+                    "sparse": segment.sparse,
+                    "sparsity": plain(segment.sparsity),
+                    "keep": plain(segment.keep),
+                    "phase": segment.phase,
+                    "round": segment.round,
+                }
+                for segment in self.segments
+            ],
+        }
+
+
+def _plotted(segment: Segment) -> float:
+    """One height for the plot: the mean over the named layers where sparsity is a mapping."""
+    if not segment.sparse:
+        return 0.0
+    if isinstance(segment.sparsity, tuple):
+        return math.fsum(rate for _, rate in segment.sparsity) / len(segment.sparsity)
+    return float(segment.sparsity)  # type: ignore[arg-type]

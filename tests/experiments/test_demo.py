@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from l2l_prune.experiments.demo import demo_configs
+from l2l_prune.experiments.report.results import verdicts
+from l2l_prune.experiments.running.run import Progress, RunResult, run
+from l2l_prune.fewshot.evaluation import Mean
+from l2l_prune.fewshot.models import Conv4
+
+COMMAND = [sys.executable, "-m", "l2l_prune", "demo"]
+
+
+def test_the_same_seed_gives_the_same_run():
+    config = dataclasses.replace(demo_configs(20, 0.5, 3, eval_tasks=2)[1], channels=8)
+    runs = [list(run(config)) for _ in range(2)]
+    for messages in runs:
+        assert [m.iteration for m in messages[:-1]] == list(range(1, 21))
+        assert all(isinstance(m, Progress) for m in messages[:-1])
+    a, b = (messages[-1] for messages in runs)
+    assert a.train == b.train
+    assert a.test == b.test
+    assert all(torch.equal(a.weights[k], b.weights[k]) for k in a.weights)
+    phases = [m.phase for m in runs[0][:-1]]
+    assert phases == ["pretrain"] * 5 + ["prune"] * 12 + ["retrain"] * 3
+
+
+def result(name, test):
+    return RunResult(name, Mean((0.9, 0.9)), Mean(test), 1.0)
+
+
+def test_verdicts_say_what_happened():
+    dense = result("dense", (0.5, 0.5, 0.5))
+    better, worse, same = (
+        result("DSD", values) for values in ((0.6, 0.61, 0.62), (0.4, 0.41, 0.42), (0.3, 0.5, 0.7))
+    )
+    assert "better" in verdicts([dense, better])[0]
+    assert "One seed only" in verdicts([dense, better])[-1]
+    for other, word in ((worse, "worse"), (same, "not significant")):
+        lines = verdicts([dense, other])
+        assert word in lines[0]
+        assert "did not raise" in lines[-1]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The real command, as short as it goes."""
+    folder = tmp_path_factory.mktemp("demo") / "runs" / "demo"
+    done = subprocess.run(
+        [*COMMAND, "--iterations", "20", "--eval-tasks", "5", "--out", str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_demo_prints_one_table_with_three_methods(demo):
+    _, out = demo
+    rows = [line for line in out.splitlines() if "│" in line]
+    assert [row.split()[1] for row in rows] == ["dense", "DSD", "IHT"]
+    for row in rows:
+        assert row.count("±") == 3
+    assert "on test tasks" in out
+
+
+def test_demo_writes_results_curves_and_plain_weights(demo):
+    folder, _ = demo
+    names = sorted(p.name for p in folder.iterdir() if p.name != ".lock")
+    assert names[:2] == ["curves.csv", "curves.png"]
+    methods = ("dense", "dsd", "iht")
+    places = dict(zip(methods, sorted(folder.glob("reptile-*")), strict=True))
+    assert names[2:] == [places[name].name for name in methods]
+    entries = {}
+    for name, place in places.items():
+        assert place.name.startswith(f"reptile-{name}-")
+        (entries[name],) = json.loads((place / "results.json").read_text())["runs"]
+    for entry in entries.values():
+        tasks = entry["config"]["final_tasks"]
+        for part in ("train", "test"):
+            values = entry[part]["per_task"]
+            assert len(values) == tasks
+            assert entry[part]["mean"] == pytest.approx(sum(values) / tasks)
+        assert entry["curve"][-1]["iteration"] == 20
+    sparsities = [point["sparsity"] for point in entries["dsd"]["curve"]]
+    assert max(sparsities) == pytest.approx(0.5, abs=0.01)
+    model = Conv4(ways=5, channels=64)
+    for name, place in places.items():
+        model.load_state_dict(torch.load(place / f"{name}.pt", weights_only=True))
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ctrl_c_stops_everything_and_writes_no_result(tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, "--iterations", "5000", "--out", str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell that runs the tests in the background lets them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 600
+        while len(children(process.pid)) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        time.sleep(3)
+        workers = children(process.pid)
+        os.killpg(process.pid, signal.SIGINT)
+        out, _ = process.communicate(timeout=600)
+        assert process.returncode == 130
+        assert "stopped by Ctrl-C" in out
+        assert not list((tmp_path / "out").rglob("results.json"))
+        deadline = time.monotonic() + 120
+        while any(map(alive, workers)):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def children(pid):
+    tasks = Path(f"/proc/{pid}/task")
+    if not tasks.exists():
+        return []
+    return [c for t in tasks.iterdir() for c in (t / "children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        (["--sparsity", "1.5"], "--sparsity"),
+        (["--sparsity", "0"], "--sparsity"),
+        (["--iterations", "3"], "--iterations"),
+        (["--iterations", "ten"], "--iterations"),
+        (["--seed", "-1"], "--seed"),
+        (["--out", __file__], "--out"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, culprit):
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert culprit in done.stderr
+
+
+def test_version_and_help():
+    done = subprocess.run(
+        [sys.executable, "-m", "l2l_prune", "--version"], capture_output=True, text=True
+    )
+    assert done.stdout.startswith("l2l-prune 0.")
+    done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True)
+    assert "--iterations" in done.stdout
