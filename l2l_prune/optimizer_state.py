@@ -37,7 +37,7 @@ def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Opt
     several = isinstance(optimizer, Iterable) and not isinstance(optimizer, type)
     optimizers = list(optimizer) if several else [optimizer]  # type: ignore[arg-type]
     for entry in optimizers:
-        checks.instance("optimizer", entry, Optimizer, "a torch Optimizer")
+        checks.of_type("optimizer", entry, Optimizer, "a torch Optimizer")
     return optimizers  # type: ignore[return-value]
 
 

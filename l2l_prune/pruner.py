@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from l2l_prune import optimizer_state
 from l2l_prune._basics import checks, ranks
-from l2l_prune.following import FollowingOptimizers
+from l2l_prune.masked_optimizers import MaskedOptimizers
 from l2l_prune.masking.allocation import Allocation
 from l2l_prune.masking.attached import HeldMasks
 from l2l_prune.masking.criteria import Criterion, magnitude
 from l2l_prune.masking.layers import Layers, Rule, select
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.plan import MaskChoice
-from l2l_prune.pruner_state import STATE_VERSION, check_state
-from l2l_prune.schedules.progress import OnSchedule
+from l2l_prune.scheduled import ScheduledPruner
 from l2l_prune.schedules.schedule import Schedule
 
-StepHook: TypeAlias = Callable[["Pruner"], None]
+_STATE_VERSION = 2
 
 
-class Pruner(OnSchedule):
+class Pruner(ScheduledPruner):
     """Prunes a model by a schedule, in any training loop that calls :meth:`step`.
 
     While attached, each selected weight is a masked view: ``module.weight`` equals
@@ -108,32 +105,28 @@ class Pruner(OnSchedule):
         dense_keys: bool = False,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        checks.instance("model", model, nn.Module, "a torch.nn.Module")
-        super().__init__(schedule)
+        super().__init__(model, schedule)
         if regrow_state not in ("match", "keep"):
             raise ValueError(f'regrow_state must be "match" or "keep", got {regrow_state!r}')
         if not callable(criterion):
             raise TypeError(
-                f"criterion must be a function of a weight, got {checks.told(criterion)}"
+                f"criterion must be a function of a weight, got {checks.describe(criterion)}"
             )
-        checks.instance("pattern", pattern, Pattern, "a Pattern")  # type: ignore[type-abstract]
-        checks.flag("dense_keys", dense_keys)
+        checks.of_type("pattern", pattern, Pattern, "a Pattern")  # type: ignore[type-abstract]
+        checks.true_or_false("dense_keys", dense_keys)
         if allocation not in ("layerwise", "global"):
             raise ValueError(f'allocation must be "layerwise" or "global", got {allocation!r}')
         if allocation == "global" and pattern != UNSTRUCTURED:
             raise ValueError('allocation="global" goes without pattern: that counts layer by layer')
         if group is not None:
-            checks.instance("group", group, dist.ProcessGroup, "a torch.distributed ProcessGroup")
+            checks.of_type("group", group, dist.ProcessGroup, "a torch.distributed ProcessGroup")
         self.group = ranks.group_of(model) if group is None else group
-        self.model = model
         self._pattern, self._global = pattern, allocation == "global"
         self._tensors = select(model, layers=layers, only=only, skip=skip)
         self._choice = MaskChoice(
             self._tensors, schedule, criterion, None if self._global else pattern, self.group
         )
-        self._step_pre_hooks: dict[int, StepHook] = OrderedDict()
-        self._step_hooks: dict[int, StepHook] = OrderedDict()
-        self._following = FollowingOptimizers(
+        self._optimizers = MaskedOptimizers(
             model, self._tensors, optimizer, match=regrow_state == "match"
         )
 
@@ -142,7 +135,7 @@ class Pruner(OnSchedule):
         first = self._new_masks(self._position, weights)  # type: ignore[arg-type]
         self._held = HeldMasks(self._tensors, dense_keys=dense_keys)
         self._put_masks(first)
-        self._following.watch()
+        self._optimizers.watch()
 
     # ---- what is going on -------------------------------------------------------------------
 
@@ -202,7 +195,7 @@ class Pruner(OnSchedule):
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
         """The optimizers whose state follows the masks."""
-        return tuple(self._following.all)
+        return tuple(self._optimizers.all)
 
     def owns(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer holds any of the pruned weights."""
@@ -215,56 +208,10 @@ class Pruner(OnSchedule):
             TypeError: If it is no optimizer.
             ValueError: If it holds none of the pruned weights, or follows them already.
         """
-        self._check_attached(masks=False)
-        self._following.add(optimizer, self._held.originals())
+        self._check_usable(masks=False)
+        self._optimizers.add(optimizer, self._held.originals())
 
     # ---- training ---------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """End a meta-iteration: call it after the (outer) optimizer's step.
-
-        Holds the pruned weights at exactly 0 and, where the schedule says so, enters the next
-        segment. Past the end of the schedule the last segment goes on.
-
-        Raises:
-            RuntimeError: After :meth:`finalize`, or if a mask was changed by somebody else, or
-                masks differ between the ranks of ``group``.
-            ValueError: If weights are NaN or infinite when a mask is due; nothing is changed.
-        """
-        self._check_attached(thoroughly=self.mask_due)
-        for hook in list(self._step_pre_hooks.values()):
-            hook(self)
-        self.project()
-        position = self.schedule.index(self._iteration + 1)
-        changed = position != self._position
-        masks = self._new_masks(position, self._held.originals()) if changed else []
-        if changed:
-            self._position = position
-            self._put_masks(masks)
-        self._iteration += 1
-        for hook in list(self._step_hooks.values()):
-            hook(self)
-
-    def register_step_pre_hook(self, hook: StepHook) -> RemovableHandle:
-        """Call ``hook(pruner)`` at the start of each :meth:`step`, before any mask changes.
-
-        Returns:
-            A handle; its ``remove()`` takes the hook off.
-        """
-        handle = RemovableHandle(self._step_pre_hooks)
-        self._step_pre_hooks[handle.id] = hook
-        return handle
-
-    def register_step_hook(self, hook: StepHook) -> RemovableHandle:
-        """Call ``hook(pruner)`` at the end of each :meth:`step`, as torch's optimizers do.
-
-        Returns:
-            A handle; its ``remove()`` takes the hook off.
-        """
-        handle = RemovableHandle(self._step_hooks)
-        self._step_hooks[handle.id] = hook
-        return handle
 
     @torch.no_grad()
     def replace_masks(self, masks: Mapping[str, Tensor]) -> None:
@@ -278,7 +225,7 @@ class Pruner(OnSchedule):
                 between the ranks of ``group``.
             ValueError: If a name, shape or count does not fit; nothing is changed then.
         """
-        self._check_attached()
+        self._check_usable()
         if not self.sparse:
             raise RuntimeError("there are no masks to replace in a dense segment")
         new = self.masks
@@ -314,7 +261,7 @@ class Pruner(OnSchedule):
             >>> net.weight_orig.grad.tolist()
             [[1.0, 1.0, 1.0]]
         """
-        self._check_attached()
+        self._check_usable()
         with self._held.opened():
             yield
 
@@ -324,23 +271,6 @@ class Pruner(OnSchedule):
         if self.sparse:
             self._held.project()
 
-    def finalize(self) -> nn.Module:
-        """Take the masks off: a plain module with its original classes, names, order and keys.
-
-        Weights that are pruned at that moment stay 0 as values, but are free from then on.
-
-        Returns:
-            The model that was given, changed in place.
-
-        Raises:
-            RuntimeError: If called twice, or if a mask was changed by somebody else.
-        """
-        self._check_attached(thoroughly=True)
-        self._held.take_off()
-        self._following.let_go()
-        self._finalized = True
-        return self.model
-
     # ---- saving and resuming ----------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -349,12 +279,12 @@ class Pruner(OnSchedule):
         Holds only tensors and plain values, so ``torch.load(weights_only=True)`` reads it.
         """
         return {
-            "version": STATE_VERSION,
+            "version": _STATE_VERSION,
             "schedule": self.schedule.to_dict(),
             "pattern": str(self._pattern),
             "iteration": self._iteration,
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
-            "regrown": {name: mask.clone() for name, mask in self._following.regrown.items()},
+            "regrown": {name: mask.clone() for name, mask in self._optimizers.regrown.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -367,17 +297,57 @@ class Pruner(OnSchedule):
             ValueError: If it belongs to another model or schedule; nothing is changed then.
             RuntimeError: After :meth:`finalize`.
         """
-        self._check_attached(masks=False)
-        tensors = {t.full_name: t for t in self._tensors}
-        check_state(state, self.schedule, str(self._pattern), tensors)
+        self._check_usable(masks=False)
+        self._check_own_state(state)
         position = self.schedule.index(state["iteration"])
-        in_order = {name: state["masks"][name] for name in tensors}
+        in_order = {tensor.full_name: state["masks"][tensor.full_name] for tensor in self._tensors}
         self._choice.check(in_order, position, f"iteration {state['iteration']}'s")
         self._iteration, self._position = state["iteration"], position
         self._held.set(list(self._restored(state["masks"]).values()))
-        self._following.resume(self._held.values, self._restored(state["regrown"]))
+        self._optimizers.resume(self._held.values, self._restored(state["regrown"]))
 
     # ---- inside -----------------------------------------------------------------------------
+
+    def _end_iteration(self, entered: int | None) -> None:
+        self.project()
+        if entered is not None:
+            self._put_masks(self._new_masks(entered, self._held.originals()))
+
+    def _let_go(self) -> None:
+        self._held.take_off()
+        self._optimizers.let_go()
+
+    def _check_usable(self, *, thoroughly: bool = False, masks: bool = True) -> None:
+        if self._finalized:
+            raise RuntimeError("the Pruner was finalized: make a new one to prune again")
+        self._held.check_there()
+        if masks:
+            self._held.check_same(self._iteration, thoroughly=thoroughly)
+
+    def _check_own_state(self, state: Any) -> None:
+        """Refuse a state of another model or schedule: all but its counts."""
+        keys = {"version", "schedule", "pattern", "iteration", "masks", "regrown"}
+        self._check_state(state, keys, _STATE_VERSION)
+        pattern, tensors = str(self._pattern), {t.full_name: t for t in self._tensors}
+        if state["pattern"] != pattern:
+            raise ValueError(
+                f"the checkpoint has masks of {state['pattern']}, this Pruner {pattern}"
+            )
+        for entry in ("masks", "regrown"):
+            if not isinstance(state[entry], dict):
+                raise ValueError(f"the checkpoint's {entry} must be masks by name")
+        if unknown := sorted(set(state["regrown"]) - set(tensors)):
+            raise ValueError(f"the checkpoint's regrown weights are of other tensors: {unknown}")
+        if set(state["masks"]) != set(tensors):
+            differing = sorted(set(state["masks"]) ^ set(tensors))
+            raise ValueError(f"the checkpoint prunes other tensors; they differ in {differing}")
+        for entry, called in (("masks", "mask"), ("regrown", "regrown mask")):
+            for name, mask in state[entry].items():
+                shape = tensors[name].shape
+                if not isinstance(mask, Tensor) or mask.shape != shape or mask.dtype != torch.bool:
+                    raise ValueError(
+                        f"the checkpoint's {called} of {name} does not fit its shape {tuple(shape)}"
+                    )
 
     def _restored(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
         """Saved masks in the order of the tensors, each on the device of its weight."""
@@ -397,14 +367,7 @@ class Pruner(OnSchedule):
         """Change masks in the course of training: weights, momentum and second moments follow."""
         old = self._held.values
         self._held.set(masks)
-        self._following.follow(old, masks)
-
-    def _check_attached(self, masks: bool = True, thoroughly: bool = False) -> None:
-        if self._finalized:
-            raise RuntimeError("the Pruner was finalized: make a new one to prune again")
-        self._held.check_there()
-        if masks:
-            self._held.check_same(self._iteration, thoroughly=thoroughly)
+        self._optimizers.follow(old, masks)
 
 
 def _share(kept: int, total: int) -> str:

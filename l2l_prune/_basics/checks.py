@@ -13,7 +13,7 @@ Counts: TypeAlias = Mapping[str, int] | tuple[tuple[str, int], ...]
 Wanted = TypeVar("Wanted")
 
 
-def told(value: object) -> str:
+def describe(value: object) -> str:
     """A value for an error message: short, and without an address that tells nothing."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
@@ -23,21 +23,21 @@ def told(value: object) -> str:
     return type(value).__name__
 
 
-def instance(name: str, value: object, kind: type[Wanted], called: str) -> Wanted:
+def of_type(name: str, value: object, kind: type[Wanted], called: str) -> Wanted:
     """``value``, if it is a ``kind``; ``called`` says in words what is wanted."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {called}, got {told(value)}")
+        raise TypeError(f"{name} must be {called}, got {describe(value)}")
     return value
 
 
-def flag(name: str, value: object) -> bool:
+def true_or_false(name: str, value: object) -> bool:
     """``value``, if it is True or False: a word like ``"no"`` would count as true."""
     if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
         value = bool(value)
-    return instance(name, value, bool, "True or False")
+    return of_type(name, value, bool, "True or False")
 
 
-def count(name: str, value: SupportsIndex, least: int = 0) -> int:
+def whole_number(name: str, value: SupportsIndex, least: int = 0) -> int:
     """``value`` as an int >= ``least``."""
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
@@ -65,7 +65,7 @@ def number(name: str, value: object, *, above: float | None = None) -> float:
     """``value`` as a finite float ``> above``, by default ``>= 0``."""
     least = "a number >= 0" if above is None else f"a number > {above:g}"
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {least}, got {told(value)}")
+        raise TypeError(f"{name} must be {least}, got {describe(value)}")
     result = float(value)
     if not math.isfinite(result) or (result < 0 if above is None else result <= above):
         raise ValueError(f"{name} must be {least}, got {value}")
@@ -77,7 +77,7 @@ def pairs(name: str, value: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> di
     try:
         mapping = dict(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must map layer names to values, got {told(value)}") from None
+        raise TypeError(f"{name} must map layer names to values, got {describe(value)}") from None
     if not mapping:
         raise ValueError(f"{name} names no layer: give a number or at least one entry")
     for pattern in mapping:
@@ -101,10 +101,12 @@ def frozen_counts(name: str, value: Counts | None) -> Counts | None:
     if not isinstance(value, (Mapping, tuple)):
         raise TypeError(f"{name} must map layer names to counts, got {value!r}")
     entries = pairs(name, value).items()
-    return tuple((pattern, count(f"{name}[{pattern!r}]", v, least=1)) for pattern, v in entries)
+    return tuple(
+        (pattern, whole_number(f"{name}[{pattern!r}]", v, least=1)) for pattern, v in entries
+    )
 
 
-def plain(value: Any) -> Any:
+def as_lists(value: Any) -> Any:
     """Pairs as lists, for files."""
     return [list(pair) for pair in value] if isinstance(value, tuple) else value
 
@@ -118,7 +120,7 @@ def check_fractions(fractions: dict[str, float]) -> None:
     """Refuse what is no fraction in [0, 1]."""
     for name, value in fractions.items():
         if not isinstance(value, Real):
-            raise TypeError(f"{name} must be a fraction in [0, 1], got {told(value)}")
+            raise TypeError(f"{name} must be a fraction in [0, 1], got {describe(value)}")
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be a fraction in [0, 1], got {value}")
 

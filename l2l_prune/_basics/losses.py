@@ -17,7 +17,7 @@ def check_loss(loss: object) -> Tensor:
         TypeError: If it is no tensor.
         ValueError: If it holds several numbers.
     """
-    tensor = checks.instance("loss", loss, Tensor, "a tensor")
+    tensor = checks.of_type("loss", loss, Tensor, "a tensor")
     if tensor.numel() != 1:
         raise ValueError(
             f"loss must be one number, got shape {tuple(tensor.shape)}: take its mean or sum"

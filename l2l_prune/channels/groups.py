@@ -243,7 +243,7 @@ def run(model: nn.Module, example_inputs: Any) -> Any:
 
 @contextmanager
 def unseen(model: nn.Module) -> Iterator[None]:
-    """A run in here leaves the random generators as they were, and starts them same_settings."""
+    """A run in here leaves the random generators as they were, and starts them alike."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operation for a layer tells nothing
@@ -336,7 +336,9 @@ def importance_function(importance: str | Importance) -> Importance:
     if callable(importance):
         return importance
     if not isinstance(importance, str):
-        raise TypeError(f"importance must be a name or a function, got {checks.told(importance)}")
+        raise TypeError(
+            f"importance must be a name or a function, got {checks.describe(importance)}"
+        )
     scores = torch_pruning().importance
     made = {
         "l1": lambda: scores.GroupMagnitudeImportance(p=1),

@@ -26,8 +26,6 @@ from l2l_prune.masking.layers import check_names, lookup
 from l2l_prune.masking.topk import kept_count, top_mask
 from l2l_prune.schedules.schedule import Schedule, Segment
 
-CHANNEL_STATE_VERSION = 2
-
 _FIXED_HEADS = "its code fixes the number of heads"
 
 
@@ -264,17 +262,17 @@ def _close(these: Sequence[Tensor], those: Sequence[Tensor]) -> bool:
 # ---- saved state ----------------------------------------------------------------------------
 
 
-def check_channel_state(
+def check_channels_of(
     state: Any,
     schedule: Schedule,
     channels: Channels,
     counts: Sequence[list[int] | None],
     shapes: Mapping[str, torch.Size],
 ) -> None:
-    """Refuse a state of another model or schedule.
+    """Refuse a state whose channels are not those of this network.
 
     Args:
-        state: What ``ChannelPruner.state_dict()`` gave.
+        state: What ``ChannelPruner.state_dict()`` gave, for this schedule.
         schedule: The ChannelPruner's.
         channels: All channels of its network.
         counts: How many channels of each group stay, by segment.
@@ -283,15 +281,6 @@ def check_channel_state(
     Raises:
         ValueError: Naming what does not fit.
     """
-    keys = {"version", "schedule", "iteration", "kept", "full", "regrown"}
-    if (
-        not isinstance(state, dict)
-        or set(state) != keys
-        or state["version"] != CHANNEL_STATE_VERSION
-    ):
-        raise ValueError("this is not a ChannelPruner state dict of this version")
-    if state["schedule"] != schedule.to_dict():
-        raise ValueError(f"the checkpoint belongs to another schedule: {state['schedule']}")
     kept, wanted = state["kept"], counts[schedule.index(state["iteration"])]
     if not isinstance(kept, (dict, type(None))) or not isinstance(state["full"], dict):
         raise ValueError("this is not a ChannelPruner state dict of this version")

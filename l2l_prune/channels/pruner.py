@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from l2l_prune import optimizer_state
-from l2l_prune._basics import checks
+from l2l_prune._basics import ranks
+from l2l_prune._basics.precision import skips_step
 from l2l_prune.channels.groups import (
     Importance,
     count_operations,
@@ -20,18 +23,15 @@ from l2l_prune.channels.groups import (
     importance_function,
 )
 from l2l_prune.channels.plan import (
-    CHANNEL_STATE_VERSION,
     channel_counts,
-    check_channel_state,
+    check_channels_of,
     choose_channels,
     try_cuts,
 )
 from l2l_prune.channels.surgery import Surgery
 from l2l_prune.masking.layers import Rule, read_rules
-from l2l_prune.schedules.progress import OnSchedule
+from l2l_prune.scheduled import ScheduledPruner, States, StepPreHook
 from l2l_prune.schedules.schedule import Schedule
-
-States = Iterable[tuple[Tensor, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,10 @@ class Exported:
     full_macs: int
 
 
-class ChannelPruner(OnSchedule):
+_STATE_VERSION = 2
+
+
+class ChannelPruner(ScheduledPruner):
     """Removes whole channels by a schedule; used like :class:`~l2l_prune.Pruner`.
 
     On entering a sparse segment the least important channels are cut out of every tensor that
@@ -88,6 +91,8 @@ class ChannelPruner(OnSchedule):
             gradients), ``"bn_scale"``, or a function of torch-pruning's group.
         skip: Names, ``fnmatch`` patterns, types or predicates ``(name, module) -> bool`` of layers
             whose output channels stay.
+        group: Ranks of torch.distributed that train the same model: at each change the channels
+            that they keep are compared.
 
     Raises:
         ImportError: If torch-pruning is missing.
@@ -107,7 +112,7 @@ class ChannelPruner(OnSchedule):
         torch.Size([8, 4])
     """
 
-    masks: dict[str, Tensor] = {}  # noqa: RUF012 - there never are any
+    changes_shapes = True
 
     def __init__(
         self,
@@ -118,10 +123,10 @@ class ChannelPruner(OnSchedule):
         example_inputs: Any,
         importance: str | Importance = "l2",
         skip: Rule | Iterable[Rule] | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
-        checks.instance("model", model, nn.Module, "a torch.nn.Module")
-        super().__init__(schedule)
-        self.model = model
+        super().__init__(model, schedule)
+        self._group = group
         self._importance = importance_function(importance)
         self._needs_gradients = importance == "taylor"
         rules = read_rules("skip", skip, model)
@@ -136,14 +141,15 @@ class ChannelPruner(OnSchedule):
         self._optimizers = optimizer_state.as_optimizers(optimizer)
         for given in self._optimizers:
             optimizer_state.check_holds(given, [cut.get() for cut in cuts.values()])
-        self.more_states: Callable[[], States] = lambda: ()
+        self._more_states: Callable[[], States] = tuple
         self._kept: Tensor | None = None
         self._full: dict[str, Tensor] = {}
-        self.regrown: dict[str, Tensor] = {}
+        self.released: dict[str, Tensor] = {}
         if self.segment.sparse:
             self._shrink(self._choose(self._position))
-        hook = self.first_step_hook(model)
-        self._handles = [held.register_step_pre_hook(hook) for held in self._optimizers]
+        self._stepped = False  # whether an optimizer has stepped since the release
+        self._handles: list[RemovableHandle] = []
+        self._watch()
 
     # ---- what is going on -------------------------------------------------------------------
 
@@ -183,54 +189,24 @@ class ChannelPruner(OnSchedule):
 
     # ---- training ---------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """End a meta-iteration: call it after the (outer) optimizer's step.
-
-        Raises:
-            RuntimeError: After :meth:`finalize`.
-            ValueError: If the importance of channels cannot be told; nothing is changed.
-        """
-        self._check_usable()
-        position = self.schedule.index(self._iteration + 1)
-        changes = position != self._position
-        kept = self._choose(position) if changes else None
-        self.regrown = {}  # the first steps after a release are over
-        if changes:
-            self._grow()
-            self._position = position
-            self._shrink(kept)
-        self._iteration += 1
-
-    @torch.no_grad()
-    def finalize(self) -> nn.Module:
-        """The model with its full shapes; channels that were cut out contribute nothing.
-
-        Raises:
-            RuntimeError: If called twice.
-        """
-        self._check_usable()
-        self._grow()
-        for handle in self._handles:
-            handle.remove()
-        self._finalized = True
-        return self.model
-
-    def first_step_hook(self, model: nn.Module) -> Callable[[Optimizer, Any, Any], Any]:
-        """A step pre-hook: in its first steps after a release no regrown weight jumps.
+    def first_step_hook(self, model: nn.Module) -> StepPreHook | None:
+        """What the optimizer of a copy must do before a step now, so that no weight jumps.
 
         Args:
-            model: What the optimizer steps on: the network, or a copy of it.
+            model: The copy.
+
+        Returns:
+            A step pre-hook, or ``None`` where no channel was just released.
         """
+        return self._raising_hook(model) if self.released else None
 
-        @torch.no_grad()
-        def act(optimizer: Optimizer) -> None:
-            for name, mask in self.regrown.items():
-                parameter = model.get_parameter(name)
-                here = mask.to(parameter.device)  # the network may have been moved since
-                optimizer_state.raise_to_gradient(optimizer, parameter, ~here, here)
+    def follow_states(self, states: Callable[[], States]) -> None:
+        """Let optimizer state that no optimizer holds be cut and regrown, too.
 
-        return optimizer_state.gradient_hook(act)
+        Args:
+            states: Gives each parameter of the model with its state.
+        """
+        self._more_states = states
 
     def export(self) -> Exported:
         """A plain copy of the network as it is now, small in a sparse phase, with its counts.
@@ -245,12 +221,12 @@ class ChannelPruner(OnSchedule):
     def state_dict(self) -> dict[str, Any]:
         """Everything to resume from beside the model's and optimizer's own state dicts."""
         return {
-            "version": CHANNEL_STATE_VERSION,
+            "version": _STATE_VERSION,
             "schedule": self.schedule.to_dict(),
             "iteration": self._iteration,
             "kept": None if self._kept is None else self._by_name(),
             "full": {name: tensor.clone() for name, tensor in self._full.items()},
-            "regrown": {name: mask.clone() for name, mask in self.regrown.items()},
+            "regrown": {name: mask.clone() for name, mask in self.released.items()},
         }
 
     @torch.no_grad()
@@ -261,12 +237,14 @@ class ChannelPruner(OnSchedule):
             ValueError: If the state belongs to another model or schedule; nothing is changed.
         """
         self._check_usable()
-        check_channel_state(state, self.schedule, self._channels, self._counts, self._shapes)
+        keys = {"version", "schedule", "iteration", "kept", "full", "regrown"}
+        self._check_state(state, keys, _STATE_VERSION)
+        check_channels_of(state, self.schedule, self._channels, self._counts, self._shapes)
         kept = state["kept"]
         self._grow()
         self._iteration = state["iteration"]
         self._position = self.schedule.index(self._iteration)
-        self.regrown = {}
+        self.released = {}
         if kept is not None:
             chosen = torch.zeros(self._channels.count, dtype=torch.bool)
             for group in self._channels.groups:
@@ -275,9 +253,55 @@ class ChannelPruner(OnSchedule):
             for name, tensor in state["full"].items():
                 self._full[name].copy_(tensor)
         for name, mask in state["regrown"].items():
-            self.regrown[name] = mask.to(self.model.get_parameter(name).device, copy=True)
+            self.released[name] = mask.to(self.model.get_parameter(name).device, copy=True)
 
     # ---- inside -----------------------------------------------------------------------------
+
+    def _end_iteration(self, entered: int | None) -> None:
+        kept = None if entered is None else self._choose(entered)
+        if kept is not None:
+            here = next(self.model.parameters()).device
+            ranks.check_same({"channels": kept.to(here)}, self._iteration, self._group)
+        if self._stepped or not self._optimizers:  # a gradient scaler may have skipped the step
+            self.released = {}
+        if entered is not None:
+            self._grow()
+            self._shrink(kept)
+
+    def _let_go(self) -> None:
+        self._grow()
+        for handle in self._handles:
+            handle.remove()
+
+    def _check_usable(self, *, thoroughly: bool = False) -> None:
+        if self._finalized:
+            raise RuntimeError("the ChannelPruner was finalized: make a new one to prune again")
+
+    def _watch(self) -> None:
+        hook = self._raising_hook(self.model)
+        self._handles = [held.register_step_pre_hook(hook) for held in self._optimizers]
+
+    def _raising_hook(self, model: nn.Module) -> StepPreHook:
+        @torch.no_grad()
+        def act(optimizer: Optimizer) -> None:
+            if not self.released or skips_step(optimizer):
+                return
+            self._stepped = True
+            for name, mask in self.released.items():
+                parameter = model.get_parameter(name)
+                here = mask.to(parameter.device)  # the network may have been moved since
+                optimizer_state.raise_to_gradient(optimizer, parameter, ~here, here)
+
+        return optimizer_state.gradient_hook(act)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles: torch copies an optimizer without its hooks."""
+        return {**self.__dict__, "_handles": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not self._finalized:
+            self._watch()
 
     def _choose(self, position: int) -> Tensor | None:
         """Channels to keep in a segment, or None if it is dense."""
@@ -305,23 +329,20 @@ class ChannelPruner(OnSchedule):
         self._full = self._surgery.shrink(kept, self._states)
         self._kept = kept
         cuts = self._surgery.plan(kept)
-        partly = {name: cuts[name].take(mask) for name, mask in self.regrown.items()}
-        self.regrown = {name: mask for name, mask in partly.items() if bool(mask.any())}
+        partly = {name: cuts[name].take(mask) for name, mask in self.released.items()}
+        self.released = {name: mask for name, mask in partly.items() if bool(mask.any())}
 
     def _grow(self) -> None:
         if self._kept is None:
             return
-        self.regrown = self._surgery.grow(self._kept, self._full, self._states)
+        self._stepped = False
+        self.released = self._surgery.grow(self._kept, self._full, self._states)
         self._kept, self._full = None, {}
 
     def _states(self, parameter: Tensor) -> Iterator[dict[str, Any]]:
         for optimizer in self._optimizers:
             if parameter in optimizer.state:
                 yield optimizer.state[parameter]
-        for held, state in self.more_states():
+        for held, state in self._more_states():
             if held is parameter:
                 yield state
-
-    def _check_usable(self) -> None:
-        if self._finalized:
-            raise RuntimeError("the ChannelPruner was finalized: make a new one to prune again")

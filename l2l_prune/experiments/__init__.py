@@ -1,1 +1,1 @@
-"""Experiments of the paper: runs, the demo, their files and pictures."""
+"""The laboratory: the ``l2l-prune`` command, its runs and reports."""

@@ -166,7 +166,7 @@ def paper(
     data_root: RootOption = None,
     download: DownloadOption = False,
     scale: Annotated[
-        float, typer.Option(help="Factor on the meta-iterations; phases shrink same_settings.")
+        float, typer.Option(help="Factor on the meta-iterations; phases shrink alike.")
     ] = 1.0,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 1,
     shots: Annotated[

@@ -41,7 +41,7 @@ class Phases:
     rounds: int | None = setting(
         None, "Rounds of IHT, cycles of cyclic.", least=1, shown=_BY_METHOD
     )
-    scale: float = setting(1.0, "Factor on the meta-iterations; phases shrink same_settings.", above=0)
+    scale: float = setting(1.0, "Factor on the meta-iterations; phases shrink alike.", above=0)
     published: bool = setting(
         False, "Start from the published settings (reptile, cavia, metaoptnet)."
     )
@@ -180,8 +180,8 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        checks.instance("schedule", self.schedule, Schedule, "a Schedule")
-        if not checks.instance("name", self.name, str, "a string"):
+        checks.of_type("schedule", self.schedule, Schedule, "a Schedule")
+        if not checks.of_type("name", self.name, str, "a string"):
             raise ValueError("name must not be empty: tables and files are called by it")
         check_settings(self)
         if self.split is not None and self.data != "glyphs":

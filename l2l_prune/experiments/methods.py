@@ -47,7 +47,7 @@ def _dsd(
 def _iht(
     iterations: int, sparsity: float, pretrain: float = 0.2, retrain: float = 0.25, rounds: int = 4
 ) -> IHTSchedule:
-    checks.count("rounds", rounds)
+    checks.whole_number("rounds", rounds)
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     round_share = (1 - pretrain) / rounds
@@ -77,7 +77,7 @@ def _cubic(iterations: int, sparsity: float, pretrain: float = 0.2) -> Schedule:
 
 def _cyclic(iterations: int, sparsity: float, pretrain: float = 0.2, rounds: int = 4) -> Schedule:
     """Each cycle is a ramp of up to 5 steps, and as long at the full sparsity."""
-    cycles = checks.count("rounds", rounds, least=1)
+    cycles = checks.whole_number("rounds", rounds, least=1)
     length = (iterations - _dense_start(iterations, pretrain)) // cycles
     return cyclic(
         sparsity, pretrain=iterations - cycles * length, cycles=cycles, **_ramp_lengths(length, 5)

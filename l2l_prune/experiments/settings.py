@@ -55,9 +55,9 @@ class Setting:
             ValueError: If it is out of range, or a name unknown.
         """
         if kind is bool:
-            checks.flag(name, value)
+            checks.true_or_false(name, value)
         elif kind is int:
-            checks.count(name, value, self.least or 0)  # type: ignore[arg-type]
+            checks.whole_number(name, value, self.least or 0)  # type: ignore[arg-type]
         elif kind is float and self.share:
             checks.fraction(name, value)
         elif kind is float:
@@ -66,7 +66,7 @@ class Setting:
             if value not in self.choices:
                 raise ValueError(f"{name} must be one of {', '.join(self.choices)}, got {value!r}")
         else:
-            checks.instance(name, value, str, "a string")
+            checks.of_type(name, value, str, "a string")
 
 
 def setting(default: Any, help: str, **rules: Any) -> Any:

@@ -113,7 +113,7 @@ def _with_queries(episodes: Iterable[Episode]) -> Iterator[Episode]:
             "an EpisodeSampler draws without end: give [sampler.sample() for _ in range(tasks)]"
         )
     for episode in episodes:
-        checks.instance("each of episodes", episode, Episode, "an Episode")
+        checks.of_type("each of episodes", episode, Episode, "an Episode")
         if len(episode.query_y) == 0:
             raise ValueError("an episode without queries cannot be scored")
         yield episode
@@ -202,7 +202,7 @@ def few_shot_accuracy(
     """
     if not callable(getattr(algorithm, "clone", None)):
         raise TypeError(
-            f"algorithm must have clone() (PrunedReptile, MAML, ...), got {checks.told(algorithm)}"
+            f"algorithm must have clone() (PrunedReptile, MAML, ...), got {checks.describe(algorithm)}"
         )
 
     def drawn(episode: Episode) -> Iterator[tuple[Tensor, Tensor]]:
@@ -233,7 +233,7 @@ def few_shot_accuracy(
         learners.discard()
         return found
 
-    if checks.count("tasks_at_once", tasks_at_once, least=1) == 1:
+    if checks.whole_number("tasks_at_once", tasks_at_once, least=1) == 1:
         return accuracy(scores, episodes)
     if step is not None:
         raise ValueError("step adapts one learner at a time: set tasks_at_once=1")

@@ -41,7 +41,7 @@ class Setting:
     delta: float = 0.05
 
     def __post_init__(self) -> None:
-        checks.count("tasks", self.tasks, least=1)
+        checks.whole_number("tasks", self.tasks, least=1)
         for name in ("loss_bound", "lipschitz", "radius"):
             checks.number(name, getattr(self, name), above=0)
         for name in ("smoothness", "inner_lr"):
@@ -161,8 +161,8 @@ def parameter_counts(
         >>> parameter_counts(nn.Linear(10, 2), DSDSchedule(0.5, pretrain=1, prune=1, retrain=1))
         (12, 22)
     """
-    checks.instance("model", model, nn.Module, "a torch.nn.Module")
-    checks.instance("schedule", schedule, Schedule, "a Schedule")
+    checks.of_type("model", model, nn.Module, "a torch.nn.Module")
+    checks.of_type("schedule", schedule, Schedule, "a Schedule")
     total = sum(p.numel() for p in model.parameters())
     tensors = select(model, layers=layers, only=only, skip=skip)
     full = sum(segment_counts(tensors, Segment(1)))
@@ -208,7 +208,7 @@ def estimate_smoothness(
     if not tensors:
         raise ValueError("parameters is empty: there is nothing to vary")
     checks.number("radius", radius, above=0)
-    checks.count("samples", samples, least=1)
+    checks.whole_number("samples", samples, least=1)
     sizes = [tensor.numel() for tensor in tensors]
     start = torch.cat([tensor.detach().flatten() for tensor in tensors])
 
@@ -219,7 +219,7 @@ def estimate_smoothness(
 
     def gradient(point: Tensor, create_graph: bool = False) -> Tensor:
         move(point)
-        value = checks.instance("loss's result", loss(), Tensor, "a tensor")
+        value = checks.of_type("loss's result", loss(), Tensor, "a tensor")
         if not bool(value.isfinite()):
             raise ValueError(f"the loss is not finite within radius {radius}: take a smaller one")
         parts: tuple[Tensor | None, ...] = (None,)
@@ -264,7 +264,7 @@ def estimate_smoothness(
 
 
 def _check_counts(kept: int, total: int) -> None:
-    checks.count("total", total)
-    checks.count("kept", kept)
+    checks.whole_number("total", total)
+    checks.whole_number("kept", kept)
     if not 1 <= kept <= total:
         raise ValueError(f"kept must be in 1 .. total = {total}, got {kept}")

@@ -85,9 +85,9 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         dense_weights: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
-        self.schedule = checks.instance("schedule", schedule, Schedule, "a Schedule")
+        self.schedule = checks.of_type("schedule", schedule, Schedule, "a Schedule")
         if dense_weights is not None:
-            checks.instance("dense_weights", dense_weights, (str, os.PathLike), "a path")  # type: ignore[arg-type]
+            checks.of_type("dense_weights", dense_weights, (str, os.PathLike), "a path")  # type: ignore[arg-type]
         self.pruner: Pruner | None = None
         self._options: dict[str, Any] = {
             "layers": layers,

@@ -1,1 +1,18 @@
-"""masking."""
+"""Which weights are pruned, and how a mask holds them at zero."""
+
+from l2l_prune.masking.allocation import erk
+from l2l_prune.masking.criteria import Movement, grasp, magnitude, random, snip, taylor
+from l2l_prune.masking.patterns import Block, NByM, Pattern
+
+__all__ = [
+    "Block",
+    "Movement",
+    "NByM",
+    "Pattern",
+    "erk",
+    "grasp",
+    "magnitude",
+    "random",
+    "snip",
+    "taylor",
+]

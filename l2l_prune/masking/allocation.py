@@ -57,7 +57,7 @@ def erk(
         for linear layers Mocanu et al., *Scalable training of artificial neural networks with
         adaptive sparse connectivity*, Nature Communications 2018, Equation 1.
     """
-    checks.instance("model", model, nn.Module, "a torch.nn.Module")
+    checks.of_type("model", model, nn.Module, "a torch.nn.Module")
     density = 1 - checks.fraction("sparsity", sparsity)
     tensors = select(model, layers=layers, only=only, skip=skip)
     shapes = {t.full_name: t.shape for t in tensors}

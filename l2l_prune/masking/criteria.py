@@ -42,7 +42,7 @@ def random(generator: torch.Generator) -> Criterion:
         >>> scores(torch.zeros(2, 3)).shape
         torch.Size([2, 3])
     """
-    checks.instance("generator", generator, torch.Generator, "a torch.Generator")
+    checks.of_type("generator", generator, torch.Generator, "a torch.Generator")
 
     def scores(weight: Tensor) -> Tensor:
         return torch.rand(weight.shape, generator=generator).to(weight.device)

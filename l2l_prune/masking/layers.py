@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import nn
 
-from l2l_prune._basics.checks import told
+from l2l_prune._basics.checks import describe
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.prunable import LayerTensor, check_all_prunable
 from l2l_prune.masking.topk import kept_count
@@ -189,11 +189,13 @@ def read_rules(argument: str, rules: Rule | Iterable[Rule] | None, model: nn.Mod
             paths = (path for path, module in model.named_modules() if module is rule)
             name = next(paths, "")
             raise TypeError(
-                f"{argument} takes names, module types or predicates, got a {told(rule)} itself: "
-                f"give its name {name!r}"
+                f"{argument} takes names, module types or predicates, got a {describe(rule)} "
+                f"itself: give its name {name!r}"
             )
         if not (isinstance(rule, (str, type)) or callable(rule)):
-            raise TypeError(f"{argument} takes names, module types or predicates, got {told(rule)}")
+            raise TypeError(
+                f"{argument} takes names, module types or predicates, got {describe(rule)}"
+            )
     return listed
 
 

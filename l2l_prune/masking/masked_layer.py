@@ -257,7 +257,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> list(dense_state_dict(net))
         ['0.weight', '0.bias']
     """
-    checks.instance("model", model, nn.Module, "a torch.nn.Module")
+    checks.of_type("model", model, nn.Module, "a torch.nn.Module")
     state = model.state_dict()
     masks: set[str] = set()
     originals: dict[str, str] = {}

@@ -80,8 +80,8 @@ class NByM(Pattern):
     m: int
 
     def __post_init__(self) -> None:
-        checks.count("m", self.m, least=2)
-        if checks.count("n", self.n, least=1) >= self.m:
+        checks.whole_number("m", self.m, least=2)
+        if checks.whole_number("n", self.n, least=1) >= self.m:
             raise ValueError(f"n must be below m = {self.m}, got {self.n}")
 
     def count(self, shape: torch.Size, keep: int) -> int:
@@ -136,8 +136,8 @@ class Block(Pattern):
     columns: int
 
     def __post_init__(self) -> None:
-        checks.count("rows", self.rows, least=1)
-        checks.count("columns", self.columns, least=1)
+        checks.whole_number("rows", self.rows, least=1)
+        checks.whole_number("columns", self.columns, least=1)
 
     def count(self, shape: torch.Size, keep: int) -> int:
         """The weights of the nearest number of blocks."""

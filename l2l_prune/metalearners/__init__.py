@@ -1,1 +1,6 @@
-"""metalearners."""
+"""Meta-learners of the field in learn2learn's verbs: CAVIA, sparse-MAML, MetaOptNet."""
+
+from l2l_prune.metalearners.cavia import CAVIA, ConcatContext, FiLM
+from l2l_prune.metalearners.sparse_maml import SparseMAML
+
+__all__ = ["CAVIA", "ConcatContext", "FiLM", "SparseMAML"]

@@ -23,7 +23,7 @@ class ContextModule(nn.Module):
 
     def __init__(self, context_size: int) -> None:
         super().__init__()
-        self.context_size = checks.count("context_size", context_size, least=1)
+        self.context_size = checks.whole_number("context_size", context_size, least=1)
         self.context = None
 
     def read(self) -> Tensor:
@@ -56,7 +56,7 @@ class FiLM(ContextModule):
 
     def __init__(self, context_size: int, channels: int, hidden_layers: int = 0) -> None:
         super().__init__(context_size)
-        self.channels = checks.count("channels", channels, least=1)
+        self.channels = checks.whole_number("channels", channels, least=1)
         if hidden_layers not in (0, 1):
             raise ValueError(f"hidden_layers must be 0 or 1, got {hidden_layers!r}")
         self.linear = nn.Linear(context_size, 2 * channels)
@@ -133,7 +133,7 @@ class CAVIA(nn.Module):
 
     def __init__(self, model: nn.Module, lr: float = 1.0, first_order: bool = False) -> None:
         super().__init__()
-        checks.instance("model", model, nn.Module, "a torch.nn.Module")
+        checks.of_type("model", model, nn.Module, "a torch.nn.Module")
         layers = _context_layers(model)
         if not layers:
             raise ValueError(

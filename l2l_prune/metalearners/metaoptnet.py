@@ -41,7 +41,7 @@ class MetaOptNet(nn.Module):
 
     def __init__(self, features: nn.Module, head: str = "svm") -> None:
         super().__init__()
-        checks.instance("features", features, nn.Module, "a torch.nn.Module")
+        checks.of_type("features", features, nn.Module, "a torch.nn.Module")
         if head not in HEADS:
             raise ValueError(f"head must be one of {sorted(HEADS)}, got {head!r}")
         self.features = features

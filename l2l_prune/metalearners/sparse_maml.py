@@ -67,8 +67,8 @@ class SparseMAML(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        checks.instance("model", model, nn.Module, "a torch.nn.Module")
-        checks.flag("first_order", first_order)
+        checks.of_type("model", model, nn.Module, "a torch.nn.Module")
+        checks.true_or_false("first_order", first_order)
         self.lr = checks.number("lr", lr, above=0)
         rate = checks.fraction("initial_sparsity", initial_sparsity)
         if next(model.parameters(), None) is None:

@@ -56,15 +56,17 @@ class Regrowth:
         loss: Callable[[], Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        self._pruner = checks.instance("pruner", pruner, Pruner, "a Pruner")
+        self._pruner = checks.of_type("pruner", pruner, Pruner, "a Pruner")
         if not pruner.layerwise:
             raise ValueError("Regrowth counts layer by layer: use no pattern and no global masks")
-        self._interval = checks.count("interval", interval, least=1)
+        self._interval = checks.whole_number("interval", interval, least=1)
         self._fraction = checks.fraction("fraction", fraction)
         if loss is not None and not callable(loss):
-            raise TypeError(f"loss must be a function without arguments, got {checks.told(loss)}")
+            raise TypeError(
+                f"loss must be a function without arguments, got {checks.describe(loss)}"
+            )
         if generator is not None:
-            checks.instance("generator", generator, torch.Generator, "a torch.Generator")
+            checks.of_type("generator", generator, torch.Generator, "a torch.Generator")
         self._loss = loss
         self._generator = generator or torch.Generator().manual_seed(0)
         pruner.register_step_hook(self._after_step)

@@ -44,9 +44,9 @@ class Rewind:
         if not isinstance(pruner, Pruner):
             raise TypeError(
                 "Rewind takes a Pruner, or a PrunedReptile without structured, got "
-                f"{checks.told(trainer)}"
+                f"{checks.describe(trainer)}"
             )
-        self._to = checks.count("to", to)
+        self._to = checks.whole_number("to", to)
         sparse = [start for start, _, segment in pruner.schedule.spans() if segment.sparse]
         if not sparse or to > sparse[0]:
             raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, optim
 from torch.func import functional_call, vmap
 
-from l2l_prune.reptile.inner_loop import copied_state
+from l2l_prune.reptile.learner import copied_state
 from l2l_prune.reptile.reptile import PrunedReptile
 
 # These step on each weight by itself, so one of them on stacked weights is one for each task.

@@ -14,8 +14,7 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from l2l_prune.reptile.inner_loop import Workspace
-from l2l_prune.reptile.learner import Learner
+from l2l_prune.reptile.learner import Learner, Workspace
 
 Loss = Callable[..., Tensor]
 Named = dict[str, Tensor]

@@ -1,12 +1,40 @@
-"""A task's own copy of the model in Reptile."""
+"""A task's own copy of the model in Reptile, and the inner optimizer that adapts it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from l2l_prune.reptile.inner_loop import Workspace
+from l2l_prune import optimizer_state
+from l2l_prune._basics import checks
+from l2l_prune._basics.losses import check_loss
+from l2l_prune.masking.masked_layer import plain_copy
+from l2l_prune.scheduled import ScheduledPruner
+
+OptimizerFactory = Callable[..., Optimizer]
+
+
+def adam(parameters: Iterable[Tensor], lr: float, weight_decay: float = 0.0) -> Optimizer:
+    """The inner optimizer of Reptile's authors and of the paper: Adam without momentum.
+
+    Args:
+        parameters: What it steps on.
+        lr: Its learning rate.
+        weight_decay: Decoupled weight decay, as in AdamW; none in the paper.
+
+    Returns:
+        ``torch.optim.AdamW`` with betas (0, 0.999), fused into one kernel where torch has that.
+    """
+    held = list(parameters)
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in held)
+    return torch.optim.AdamW(
+        held, lr, betas=(0.0, 0.999), weight_decay=weight_decay, fused=fused or None
+    )
 
 
 class Learner(nn.Module):
@@ -69,3 +97,154 @@ class Learner(nn.Module):
         if workspace is None:
             raise RuntimeError("this learner was collected: clone() a new one")
         return workspace
+
+
+class Workspace:
+    """A plain working copy of the model with its inner optimizer, used for task after task."""
+
+    def __init__(
+        self, pruner: ScheduledPruner, factory: OptimizerFactory, inner_lr: float, foml: bool
+    ) -> None:
+        self._pruner = pruner
+        self.module = plain_copy(pruner.model)
+        self.parameters = list(self.module.parameters())
+        given = [p for p in self.parameters if p.requires_grad]
+        self.optimizer = checks.of_type(
+            "inner_optimizer's result",
+            factory(given, lr=inner_lr),
+            Optimizer,
+            "a torch Optimizer",
+        )
+        if not optimizer_state.held_ids(self.optimizer) <= {id(p) for p in given}:
+            raise ValueError("inner_optimizer must step on the parameters that it is given only")
+        if isinstance(self.optimizer, LBFGS):
+            raise ValueError("inner_optimizer must step on one loss; L-BFGS needs a closure")
+        self._fresh = [copied_state(self.optimizer.state.get(p, {})) for p in self.parameters]
+        self._by_name = dict(self.module.named_parameters())
+        self._first_step: RemovableHandle | None = None
+        if hook := pruner.first_step_hook(self.module):
+            self._first_step = self.optimizer.register_step_pre_hook(hook)
+        self.masks: dict[str, Tensor] = {}  # in the dtype of the weights, while sparse
+        self._masked: list[Tensor] = []
+        self._foml = foml
+        self.before_last: list[Tensor] = []
+
+    def restore(self, model: nn.Module, state: list[dict[str, Any]]) -> None:
+        """Start from the meta-model: weights, buffers, modes, masks, optimizer state."""
+        torch._foreach_copy_([*self.parameters], [*model.parameters()])
+        for parameter in self.parameters:
+            parameter.grad = None
+        sources = dict(model.named_buffers())
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(sources[name])
+        for mine, theirs in zip(self.module.modules(), model.modules(), strict=True):
+            mine.training = theirs.training
+        if self._first_step and self._pruner.first_step_hook(self.module) is None:
+            self._first_step.remove()
+            self._first_step = None
+        self.masks = {}
+        if self._pruner.sparse:
+            for name, mask in self._pruner.masks.items():
+                self.masks[name] = torch.empty_like(self._by_name[name].data).copy_(mask)
+        self._masked = [self._by_name[name].data for name in self.masks]
+        self.before_last = [p.detach().clone() for p in self.parameters] if self._foml else []
+        # Some optimizers (Adagrad in older torch) make their state when they are made.
+        _restore_state(self.optimizer, self.parameters, state if any(state) else self._fresh)
+
+    def adapt(self, loss: Tensor) -> None:
+        """One step of the inner optimizer."""
+        self.backward(loss)
+        self.step()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a loss on the parameters that it reaches, none on the others.
+
+        Raises:
+            RuntimeError: If it reaches none.
+            TypeError: If it is no tensor.
+            ValueError: If it holds several numbers.
+        """
+        check_loss(loss)
+        if loss.requires_grad:
+            for parameter in self.parameters:
+                parameter.grad = None
+            loss.backward()  # type: ignore[no-untyped-call]
+        if not loss.requires_grad or all(parameter.grad is None for parameter in self.parameters):
+            raise RuntimeError("loss does not depend on this learner: compute it from learner(x)")
+
+    def step(self) -> None:
+        """The inner optimizer's step on the gradients that are there."""
+        self.about_to_step()
+        self.optimizer.step()
+        self.project()
+
+    def about_to_step(self) -> None:
+        """Keep what first-order MAML subtracts."""
+        if self._foml:
+            torch._foreach_copy_(self.before_last, [p.detach() for p in self.parameters])
+
+    def project(self) -> None:
+        """Pruned weights to exactly 0; ``.data`` so that a pending backward is not disturbed."""
+        if self._masked:
+            torch._foreach_mul_(self._masked, list(self.masks.values()))
+
+    def clear_momentum(self) -> None:
+        """Pruned weights must not be pushed by an old momentum when they are released."""
+        for name, mask in self.masks.items():
+            optimizer_state.clear_momentum(self.optimizer, self._by_name[name], mask)
+
+    def save_state(self, into: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The optimizer's state, handed out; it goes on with the tensors of ``into`` as its own.
+
+        Until :meth:`restore` the optimizer's state means nothing then, and no tensor is copied.
+        """
+        states = [dict(self.optimizer.state.get(p, {})) for p in self.parameters]
+        self.optimizer.state.clear()
+        self.optimizer.state.update(zip(self.parameters, into, strict=False))
+        return states
+
+
+def _restore_state(
+    optimizer: Optimizer, parameters: list[nn.Parameter], saved: list[dict[str, Any]]
+) -> None:
+    if not any(saved):
+        optimizer.state.clear()
+        return
+    _copy_states(saved, [optimizer.state[p] for p in parameters])
+    for group in optimizer.param_groups:
+        if group.get("fused") or group.get("capturable"):  # these count their steps on the device
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                for key, value in state.items():  # "step", and NAdam's "mu_product"
+                    if isinstance(value, Tensor):
+                        state[key] = value.to(parameter.device)
+
+
+def _copy_states(sources: list[dict[str, Any]], targets: list[dict[str, Any]]) -> None:
+    """Make each target dict equal to its source; tensors in one grouped copy."""
+    old: list[Tensor] = []
+    new: list[Tensor] = []
+    for source, target in zip(sources, targets, strict=True):
+        for key in target.keys() - source.keys():
+            del target[key]
+        for key, value in source.items():
+            held = target.get(key)
+            if isinstance(value, Tensor) and isinstance(held, Tensor):
+                old.append(held)
+                new.append(value)
+            else:
+                target[key] = value.clone() if isinstance(value, Tensor) else value
+    if old:
+        torch._foreach_copy_(old, new)
+
+
+def copied_state(state: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    """A copy of the state of one parameter, on ``device`` if one is given.
+
+    Single numbers (Adam's step count) stay where they are: :meth:`Workspace.restore` knows where
+    an optimizer counts.
+    """
+    return {
+        k: v.to(device if v.dim() else None, copy=True) if isinstance(v, Tensor) else v
+        for k, v in state.items()
+    }

@@ -18,9 +18,8 @@ from l2l_prune.masking.criteria import Criterion, magnitude
 from l2l_prune.masking.layers import Layers, Rule
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.pruner import Pruner
-from l2l_prune.reptile.inner_loop import OptimizerFactory, Workspace, adam, copied_state
-from l2l_prune.reptile.learner import Learner
-from l2l_prune.reptile.state import check_reptile_state
+from l2l_prune.reptile.learner import Learner, OptimizerFactory, Workspace, adam, copied_state
+from l2l_prune.scheduled import ScheduledPruner
 from l2l_prune.schedules.schedule import Schedule
 
 StepPreHook: TypeAlias = Callable[["PrunedReptile", tuple[()], dict[str, Any]], None]
@@ -99,23 +98,23 @@ class PrunedReptile(nn.Module):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        checks.instance("model", model, nn.Module, "a torch.nn.Module")
+        checks.of_type("model", model, nn.Module, "a torch.nn.Module")
         checks.number("meta_lr", meta_lr)
         checks.number("meta_lr_final", meta_lr_final)
         checks.number("inner_lr", inner_lr, above=0)
-        checks.flag("carry_state", carry_state)
-        checks.flag("foml", foml)
+        checks.true_or_false("carry_state", carry_state)
+        checks.true_or_false("foml", foml)
         if not callable(inner_optimizer):
             raise TypeError(
                 "inner_optimizer must be an optimizer class, or a functools.partial of one, got "
-                f"{checks.told(inner_optimizer)}"
+                f"{checks.describe(inner_optimizer)}"
             )
         if structured is not None:
-            checks.instance("structured", structured, Structured, "a Structured")
+            checks.of_type("structured", structured, Structured, "a Structured")
         if group is not None:  # before a mask is made
-            checks.instance("group", group, dist.ProcessGroup, "a torch.distributed ProcessGroup")
+            checks.of_type("group", group, dist.ProcessGroup, "a torch.distributed ProcessGroup")
             ranks.take_first([*model.parameters(), *model.buffers()], group)
-        self.pruner: Pruner | ChannelPruner
+        self.pruner: ScheduledPruner
         if structured is None:
             self.pruner = Pruner(
                 model,
@@ -141,8 +140,9 @@ class PrunedReptile(nn.Module):
                 example_inputs=structured.example_inputs,
                 importance=structured.importance,
                 skip=skip,
+                group=group,
             )
-            self.pruner.more_states = self._carried_states
+        self.pruner.follow_states(self._carried_states)
         self.module = model
         self.inner_lr = inner_lr
         self.meta_lr_initial, self.meta_lr_final = meta_lr, meta_lr_final
@@ -163,7 +163,7 @@ class PrunedReptile(nn.Module):
     @property
     def structured(self) -> bool:
         """Whether sparse phases cut out channels instead of masking weights."""
-        return isinstance(self.pruner, ChannelPruner)
+        return self.pruner.changes_shapes
 
     @property
     def iteration(self) -> int:
@@ -272,10 +272,8 @@ class PrunedReptile(nn.Module):
                     parameter.grad = None
             if self.iteration != iteration:
                 self._collected, self._tasks = [], 0
-        if isinstance(self.pruner, ChannelPruner) and self.pruner.segment is not segment:
+        if self.structured and self.pruner.segment is not segment:
             self._workspaces.clear()  # their shapes are those of the old segment
-            kept = {n: torch.tensor(c).to(mean[0].device) for n, c in self.pruner.channels.items()}
-            ranks.check_same(kept, self.iteration, self._group)
 
     def register_step_pre_hook(self, hook: StepPreHook) -> RemovableHandle:
         """Call ``hook(reptile, args, kwargs)`` in each :meth:`step` before the weights move.
@@ -316,7 +314,7 @@ class PrunedReptile(nn.Module):
         """
         # Cut tensors have the state's shapes only later.
         parameters = dict(self.module.named_parameters())
-        check_reptile_state(state, parameters, shapes=not self.structured)
+        _check_state(state, parameters, shapes=not self.structured)
         self.pruner.load_state_dict(state["pruner"])
         self._workspaces.clear()
         devices = [parameter.device for parameter in parameters.values()]
@@ -348,7 +346,7 @@ class PrunedReptile(nn.Module):
 
     def _released(self, learner: Learner) -> Workspace:
         if not isinstance(learner, Learner):
-            raise TypeError(f"this takes a learner made by clone(), got {checks.told(learner)}")
+            raise TypeError(f"this takes a learner made by clone(), got {checks.describe(learner)}")
         return learner.release(self, self.iteration)
 
     def _carried_states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -360,3 +358,33 @@ class PrunedReptile(nn.Module):
     def _check_usable(self) -> None:
         if self.pruner.finalized:
             raise RuntimeError("PrunedReptile was finalized: make a new one to train on")
+
+
+def _check_state(state: Any, parameters: dict[str, nn.Parameter], shapes: bool) -> None:
+    """Refuse a state that is not one of these parameters.
+
+    Args:
+        state: What ``get_extra_state()`` may have given.
+        parameters: The meta-model's, by name.
+        shapes: Whether the collected tensors must have the parameters' shapes now.
+
+    Raises:
+        ValueError: Naming what does not fit.
+    """
+    keys = {"pruner", "inner_state", "collected", "tasks"}
+    if not isinstance(state, dict) or set(state) != keys:
+        raise ValueError("this is not a PrunedReptile state dict of this version")
+    tasks, collected, inner = (state[key] for key in ("tasks", "collected", "inner_state"))
+    if not isinstance(collected, list) or not isinstance(inner, list):
+        raise ValueError("this is not a PrunedReptile state dict of this version")
+    if type(tasks) is not int or tasks < 0:
+        raise ValueError(f"the checkpoint's tasks must be a number >= 0, got {tasks!r}")
+    if len(collected) != (len(parameters) if tasks else 0):
+        raise ValueError(f"the checkpoint has {len(collected)} collected tensors of {tasks} tasks")
+    if len(inner) not in (0, len(parameters)):
+        raise ValueError(f"the checkpoint's inner_state is of {len(inner)} parameters")
+    if not shapes:
+        return
+    for (name, parameter), total in zip(parameters.items(), collected, strict=False):
+        if total.shape != parameter.shape:
+            raise ValueError(f"the checkpoint's collected weights do not fit {name}")

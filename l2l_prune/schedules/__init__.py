@@ -1,1 +1,7 @@
-"""schedules."""
+"""When to prune, and how much: frozen values that import no torch."""
+
+from l2l_prune.schedules.common import cubic, cyclic, one_shot
+from l2l_prune.schedules.paper import DSDSchedule, IHTSchedule
+from l2l_prune.schedules.schedule import Schedule, Segment
+
+__all__ = ["DSDSchedule", "IHTSchedule", "Schedule", "Segment", "cubic", "cyclic", "one_shot"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from l2l_prune._basics.checks import count, fraction
+from l2l_prune._basics.checks import fraction, whole_number
 from l2l_prune.schedules.schedule import Schedule, Segment
 
 
@@ -98,7 +98,7 @@ def cyclic(
         Section 3.
     """
     segments = [Segment(pretrain, phase="pretrain")]
-    for cycle in range(1, count("cycles", cycles, least=1) + 1):
+    for cycle in range(1, whole_number("cycles", cycles, least=1) + 1):
         segments += _ramp(sparsity, steps, interval, hold, initial_sparsity, cycle)
     return Schedule(tuple(segments))
 
@@ -109,8 +109,8 @@ def _ramp(
     last, first = fraction("sparsity", sparsity), fraction("initial_sparsity", initial)
     if first > last:
         raise ValueError(f"initial_sparsity={first} is more than sparsity={last}")
-    count("steps", steps, least=1)
-    count("interval", interval, least=1)
+    whole_number("steps", steps, least=1)
+    whole_number("interval", interval, least=1)
     rates = [last + (first - last) * (1 - k / steps) ** 3 for k in range(steps)]
     lengths = [*[interval] * steps, hold]
     return [

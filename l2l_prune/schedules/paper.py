@@ -10,11 +10,11 @@ from l2l_prune._basics.checks import (
     apportion,
     check_fractions,
     check_whole,
-    count,
     fraction,
     frozen_counts,
     frozen_sparsity,
     set_field,
+    whole_number,
 )
 from l2l_prune.schedules.schedule import Schedule, Segment
 
@@ -122,7 +122,7 @@ class DSDSchedule(Schedule):
             >>> DSDSchedule.from_fractions(0.5, 1000).prune
             600
         """
-        total = count("total", total, least=1)
+        total = whole_number("total", total, least=1)
         fractions = {"pretrain": pretrain, "prune": prune, "retrain": retrain}
         check_fractions(fractions)
         check_whole(fractions, sum(fractions.values()))
@@ -269,7 +269,10 @@ class IHTSchedule(Schedule):
             >>> IHTSchedule.from_fractions(0.4, 1000).prune
             150
         """
-        total, rounds = count("total", total, least=1), count("rounds", rounds, least=1)
+        total, rounds = (
+            whole_number("total", total, least=1),
+            whole_number("rounds", rounds, least=1),
+        )
         fractions = {"pretrain": pretrain, "prune": prune, "retrain": retrain}
         check_fractions(fractions)
         check_whole(fractions, pretrain + rounds * (prune + retrain))
@@ -304,7 +307,7 @@ class IHTSchedule(Schedule):
 
 def _freeze_fields(schedule: DSDSchedule | IHTSchedule, *counts: str) -> None:
     for name in counts:
-        set_field(schedule, name, count(name, getattr(schedule, name)))
+        set_field(schedule, name, whole_number(name, getattr(schedule, name)))
     set_field(schedule, "sparsity", frozen_sparsity("sparsity", schedule.sparsity))
     set_field(schedule, "keep", frozen_counts("keep", schedule.keep))
 

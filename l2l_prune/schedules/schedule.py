@@ -14,14 +14,14 @@ from typing import Any
 from l2l_prune._basics.checks import (
     Counts,
     Sparsity,
-    count,
-    flag,
+    as_lists,
+    describe,
     frozen_counts,
     frozen_sparsity,
-    instance,
-    plain,
+    of_type,
     set_field,
-    told,
+    true_or_false,
+    whole_number,
 )
 
 
@@ -54,12 +54,12 @@ class Segment:
     round: int = 0
 
     def __post_init__(self) -> None:
-        set_field(self, "iterations", count("iterations", self.iterations))
+        set_field(self, "iterations", whole_number("iterations", self.iterations))
         set_field(self, "sparsity", frozen_sparsity("sparsity", self.sparsity))
         set_field(self, "keep", frozen_counts("keep", self.keep))
-        set_field(self, "sparse", flag("sparse", self.sparse))
-        set_field(self, "round", count("round", self.round))
-        instance("phase", self.phase, str, "a string")
+        set_field(self, "sparse", true_or_false("sparse", self.sparse))
+        set_field(self, "round", whole_number("round", self.round))
+        of_type("phase", self.phase, str, "a string")
         set_field(self, "phase", self.phase or ("sparse" if self.sparse else "dense"))
 
     @property
@@ -100,7 +100,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.segments, Iterable):
-            raise TypeError(f"segments must be a list of Segment values, got {told(self.segments)}")
+            raise TypeError(
+                f"segments must be a list of Segment values, got {describe(self.segments)}"
+            )
         set_field(self, "segments", tuple(self.segments))
         for segment in self.segments:
             if not isinstance(segment, Segment):
@@ -125,7 +127,7 @@ class Schedule:
         Raises:
             ValueError: If ``iteration`` is negative.
         """
-        iteration = count("iteration", iteration)
+        iteration = whole_number("iteration", iteration)
         last = 0
         for position, segment in enumerate(self.segments):
             if segment.iterations == 0:
@@ -209,8 +211,8 @@ class Schedule:
                 {
                     "iterations": segment.iterations,
                     "sparse": segment.sparse,
-                    "sparsity": plain(segment.sparsity),
-                    "keep": plain(segment.keep),
+                    "sparsity": as_lists(segment.sparsity),
+                    "keep": as_lists(segment.keep),
                     "phase": segment.phase,
                     "round": segment.round,
                 }

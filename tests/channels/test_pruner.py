@@ -600,13 +600,13 @@ def test_a_failed_choice_between_sparse_segments_changes_nothing():
     made.step()
     F.cross_entropy(net(IMAGES.float()), LABELS).backward()
     net.classifier.weight.grad = None
-    made.regrown = {"classifier.weight": torch.ones(5, 6, dtype=torch.bool)}
+    made.released = {"classifier.weight": torch.ones(5, 6, dtype=torch.bool)}
     gradients = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
-    before, regrown = copy.deepcopy(net.state_dict()), dict(made.regrown)
+    before, regrown = copy.deepcopy(net.state_dict()), dict(made.released)
     with pytest.raises(ValueError, match="Taylor importance needs gradients"):
         made.step()
     assert (made.iteration, made.sparse) == (1, True)
-    assert made.regrown == regrown
+    assert made.released == regrown
     assert all(torch.equal(net.get_parameter(n).grad, g) for n, g in gradients.items())
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
@@ -622,7 +622,7 @@ def test_channels_that_come_back_between_sparse_segments_do_not_jump():
     more = made.channels["0"]
     assert few < {*more}
     back = torch.tensor([channel not in few for channel in more])
-    assert torch.equal(made.regrown["2.weight"], back.expand(2, 6))
+    assert torch.equal(made.released["2.weight"], back.expand(2, 6))
 
 
 def test_what_has_regrown_is_loaded_to_where_the_network_is():
@@ -636,11 +636,11 @@ def test_what_has_regrown_is_loaded_to_where_the_network_is():
     _, made = start()
     made.step()
     made.step()
-    assert made.regrown
+    assert made.released
     net, other = start()
     net.to("meta")
     other.load_state_dict(made.state_dict())
-    assert {mask.device.type for mask in other.regrown.values()} == {"meta"}
+    assert {mask.device.type for mask in other.released.values()} == {"meta"}
 
 
 @pytest.mark.parametrize("closure", [False, True])
@@ -654,7 +654,7 @@ def test_regrown_weights_do_not_jump(betas, closure):
     made = ChannelPruner(net, schedule, opt, example_inputs=IMAGES)
     train(net, opt, 305, made.step)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    regrown = dict(made.regrown)
+    regrown = dict(made.released)
 
     def loss():
         opt.zero_grad()
@@ -677,7 +677,7 @@ def test_after_finalize_the_optimizer_is_left_alone():
     made = ChannelPruner(net, SCHEDULE, opt, example_inputs=IMAGES.float())
     made.step()
     made.finalize()  # in the sparse phase: channels regrow, and no step() will follow
-    assert made.regrown
+    assert made.released
     assert not opt._optimizer_step_pre_hooks
 
 
@@ -693,11 +693,11 @@ def test_reptile_does_not_let_them_jump_either():
             learner.adapt(F.cross_entropy(learner(IMAGES), LABELS))
         reptile.collect(learner)
         reptile.step()
-    assert reptile.pruner.regrown
+    assert reptile.pruner.released
     learner = reptile.clone()
     before = {name: p.detach().clone() for name, p in learner.module.named_parameters()}
     learner.adapt(F.cross_entropy(learner(IMAGES), LABELS))
-    for name, mask in reptile.pruner.regrown.items():
+    for name, mask in reptile.pruner.released.items():
         moved = (learner.module.get_parameter(name).detach() - before[name]).abs()[mask]
         assert moved.max() <= 1e-3 * 1.01, name
 

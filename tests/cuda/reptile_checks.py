@@ -15,7 +15,7 @@ from l2l_prune.masking.criteria import snip
 from l2l_prune.metalearners.sparse_maml import SparseMAML
 from l2l_prune.reptile.batched import BatchedLearners
 from l2l_prune.reptile.compiled import CompiledStep
-from l2l_prune.reptile.inner_loop import adam as inner_adam
+from l2l_prune.reptile.learner import adam as inner_adam
 from tests.conftest import OLD_TORCH, without_compiler
 from tests.cuda.place import (
     SCHEDULE,

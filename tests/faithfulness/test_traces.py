@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from l2l_prune.reptile.inner_loop import adam
+from l2l_prune.reptile.learner import adam
 
 from .authors_program import write_iht_trace
 from .replay import TFAdam, replay

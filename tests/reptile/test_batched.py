@@ -15,7 +15,7 @@ from l2l_prune.fewshot.data import Episode
 from l2l_prune.fewshot.evaluation import few_shot_accuracy
 from l2l_prune.fewshot.models import CaviaMLP
 from l2l_prune.metalearners.cavia import CAVIA
-from l2l_prune.reptile import inner_loop
+from l2l_prune.reptile import learner as inner_loop
 from l2l_prune.reptile.batched import ELEMENTWISE, BatchedLearners
 
 SCHEDULE = DSDSchedule(0.5, pretrain=1, prune=2, retrain=2)

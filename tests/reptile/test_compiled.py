@@ -18,7 +18,7 @@ from l2l_prune.channels.pruner import Structured
 from l2l_prune.fewshot.data import Episode
 from l2l_prune.fewshot.evaluation import few_shot_accuracy
 from l2l_prune.reptile.compiled import CompiledStep
-from l2l_prune.reptile.inner_loop import adam
+from l2l_prune.reptile.learner import adam
 from tests.conftest import OLD_TORCH, SmallNet, needs_compiler, without_compiler
 
 SCHEDULE = DSDSchedule(0.5, pretrain=1, prune=2, retrain=2)

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from l2l_prune import DSDSchedule, IHTSchedule, PrunedReptile, Schedule, Segment
 from l2l_prune.masking.masked_layer import dense_state_dict
-from l2l_prune.reptile import inner_loop
-from l2l_prune.reptile.inner_loop import adam
+from l2l_prune.reptile import learner as inner_loop
+from l2l_prune.reptile.learner import adam
 from tests.conftest import SmallNet
 
 SCHEDULE = DSDSchedule(0.5, pretrain=2, prune=3, retrain=2)

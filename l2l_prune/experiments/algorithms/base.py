@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from l2l_prune.channels.pruner import ChannelPruner
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.fewshot.data import Episode
 from l2l_prune.fewshot.evaluation import Mean
 from l2l_prune.fewshot.models import Conv4
-from l2l_prune.pruner import Pruner
+from l2l_prune.scheduled import ScheduledPruner
 
 
 class Algorithm(ABC):
     """A meta-learner with its network, outer optimizer and pruner."""
 
-    pruner: Pruner | ChannelPruner
+    pruner: ScheduledPruner
 
     @abstractmethod
     def train(self, tasks: Sequence[Episode]) -> None:

@@ -25,8 +25,7 @@ from l2l_prune.fewshot.data import Episode
 from l2l_prune.fewshot.data.minibatches import minibatches
 from l2l_prune.fewshot.evaluation import Mean, few_shot_accuracy
 from l2l_prune.reptile.compiled import CompiledStep
-from l2l_prune.reptile.inner_loop import adam
-from l2l_prune.reptile.learner import Learner
+from l2l_prune.reptile.learner import Learner, adam
 from l2l_prune.reptile.reptile import PrunedReptile
 
 

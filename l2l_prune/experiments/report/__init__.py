@@ -1,1 +1,1 @@
-"""report."""
+"""What a person reads of finished runs: tables, pictures, a page."""

@@ -108,7 +108,7 @@ def hyperparameter_figure(runs: list[FinishedRun], path: Path) -> bool:
     """Test accuracy by the lengths of phases (Figures 3 and 4 of the paper).
 
     Returns:
-        Whether there was something to draw: three values of one length, all else same_settings.
+        Whether there was something to draw: three values of one length, all else alike.
     """
     panels = []
     for label, family, value, held in _STUDIES:
@@ -121,7 +121,7 @@ def hyperparameter_figure(runs: list[FinishedRun], path: Path) -> bool:
             and run.rate is not None
         ]
         alike = grouped(mine, lambda r, held=held: (r.rate, held(r), frozen(_but_schedule(r))))  # type: ignore[misc]
-        lines = [same for same in same_settings.values() if len({value(run) for run in same}) > 2]
+        lines = [same for same in alike.values() if len({value(run) for run in same}) > 2]
         if lines:
             panels.append((label, family, value, lines))
     if not panels:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from l2l_prune._basics import checks
 from l2l_prune._basics.tensor_files import DamagedFile, load_tensors
-from l2l_prune.experiments.report import same_settings
 from l2l_prune.experiments.config import file_name
+from l2l_prune.experiments.report import same_settings
 from l2l_prune.experiments.report.seed_statistics import OverSeeds
 from l2l_prune.fewshot.evaluation import paired_difference
 from l2l_prune.schedules.paper import Schedule
@@ -86,7 +86,9 @@ class FinishedRun:
     @property
     def variant(self) -> str:
         """What the name says besides family and regularisers: ``"no retrain"``, or nothing."""
-        regularisers = {f"{word} {self.identity[n]:g}" for n, word in same_settings.REGULARISERS.items()}
+        regularisers = {
+            f"{word} {self.identity[n]:g}" for n, word in same_settings.REGULARISERS.items()
+        }
         _, *parts = str(self.config["name"]).split(", ")
         return ", ".join(part for part in parts if part not in regularisers)
 
@@ -178,7 +180,7 @@ class FinishedRun:
         for point in self.entry["curve"]:
             numbers += [point[key] for key in ("iteration", "sparsity")]
         for value in (*numbers, self.entry["seconds"], self.seed):
-            checks.instance("a number of the results", value, (int, float), "a number")  # type: ignore[arg-type]
+            checks.of_type("a number of the results", value, (int, float), "a number")  # type: ignore[arg-type]
             float(value)  # not beyond all floats
         _ = (self.method, hash(self.setting), self.phase_iterations("prune"))
 
@@ -350,7 +352,9 @@ def _named(runs: list[FinishedRun]) -> list[FinishedRun]:
     settings = same_settings.train_shots_aside(same_settings.setting(run.config) for run in runs)
     varying = [name for name in same_settings.varying(settings) if name not in _SHOWN]
     rivals = [
-        name for name in same_settings.varying(run.identity for run in runs) if name in same_settings.REGULARISERS
+        name
+        for name in same_settings.varying(run.identity for run in runs)
+        if name in same_settings.REGULARISERS
     ]
     found = []
     for same in grouped(runs, lambda run: run.setting).values():

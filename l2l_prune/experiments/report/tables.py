@@ -108,7 +108,9 @@ def _dense_beside(run: FinishedRun, runs: list[FinishedRun]) -> list[FinishedRun
 
 def _closest(run: FinishedRun, dense: Iterable[FinishedRun]) -> FinishedRun | None:
     """The one that is most like ``run``, where dense runs differ in what changes no score."""
-    return min(dense, key=lambda d: len(same_settings.varying([d.identity, run.identity])), default=None)
+    return min(
+        dense, key=lambda d: len(same_settings.varying([d.identity, run.identity])), default=None
+    )
 
 
 def at_equal_training_accuracy(runs: list[FinishedRun]) -> dict[str, OverSeeds]:

@@ -1,1 +1,1 @@
-"""running."""
+"""Runs: one, many side by side, and their files."""

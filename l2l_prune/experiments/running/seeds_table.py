@@ -10,8 +10,8 @@ from rich.console import Console
 from tabulate import tabulate
 
 from l2l_prune._basics.files import replace_file
-from l2l_prune.experiments.report import same_settings
 from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.report import same_settings
 from l2l_prune.experiments.report.finished_runs import schedule_rate
 from l2l_prune.experiments.report.seed_statistics import OverSeeds, with_verdict
 from l2l_prune.experiments.running.processes import finish_all

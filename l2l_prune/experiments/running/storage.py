@@ -12,8 +12,8 @@ from typing import Any
 import filelock
 
 from l2l_prune._basics.files import remove_unfinished
-from l2l_prune.experiments.report import same_settings
 from l2l_prune.experiments.config import RunConfig, file_name
+from l2l_prune.experiments.report import same_settings
 from l2l_prune.experiments.report.finished_runs import read_runs
 
 

@@ -42,7 +42,7 @@ def expand(base: dict[str, Any], grid: dict[str, Any] | list[dict[str, Any]]) ->
     """
     grids = grid if isinstance(grid, list) else [grid]
     for name, table in (("base", base), *(("grid", one) for one in grids)):
-        checks.instance(name, table, dict, "a table")
+        checks.of_type(name, table, dict, "a table")
     configs = [config for one in grids for config in _combinations(base, one)]
     unique = {run_name(config): config for config in configs}.values()
     return sorted(unique, key=lambda config: config.seed)
@@ -90,7 +90,7 @@ def _seeds(grid: dict[str, Any]) -> range:
         )
     if "seed" in grid:
         raise ValueError("give seeds or seed, not both")
-    return range(checks.count("seeds", number, least=1))
+    return range(checks.whole_number("seeds", number, least=1))
 
 
 def sweep(

@@ -63,7 +63,7 @@ class EpisodeSampler:
         generator: torch.Generator | None = None,
     ) -> None:
         for name, given in (("images", images), ("labels", labels)):
-            checks.instance(name, given, Tensor, "a tensor")
+            checks.of_type(name, given, Tensor, "a tensor")
         if labels.is_floating_point() or labels.is_complex():
             raise TypeError(f"labels must be integers, got {labels.dtype}")
         if labels.dim() != 1:
@@ -71,8 +71,8 @@ class EpisodeSampler:
         if len(images) != len(labels):
             raise ValueError(f"labels must be as many as images, got {len(labels)}, {len(images)}")
         for name, value, least in (("ways", ways, 1), ("shots", shots, 1), ("queries", queries, 0)):
-            checks.count(name, value, least)
-        checks.count("seed", seed)
+            checks.whole_number(name, value, least)
+        checks.whole_number("seed", seed)
         classes, sizes = torch.unique(labels, return_counts=True)
         if ways > len(classes):
             raise ValueError(f"ways={ways}, but there are only {len(classes)} classes")
@@ -89,7 +89,7 @@ class EpisodeSampler:
         self._order = labels.argsort(stable=True)
         if generator is None:
             generator = torch.Generator().manual_seed(seed)
-        self._generator = checks.instance(
+        self._generator = checks.of_type(
             "generator", generator, torch.Generator, "a torch.Generator"
         )
 

@@ -102,7 +102,7 @@ def _some_classes(data: Images, max_classes: int | None, seed: int) -> Images:
     if max_classes is None:
         return data
     classes = torch.unique(data.labels)
-    checks.count("max_classes", max_classes)
+    checks.whole_number("max_classes", max_classes)
     if not 1 <= max_classes <= len(classes):
         raise ValueError(f"max_classes must be in [1, {len(classes)}], got {max_classes}")
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))

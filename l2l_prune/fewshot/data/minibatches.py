@@ -39,8 +39,8 @@ def minibatches(
     """
     if len(x) != len(y) or len(x) == 0:
         raise ValueError(f"x and y must hold equally many examples, got {len(x)} and {len(y)}")
-    checks.count("batch_size", batch_size, least=1)
-    checks.count("steps", steps)
+    checks.whole_number("batch_size", batch_size, least=1)
+    checks.whole_number("steps", steps)
     passes = -(-batch_size * steps // len(x))
     order = [torch.randperm(len(x), generator=generator) for _ in range(passes)]
     if order:

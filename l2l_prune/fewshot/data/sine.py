@@ -27,8 +27,8 @@ class SineTasks:
     """
 
     def __init__(self, *, shots: int = 10, queries: int = 10, seed: int = 0) -> None:
-        self.shots = checks.count("shots", shots, least=1)
-        self.queries = checks.count("queries", queries)
+        self.shots = checks.whole_number("shots", shots, least=1)
+        self.queries = checks.whole_number("queries", queries)
         self._generator = torch.Generator().manual_seed(seed)
 
     def sample(self) -> Episode:

@@ -1,4 +1,4 @@
-"""The optimizers of a Pruner: their state follows its masks."""
+"""The optimizers of a Pruner: their momentum and second moments follow its masks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from l2l_prune.masking.masked_layer import held_tensors
 from l2l_prune.masking.prunable import LayerTensor
 
 
-class FollowingOptimizers:
+class MaskedOptimizers:
     """Optimizers whose momentum and second moments follow the masks of some tensors.
 
     Args:
@@ -26,7 +26,7 @@ class FollowingOptimizers:
         tensors: What is pruned, before a mask is on it.
         optimizer: One, several or none.
         match: Whether second moments of released weights are raised, so that none jumps; see
-            :mod:`l2l_prune.optimizer_state`.
+            :func:`level_second_moment`.
 
     Attributes:
         all: The optimizers.
@@ -69,7 +69,7 @@ class FollowingOptimizers:
             TypeError: If it is no optimizer.
             ValueError: If it holds none of them, or follows already.
         """
-        checks.instance("optimizer", optimizer, Optimizer, "a torch Optimizer")
+        checks.of_type("optimizer", optimizer, Optimizer, "a torch Optimizer")
         optimizer_state.check_holds(optimizer, weights)
         if any(optimizer is held for held in self.all):
             raise ValueError("optimizer follows the masks already")

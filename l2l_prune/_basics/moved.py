@@ -1,0 +1,119 @@
+"""Import paths of version 0.1, which go on working with a warning until 0.3."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+_PACKAGE = "l2l_prune"
+
+MOVED = {
+    "allocation": "masking.allocation",
+    "batched": "reptile.batched",
+    "cavia": "metalearners.cavia",
+    "cli": "experiments.cli",
+    "cli_options": "experiments.options",
+    "compiled": "reptile.compiled",
+    "criteria": "masking.criteria",
+    "data": "fewshot.data",
+    "data.benchmarks": "fewshot.data.benchmarks",
+    "data.cache": "fewshot.data.cache",
+    "data.episodes": "fewshot.data.episodes",
+    "data.glyphs": "fewshot.data.glyphs",
+    "data.images": "fewshot.data.images",
+    "data.minibatches": "fewshot.data.minibatches",
+    "data.rendering": "fewshot.data.rendering",
+    "data.safe_pickle": "fewshot.data.safe_pickle",
+    "data.sine": "fewshot.data.sine",
+    "data.tasksets": "fewshot.data.tasksets",
+    "evaluation": "fewshot.evaluation",
+    "experiments.algorithms.masks": "experiments.algorithms.pruning",
+    "experiments.checkpoint": "experiments.running.checkpoint",
+    "experiments.compare": "experiments.running.seeds_table",
+    "experiments.finished": "experiments.report.finished_runs",
+    "experiments.models": "fewshot.models",
+    "experiments.one_seed": "experiments.running.one_seed_table",
+    "experiments.over_seeds": "experiments.report.seed_statistics",
+    "experiments.paper_numbers": "experiments.report.paper_numbers",
+    "experiments.plots": "experiments.report.plots",
+    "experiments.results": "experiments.report.results",
+    "experiments.run": "experiments.running.run",
+    "experiments.storage": "experiments.running.storage",
+    "experiments.studies": "experiments.report.figures",
+    "experiments.sweep": "experiments.running.sweep",
+    "experiments.tables": "experiments.report.tables",
+    "experiments.tensorboard": "experiments.running.tensorboard",
+    "following": "masked_optimizers",
+    "held_masks": "masking.attached",
+    "inner_loop": "reptile.learner",
+    "integrations.metaoptnet": "metalearners.metaoptnet",
+    "learner": "reptile.learner",
+    "mask_choice": "masking.plan",
+    "masks": "masking.topk",
+    "on_schedule": "scheduled",
+    "other_schedules": "schedules.common",
+    "patterns": "masking.patterns",
+    "prunable": "masking.prunable",
+    "regrowth": "methods.regrowth",
+    "reparam": "masking.masked_layer",
+    "rewinding": "methods.rewinding",
+    "segments": "schedules.schedule",
+    "selection": "masking.layers",
+    "sparse_maml": "metalearners.sparse_maml",
+    "structured": "channels.pruner",
+    "theory": "fewshot.theory",
+}
+"""Old module to new, both below ``l2l_prune``."""
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the module that stands at the new place, under its old name."""
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        package, _, old = fullname.partition(".")
+        if package != _PACKAGE or old not in MOVED:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        old = spec.name.partition(".")[2]
+        new = f"{_PACKAGE}.{MOVED[old]}"
+        warnings.warn(
+            f"{spec.name} has moved to {new}; the old path goes in version 0.3",
+            DeprecationWarning,
+            stacklevel=_importing_frame(),
+        )
+        module = importlib.import_module(new)
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It was executed under its new name, which importlib has just written over."""
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
+
+
+def _importing_frame() -> int:
+    """How many frames up the import statement is: those of importlib lie between."""
+    depth, frame = 1, sys._getframe(1)
+    while frame is not None and (
+        frame.f_code.co_filename.startswith("<frozen importlib") or frame.f_globals is globals()
+    ):
+        depth, frame = depth + 1, frame.f_back  # type: ignore[assignment]
+    return depth - 1
+
+
+def install() -> None:
+    """Let old import paths be found, after all that are there."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())

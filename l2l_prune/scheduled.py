@@ -1,0 +1,218 @@
+"""What every pruner is: a schedule, a place in it, and one ``step()`` per meta-iteration."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import Self
+
+from l2l_prune._basics import checks
+from l2l_prune.schedules.schedule import Schedule, Segment
+
+StepPreHook: TypeAlias = Callable[[Optimizer, Any, Any], Any]
+States: TypeAlias = Iterable[tuple[Tensor, dict[str, Any]]]
+
+
+class ScheduledPruner(ABC):
+    """The base of :class:`~l2l_prune.Pruner` and :class:`~l2l_prune.ChannelPruner`.
+
+    Args:
+        model: What is pruned.
+        schedule: The schedule to follow, from its first iteration on.
+
+    Attributes:
+        changes_shapes: Whether tensors have other shapes in sparse phases.
+
+    Raises:
+        TypeError: If ``model`` is no module, or ``schedule`` no :class:`~l2l_prune.Schedule`.
+    """
+
+    changes_shapes: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        self.model = checks.of_type("model", model, nn.Module, "a torch.nn.Module")
+        self.schedule = checks.of_type("schedule", schedule, Schedule, "a Schedule")
+        self._iteration = 0
+        self._position = schedule.index(0)
+        self._finalized = False
+        self._step_pre_hooks: dict[int, Callable[[Any], None]] = OrderedDict()
+        self._step_hooks: dict[int, Callable[[Any], None]] = OrderedDict()
+
+    # ---- where it is ------------------------------------------------------------------------
+
+    @property
+    def iteration(self) -> int:
+        """Number of :meth:`step` calls so far."""
+        return self._iteration
+
+    @property
+    def segment(self) -> Segment:
+        """The segment of the schedule that is in force."""
+        return self.schedule.segments[self._position]
+
+    @property
+    def phase(self) -> str:
+        """Its name: ``"pretrain"``, ``"prune"`` or ``"retrain"`` in DSD and IHT."""
+        return self.segment.phase
+
+    @property
+    def mask_due(self) -> bool:
+        """Whether the next :meth:`step` enters another segment."""
+        return self.schedule.index(self._iteration + 1) != self._position
+
+    @property
+    def finalized(self) -> bool:
+        """Whether :meth:`finalize` has ended the pruning."""
+        return self._finalized
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Boolean mask of each masked tensor by its dense name; True stays."""
+        return {}
+
+    @property
+    @abstractmethod
+    def sparse(self) -> bool:
+        """Whether something is pruned now."""
+
+    @property
+    @abstractmethod
+    def sparsity(self) -> float:
+        """Fraction that is pruned now, in [0, 1)."""
+
+    # ---- training ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """End a meta-iteration: call it after the (outer) optimizer's step.
+
+        Holds what is pruned and, where the schedule says so, enters the next segment. Past the end
+        of the schedule the last segment goes on.
+
+        Raises:
+            RuntimeError: After :meth:`finalize`, or if a mask was changed by somebody else, or
+                masks differ between the ranks of a group.
+            ValueError: If what is to be pruned cannot be chosen (weights are NaN or infinite,
+                say); nothing is changed then.
+        """
+        self._check_usable(thoroughly=self.mask_due)
+        for hook in list(self._step_pre_hooks.values()):
+            hook(self)
+        following = self.schedule.index(self._iteration + 1)
+        self._end_iteration(following if following != self._position else None)
+        self._position = following
+        self._iteration += 1
+        for hook in list(self._step_hooks.values()):
+            hook(self)
+
+    @torch.no_grad()
+    def finalize(self) -> nn.Module:
+        """End the pruning: a plain module with its original classes, names, order and shapes.
+
+        What is pruned at that moment stays 0 as values, but is free from then on.
+
+        Returns:
+            The model that was given, changed in place.
+
+        Raises:
+            RuntimeError: If called twice, or if a mask was changed by somebody else.
+        """
+        self._check_usable(thoroughly=True)
+        self._let_go()
+        self._finalized = True
+        return self.model
+
+    def register_step_pre_hook(self, hook: Callable[[Self], None]) -> RemovableHandle:
+        """Call ``hook(pruner)`` at the start of each :meth:`step`, before anything changes.
+
+        Returns:
+            A handle; its ``remove()`` takes the hook off.
+        """
+        return _register(hook, self._step_pre_hooks)
+
+    def register_step_hook(self, hook: Callable[[Self], None]) -> RemovableHandle:
+        """Call ``hook(pruner)`` at the end of each :meth:`step`, as torch's optimizers do.
+
+        Returns:
+            A handle; its ``remove()`` takes the hook off.
+        """
+        return _register(hook, self._step_hooks)
+
+    # ---- saving and resuming ------------------------------------------------------------------
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to resume from beside the model's and the optimizer's own state dicts."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from what :meth:`state_dict` gave, for the same model and schedule."""
+
+    # ---- for learners that train on copies of the model --------------------------------------
+
+    def first_step_hook(self, model: nn.Module) -> StepPreHook | None:
+        """What the optimizer of a copy must do before a step now, so that no weight jumps.
+
+        Args:
+            model: The copy.
+
+        Returns:
+            A step pre-hook, or ``None`` where nothing was just released.
+        """
+        return None
+
+    def follow_states(self, states: Callable[[], States]) -> None:  # noqa: B027 - none by default
+        """Let optimizer state that no optimizer holds follow, too.
+
+        Args:
+            states: Gives each parameter of the model with its state.
+        """
+
+    # ---- what a pruner adds -------------------------------------------------------------------
+
+    @abstractmethod
+    def _end_iteration(self, entered: int | None) -> None:
+        """Hold what is pruned; go over to the segment ``entered``, if it is another one."""
+
+    @abstractmethod
+    def _let_go(self) -> None:
+        """Leave a plain module behind."""
+
+    @abstractmethod
+    def _check_usable(self, *, thoroughly: bool = False) -> None:
+        """Refuse to go on after :meth:`finalize`, or where somebody else changed something."""
+
+    def _check_state(self, state: Any, keys: set[str], version: int) -> None:
+        """Refuse a state dict of another kind, version or schedule.
+
+        Raises:
+            ValueError: Naming what does not fit.
+        """
+        kind = type(self).__name__
+        if not isinstance(state, dict) or set(state) != keys or state["version"] != version:
+            raise ValueError(f"this is not a {kind} state dict of this version")
+        if type(state["iteration"]) is not int or state["iteration"] < 0:
+            raise ValueError(f"the checkpoint's iteration is {state['iteration']!r}")
+        if state["schedule"] != self.schedule.to_dict():
+            raise ValueError(
+                f"the checkpoint belongs to another schedule: {state['schedule']}, "
+                f"but this {kind} has {self.schedule.to_dict()}"
+            )
+
+    def _place(self) -> str:
+        """The place in words, as the head of a summary."""
+        done = f"iteration {self._iteration} of {self.schedule.iterations}"
+        return f"{done}, phase {self.segment.label}"
+
+
+def _register(hook: Any, hooks: dict[int, Any]) -> RemovableHandle:
+    handle = RemovableHandle(hooks)
+    hooks[handle.id] = hook
+    return handle
