@@ -73,20 +73,23 @@ class ChannelPruner(ScheduledPruner):
     """Removes whole channels by a schedule; used like :class:`~l2l_prune.Pruner`.
 
     On entering a sparse segment the least important channels are cut out of every tensor that
-    holds them (convolutions, linear layers, batch normalisation, FiLM, through residual sums), so
-    the network is small and fast with no masks at all. On leaving it the network gets its full
-    shapes back. Weights that read a regrown channel are 0, so the function is unchanged and they
-    learn at once; the filters that make it are as they were when they were cut, since a filter of
-    zeros behind a ReLU would never get a gradient again.
+    holds them (through normalisation, FiLM, residual sums, concatenation, grouped and depthwise
+    convolutions, channel shuffles, attention heads), so the network is small and fast with no
+    masks at all. On leaving it the network gets its full shapes back. Weights that read a regrown
+    channel are 0, so the function is unchanged and they learn at once; the filters that make it
+    are as they were when they were cut, since a filter of zeros behind a ReLU would never get a
+    gradient again.
 
     Parameters keep their identity and order; their shapes change, and so does the state of the
-    optimizers. Channels of the network's output always stay.
+    optimizers. Channels of the network's output always stay, and those that are normalised
+    together (``LayerNorm``): see :attr:`whole`. Before the network is accepted, a copy is cut and
+    run on the example inputs.
 
     Args:
         model: The network, or a wrapper that can run ``example_inputs``.
         schedule: When to prune, and what fraction of the channels.
         optimizer: The optimizer (or several) whose state is cut and regrown too.
-        example_inputs: Inputs of a forward pass.
+        example_inputs: Inputs of a forward pass: a tensor, a tuple or list, or a dict.
         importance: ``"l1"``, ``"l2"`` (of all weights of a channel), ``"taylor"`` (needs
             gradients), ``"bn_scale"``, or a function of torch-pruning's group.
         skip: Names, ``fnmatch`` patterns, types or predicates ``(name, module) -> bool`` of layers

@@ -280,9 +280,12 @@ def shrink_and_release(name, optimizer):
     pruner.step()
     found["after"] = sum(p.numel() for p in net.parameters())
     saved = copy.deepcopy((pruner.state_dict(), net.state_dict(), opt.state_dict()))
+    with torch.no_grad():
+        cut = first(net(x))
     train(net, opt, x, 1, pruner.step)
     with torch.no_grad():
         small = first(net(x))
+    assert not torch.allclose(cut, small, rtol=1e-6)  # else equality would say nothing
     train(net, opt, x, 1)
     with torch.no_grad():
         trained = first(net(x))
