@@ -8,7 +8,7 @@ from l2l_prune.pruner import Pruner
 from l2l_prune.reptile import CompiledStep, PrunedReptile
 from l2l_prune.schedules import DSDSchedule, IHTSchedule, Schedule, Segment
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ChannelPruner",

@@ -84,8 +84,8 @@ PUBLISHED_SINE: dict[str, Any] = {
     "inner_lr": 1.0,
     "meta_lr": 1e-3,
 }
-"""CAVIA's settings for :class:`~l2l_prune.fewshot.data.SineTasks` with ``CaviaMLP()``: the defaults of the
-authors' regression script."""
+"""CAVIA's settings for :class:`~l2l_prune.fewshot.data.SineTasks` with ``CaviaMLP()``: the defaults
+of the authors' regression script."""
 
 INSTANCES = {"glyphs": 20, "omniglot": 20}
 """Examples of a class, where MetaOptNet's published 15 shots and 6 queries do not fit."""

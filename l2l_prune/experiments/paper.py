@@ -73,8 +73,8 @@ EXPERIMENTS: dict[str, tuple[str, list[Grid]]] = {
         ],
     ),
 }
-"""Data set of the paper and grids of :func:`~l2l_prune.experiments.running.sweep.expand`, by table or
-figure. Where the paper does not print what a figure varies, the values span its text (Section
+"""Data set of the paper and grids of :func:`~l2l_prune.experiments.running.sweep.expand`, by table
+or figure. Where the paper does not print what a figure varies, the values span its text (Section
 5.2)."""
 
 

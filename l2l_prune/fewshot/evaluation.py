@@ -19,7 +19,7 @@ from l2l_prune.reptile.batched import BatchedLearners
 from l2l_prune.reptile.reptile import PrunedReptile
 
 
-class Algorithm(Protocol):
+class ClonesLearners(Protocol):
     """Anything with learn2learn's verb ``clone()``, whose clones ``adapt(loss)``."""
 
     def clone(self) -> Any:
@@ -161,7 +161,7 @@ def query_scores(
 
 
 def few_shot_accuracy(
-    algorithm: Algorithm,
+    algorithm: ClonesLearners,
     episodes: Iterable[Episode],
     *,
     steps: int,
@@ -202,7 +202,8 @@ def few_shot_accuracy(
     """
     if not callable(getattr(algorithm, "clone", None)):
         raise TypeError(
-            f"algorithm must have clone() (PrunedReptile, MAML, ...), got {checks.describe(algorithm)}"
+            "algorithm must have clone() (PrunedReptile, MAML, ...), got "
+            f"{checks.describe(algorithm)}"
         )
 
     def drawn(episode: Episode) -> Iterator[tuple[Tensor, Tensor]]:

@@ -122,7 +122,7 @@ class CaviaConv4(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class scores ``[batch, ways]``; run it through :class:`~l2l_prune.metalearners.cavia.CAVIA`."""
+        """Class scores ``[batch, ways]``; run it through :class:`~l2l_prune.metalearners.CAVIA`."""
         return cast(Tensor, self.classifier(torch.flatten(self.features(images), 1)))
 
 
@@ -152,7 +152,7 @@ class CaviaMLP(nn.Module):
         self.layers = nn.ModuleList(map(nn.Linear, widths[:-1], widths[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs ``[batch, outputs]``; run it through :class:`~l2l_prune.metalearners.cavia.CAVIA`."""
+        """Outputs ``[batch, outputs]``; run it through :class:`~l2l_prune.metalearners.CAVIA`."""
         x = self.context(x)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
