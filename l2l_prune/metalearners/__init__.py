@@ -1,0 +1,1 @@
+"""Meta-learners of the library's own."""
