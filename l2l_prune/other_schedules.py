@@ -160,7 +160,5 @@ def metasparse(
         # A last round that only makes up for rounding would prune next to nothing.
         reached = 1 - kept**number
         rate = last if reached > last - 1e-9 else reached
-        segments.append(
-            Segment(interval, sparse=True, sparsity=rate, phase="prune", round=number)
-        )
+        segments.append(Segment(interval, sparse=True, sparsity=rate, phase="prune", round=number))
     return Schedule(tuple(segments))

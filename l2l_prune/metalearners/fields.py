@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -128,15 +129,13 @@ class FourierFeatureMLP(nn.Module):
         return cast(Tensor, last(x))
 
 
-def _linear_layers(
-    in_features: int, out_features: int, width: int, depth: int
-) -> nn.ModuleList:
+def _linear_layers(in_features: int, out_features: int, width: int, depth: int) -> nn.ModuleList:
     _values.count("in_features", in_features, least=1)
     _values.count("out_features", out_features, least=1)
     _values.count("width", width, least=1)
     _values.count("depth", depth, least=1)
     sizes = [in_features, *[width] * depth, out_features]
-    return nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+    return nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
 
 def _uniform(tensor: Tensor, bound: float, generator: torch.Generator | None) -> None:

@@ -137,7 +137,7 @@ def test_a_file_with_the_wrong_content_is_not_trusted(tmp_path, monkeypatch, spo
         content[spoil] = content[spoil][:-1] if spoil == "scripts" else np.array("{}")
     np.savez(tmp_path / cached_file().name, **content)
     monkeypatch.setattr(
-        "l2l_prune.data.glyphs.render_glyphs", lambda seed: pytest.fail("rendered", pytrace=False)
+        "l2l_prune.data.glyphs.render_glyphs", lambda *_: pytest.fail("rendered", pytrace=False)
     )
     with (
         pytest.warns(UserWarning, match="does not hold"),
@@ -149,7 +149,7 @@ def test_a_file_with_the_wrong_content_is_not_trusted(tmp_path, monkeypatch, spo
 def test_an_unwritable_folder_only_warns(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     small = render_once()
-    monkeypatch.setattr("l2l_prune.data.glyphs.render_glyphs", lambda seed: small)
+    monkeypatch.setattr("l2l_prune.data.glyphs.render_glyphs", lambda *_: small)
     with pytest.warns(UserWarning, match="cannot be cached"):
         assert len(Glyphs("train", root=tmp_path / "file" / "below")) > 0
 
