@@ -104,9 +104,10 @@ def _read(body: bytes, place: int, numel: int) -> tuple[Tensor, int]:
         size = math.ceil(numel / 8)
         places = _unpacked(_tensor(body[place : place + size])).nonzero().squeeze(1)
     elif how == _INDICES:
-        size = count * _index_size(numel)
-        raw = _tensor(body[place : place + size]).view(count, -1).long()
-        places = (raw << 8 * torch.arange(raw.shape[1])).sum(1)
+        width = _index_size(numel)
+        size = count * width
+        raw = _tensor(body[place : place + size]).view(count, width).long()
+        places = (raw << 8 * torch.arange(width)).sum(1)
     else:
         size, places = 0, torch.arange(numel)
     place += size

@@ -56,8 +56,9 @@ class Siren(nn.Module):
     ) -> None:
         super().__init__()
         self.omega_0 = _values.number("omega_0", omega_0, above=0)
-        self.layers = _linear_layers(in_features, out_features, width, depth)
-        for number, layer in enumerate(self.layers):
+        layers = _linear_layers(in_features, out_features, width, depth)
+        self.layers = nn.ModuleList(layers)
+        for number, layer in enumerate(layers):
             fan_in = layer.in_features
             bound = math.sqrt(6 / fan_in) / self.omega_0 if number else 1 / fan_in
             _uniform(layer.weight, bound, generator)
@@ -114,8 +115,9 @@ class FourierFeatureMLP(nn.Module):
         _values.number("scale", scale, above=0)
         drawn = scale * torch.randn(in_features, features, generator=generator)
         self.register_buffer("frequencies", drawn)
-        self.layers = _linear_layers(2 * features, out_features, width, depth)
-        for layer in self.layers:
+        layers = _linear_layers(2 * features, out_features, width, depth)
+        self.layers = nn.ModuleList(layers)
+        for layer in layers:
             _uniform(layer.weight, math.sqrt(6 / layer.in_features), generator)
             _uniform(layer.bias, 1 / math.sqrt(layer.in_features), generator)
 
@@ -129,13 +131,13 @@ class FourierFeatureMLP(nn.Module):
         return cast(Tensor, last(x))
 
 
-def _linear_layers(in_features: int, out_features: int, width: int, depth: int) -> nn.ModuleList:
+def _linear_layers(in_features: int, out_features: int, width: int, depth: int) -> list[nn.Linear]:
     _values.count("in_features", in_features, least=1)
     _values.count("out_features", out_features, least=1)
     _values.count("width", width, least=1)
     _values.count("depth", depth, least=1)
     sizes = [in_features, *[width] * depth, out_features]
-    return nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+    return [nn.Linear(a, b) for a, b in pairwise(sizes)]
 
 
 def _uniform(tensor: Tensor, bound: float, generator: torch.Generator | None) -> None:
@@ -207,7 +209,8 @@ class ImageSignals:
 
     def pictures(self, values: Tensor) -> Tensor:
         """Values ``[..., H * W, C]`` as pictures ``[..., C, H, W]``, clamped to [0, 1]."""
-        return values.transpose(-1, -2).unflatten(-1, self._size).clamp(0, 1)
+        flat = values.transpose(-1, -2)
+        return flat.reshape(*flat.shape[:-1], *self._size).clamp(0, 1)
 
 
 def psnr(predicted: Tensor, values: Tensor) -> Tensor:
@@ -283,7 +286,7 @@ class FieldMAML(nn.Module):
         """
         if weights is None:
             return cast(Tensor, self.module(coordinates))
-        return cast(Tensor, vmap(self._run, (0, None))(dict(weights), coordinates))
+        return vmap(self._run, (0, None))(dict(weights), coordinates)
 
     def adapt(
         self, coordinates: Tensor, values: Tensor, *, steps: int | None = None
@@ -352,7 +355,7 @@ class FieldMAML(nn.Module):
             for _ in range(steps):
                 optimizer.zero_grad()
                 errors = (self(coordinates, weights) - values).square()
-                errors.mean((1, 2)).sum().backward()  # type: ignore[no-untyped-call]
+                errors.mean((1, 2)).sum().backward()
                 optimizer.step()
         return {name: weight.detach() for name, weight in weights.items()}
 
@@ -390,7 +393,7 @@ class FieldMAML(nn.Module):
                 weights = {n: w - self.lr * gradients[n] for n, w in weights.items()}
             return weights
 
-        return cast("dict[str, Tensor]", vmap(one)(values))
+        return vmap(one)(values)
 
 
 def _check_fit(coordinates: Tensor, values: Tensor) -> None:

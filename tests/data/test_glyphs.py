@@ -48,6 +48,35 @@ def test_items_and_arrays_agree():
     assert len(data) == len(data.labels) == 20 * len(data.classes) == 20 * len(data.scripts)
 
 
+def test_the_pixels_at_28_are_those_of_the_first_version():
+    import matplotlib
+    import PIL
+
+    if (matplotlib.__version__, PIL.__version__) != ("3.11.2", "13.0.0"):
+        pytest.skip("other versions of Pillow and matplotlib draw other pixels")
+    images = render_once().images
+    assert hashlib.sha256(images.tobytes()).hexdigest() == (
+        "db261ee4ceadd5ced1474378002fa6b91cc91ff27d445529747cdbd21f42bedb"
+    )
+
+
+def test_other_sizes_show_the_same_drawings_finer():
+    coarse = Glyphs("validation")
+    fine = Glyphs("validation", size=56)
+    assert fine.classes == coarse.classes
+    assert torch.equal(fine.labels, coarse.labels)
+    assert fine.images.shape == (len(coarse), 1, 56, 56)
+    averaged = torch.nn.functional.avg_pool2d(fine.images.float(), 2)
+    apart = (averaged - coarse.images.float()).abs().flatten(1).mean(1)
+    mixed = (averaged - coarse.images.roll(20, 0).float()).abs().flatten(1).mean(1)
+    assert apart.max() < mixed.min()
+    assert apart.mean() < 6
+    detail = (fine.images.float() - averaged.repeat_interleave(2, 2).repeat_interleave(2, 3)).abs()
+    assert detail.mean() > 3  # not the coarse ones blown up
+    with pytest.raises(ValueError, match=r"size must be in \[16, 128\], got 200"):
+        Glyphs("validation", size=200)
+
+
 def test_every_image_has_ink_within_its_borders():
     for split in SPLITS:
         images = Glyphs(split).images.float()
