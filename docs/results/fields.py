@@ -50,8 +50,8 @@ def generator(seed: int, stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(10 * seed + stream)
 
 
-def learner(seed: int, width: int = WIDTH) -> FieldMAML:
-    siren = Siren(width=width, depth=DEPTH, omega_0=OMEGA, generator=generator(seed, 2))
+def learner(seed: int, width: int | None = None) -> FieldMAML:
+    siren = Siren(width=width or WIDTH, depth=DEPTH, omega_0=OMEGA, generator=generator(seed, 2))
     return FieldMAML(siren, lr=INNER_LR, steps=2)
 
 
@@ -294,8 +294,8 @@ def sizes(rows: Rows, shown: dict[int, Tensor]) -> str:
     return tabulate(lines, ("signal as", "bytes", "100 steps, read back [dB]"), "github")
 
 
-def write_csv(rows: Rows) -> None:
-    with (HERE / "fields.csv").open("w", newline="") as file:
+def write_csv(rows: Rows, name: str) -> None:
+    with (HERE / f"{name}.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("method", "level", "seed", "parameters", "psnr_2", "psnr_100"))
         for (arm, level), by_seed in rows.items():
@@ -306,7 +306,7 @@ def write_csv(rows: Rows) -> None:
                 writer.writerow((arm, level, seed, row["parameters"], two, many))
 
 
-def curve(rows: Rows) -> None:
+def curve(rows: Rows, name: str) -> None:
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharex=True)
@@ -326,11 +326,11 @@ def curve(rows: Rows) -> None:
         ax.set(xscale="log", xlabel="parameters", ylabel="PSNR [dB]", title=f"{steps} steps")
         ax.spines[["top", "right"]].set_visible(False)
     axes[1].legend(frameon=False, fontsize=8)
-    fig.savefig(HERE.parent / "img" / "fields-psnr.png", dpi=120)
+    fig.savefig(HERE.parent / "img" / f"{name}-psnr.png", dpi=120)
     plt.close(fig)
 
 
-def pictures(rows: Rows, shown: dict[int, Tensor], level: int = 10) -> None:
+def pictures(rows: Rows, shown: dict[int, Tensor], level: int, name: str) -> None:
     """The same unseen signals by each method at equal size, beside the originals."""
     import matplotlib.pyplot as plt
 
@@ -339,7 +339,7 @@ def pictures(rows: Rows, shown: dict[int, Tensor], level: int = 10) -> None:
     columns = [("signal", shown[seed]), *((a, rows[a, level][seed]["pictures"]) for a in arms)]
     size = (1.3 * len(columns), 1.45 * SHOWN)
     fig, axes = plt.subplots(SHOWN, len(columns), figsize=size, layout="constrained")
-    for column, (name, values) in enumerate(columns):
+    for column, (method, values) in enumerate(columns):
         for number, own in enumerate(values):
             ax, side = axes[number, column], round(len(own) ** 0.5)
             ax.imshow(own.view(side, side), cmap="gray_r", vmin=0, vmax=1)
@@ -347,17 +347,18 @@ def pictures(rows: Rows, shown: dict[int, Tensor], level: int = 10) -> None:
             if column:
                 ax.set_xlabel(f"{psnr(own, shown[seed][number]):.1f} dB", fontsize=7)
             if not number:
-                ax.set_title(name, fontsize=8)
-    fig.savefig(HERE.parent / "img" / f"fields-signals-{level}.png", dpi=120)
+                ax.set_title(method, fontsize=8)
+    fig.savefig(HERE.parent / "img" / f"{name}-signals-{level}.png", dpi=120)
     plt.close(fig)
 
 
 def report(out: Path) -> None:
     rows, shown = finished(out)
-    write_csv(rows)
-    curve(rows)
+    name = "fields" if WIDTH == 64 else f"fields-{WIDTH}"
+    write_csv(rows, name)
+    curve(rows, name)
     for level in (25, 10, 5):
-        pictures(rows, shown, level)
+        pictures(rows, shown, level, name)
     print(tables(rows))
     print()
     print(sizes(rows, shown))
@@ -368,14 +369,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/fields"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--methods", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
+    global WIDTH
+    WIDTH = options.width
     if options.report:
         report(options.out)
         return
     options.out.mkdir(parents=True, exist_ok=True)
     for seed in range(options.first_seed, options.first_seed + options.seeds):
-        for arm in ARMS:
+        for arm in options.methods:
             run(seed, arm, options.out)
 
 
