@@ -38,6 +38,7 @@ def test_all_are_here():
         "cavia",
         "cavia_sine",
         "metaoptnet",
+        "fields",
     }
 
 

@@ -1,4 +1,4 @@
-"""Meta-learners of the field in learn2learn's verbs: CAVIA, sparse-MAML, MetaOptNet."""
+"""Meta-learners of the field in learn2learn's verbs: CAVIA, sparse-MAML, MetaOptNet, fields."""
 
 from l2l_prune.metalearners.cavia import CAVIA, ConcatContext, FiLM
 from l2l_prune.metalearners.sparse_maml import SparseMAML

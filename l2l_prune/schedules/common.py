@@ -1,4 +1,4 @@
-"""Schedules of the field beside the paper's: one-shot, cubic and cyclic."""
+"""Schedules of the field beside the paper's: one-shot, cubic, cyclic and iterative."""
 
 from __future__ import annotations
 
@@ -117,3 +117,48 @@ def _ramp(
         Segment(length, sparse=rate > 0, sparsity=rate, phase="prune", round=cycle)
         for rate, length in zip([*rates, last], lengths, strict=True)
     ]
+
+
+def metasparse(
+    sparsity: float = 0.95,
+    *,
+    pretrain: int = 150_000,
+    interval: int = 30_000,
+    amount: float = 0.2,
+) -> Schedule:
+    """Rounds that each prune a fraction of what is left, without rewinding: Meta-SparseINR's.
+
+    After ``r`` rounds a fraction ``1 - (1 - amount) ** r`` is pruned; the last round, in which that
+    would reach ``sparsity``, prunes exactly ``sparsity``. The authors' program ranks the weights of
+    all layers together, the first and the last with them: ``Pruner(..., allocation="global")``.
+
+    Args:
+        sparsity: Fraction that is pruned at the end, in [0, 1).
+        pretrain: Dense meta-iterations before, >= 0.
+        interval: Meta-iterations of each round, >= 1.
+        amount: Fraction of the remaining weights that a round prunes, in (0, 1).
+
+    Raises:
+        TypeError: If a number has the wrong type.
+        ValueError: If a value is out of range.
+
+    Examples:
+        >>> [round(s.sparsity, 3) for s in metasparse(0.7, pretrain=5, interval=2).segments]
+        [0.0, 0.2, 0.36, 0.488, 0.59, 0.672, 0.7]
+
+    Source:
+        Lee et al., *Meta-Learning Sparse Implicit Neural Representations*, NeurIPS 2021; the
+        numbers of iterations are those of the authors' program.
+    """
+    last, kept = fraction("sparsity", sparsity), 1 - fraction("amount", amount)
+    if kept == 1:
+        raise ValueError("amount must be in (0, 1), got 0: no round would prune anything")
+    whole_number("interval", interval, least=1)
+    segments, rate, number = [Segment(pretrain, phase="pretrain")], 0.0, 0
+    while rate < last:
+        number += 1
+        # A last round that only makes up for rounding would prune next to nothing.
+        reached = 1 - kept**number
+        rate = last if reached > last - 1e-9 else reached
+        segments.append(Segment(interval, sparse=True, sparsity=rate, phase="prune", round=number))
+    return Schedule(tuple(segments))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from l2l_prune import Pruner
-from l2l_prune.schedules.common import cubic, cyclic, one_shot
+from l2l_prune.schedules.common import cubic, cyclic, metasparse, one_shot
 
 
 def test_cubic_is_the_papers_equation_at_every_iteration():
@@ -51,6 +51,46 @@ def test_a_pruner_follows_a_ramp_and_a_new_cycle():
     assert zeros == [0, 0, 70, 80, 80, 70, 80]  # released weights restart from 0
 
 
+def test_metasparse_prunes_a_fifth_of_what_is_left():
+    schedule = metasparse(pretrain=7, interval=3)
+    left, spans = 1.0, schedule.spans()
+    assert spans[0][:2] == (0, 7)
+    assert not spans[0][2].sparse
+    for number, (start, stop, segment) in enumerate(spans[1:], 1):
+        left = max(left - left * 0.2, 0.05)  # round by round, as the authors' program
+        assert (start, stop) == (4 + 3 * number, 7 + 3 * number)
+        assert 1 - segment.sparsity == pytest.approx(left)
+        assert segment.round == number
+    assert len(spans) == 15
+    assert schedule.segments[-1].sparsity == 0.95
+    assert [s.round for s in metasparse(0.36, pretrain=1, interval=1).segments] == [0, 1, 2]
+    assert metasparse().iterations == 150_000 + 14 * 30_000
+    assert metasparse(0.0).iterations == 150_000
+
+
+@pytest.mark.parametrize("allocation", ["global", "layerwise"])
+def test_metasparse_masks_are_nested_and_counted(allocation):
+    """Against a brute force that takes the smallest of what is left, all layers together."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 5))
+    pruner = Pruner(net, metasparse(pretrain=1, interval=1), allocation=allocation)
+    alive = torch.ones(340, dtype=torch.bool)
+    for number in range(1, 15):
+        with torch.no_grad():
+            for weight in pruner.weights.values():
+                weight.add_(torch.randn_like(weight))
+        flat = torch.cat([m.flatten() for m in (net[0].weight, net[2].weight)])
+        pruner.step()
+        masks = torch.cat([mask.flatten() for mask in pruner.masks.values()])
+        assert not (masks & ~alive).any()  # nothing comes back
+        if allocation == "global":
+            keep = 340 - round((1 - max(0.8**number, 0.05)) * 340)
+            ranked = flat.abs().masked_fill(~alive, -1).argsort(descending=True)[:keep]
+            assert torch.equal(masks.nonzero().squeeze(1), ranked.sort().values)
+        alive = masks
+    assert int(alive.sum()) == 17
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -65,6 +105,10 @@ def test_a_pruner_follows_a_ramp_and_a_new_cycle():
             "cycles must be >= 1",
         ),
         (lambda: one_shot(1.0, pretrain=0, prune=1), "sparsity"),
+        (lambda: metasparse(1.0), "sparsity must be in"),
+        (lambda: metasparse(amount=1), "amount must be in"),
+        (lambda: metasparse(amount=0), "amount must be in"),
+        (lambda: metasparse(interval=0), "interval must be >= 1"),
     ],
 )
 def test_impossible_numbers(make, words):

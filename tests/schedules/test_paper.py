@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from l2l_prune import DSDSchedule, IHTSchedule, Schedule, Segment
 
-PURE = {f"l2l_prune.{name}" for name in ("schedules", "other_schedules", "segments", "_values")}
+PURE = {
+    f"l2l_prune.{name}"
+    for name in (
+        "schedules",
+        "schedules.paper",
+        "schedules.common",
+        "schedules.schedule",
+        "_basics.checks",
+    )
+}
 
 counts = st.integers(0, 30)
 rates = st.floats(0, 0.99)

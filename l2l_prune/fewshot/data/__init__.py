@@ -5,6 +5,7 @@ from l2l_prune.fewshot.data.episodes import Episode, EpisodeSampler
 from l2l_prune.fewshot.data.glyphs import Glyphs
 from l2l_prune.fewshot.data.images import DATA_SETS, load_images
 from l2l_prune.fewshot.data.minibatches import minibatches
+from l2l_prune.fewshot.data.pictures import load_pictures
 from l2l_prune.fewshot.data.sine import SineTasks
 from l2l_prune.fewshot.data.tasksets import glyphs_tasksets
 
@@ -17,5 +18,6 @@ __all__ = [
     "SineTasks",
     "glyphs_tasksets",
     "load_images",
+    "load_pictures",
     "minibatches",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ _LEAST_FACES = 12
 _LEAST_INK = 0.3  # of the font size: drops blanks, dots, commas and accents
 _LEAST_DISTINCT = 10  # faces that differ in pixels: rarer symbols have few
 _NEAR_DUPLICATE = 0.93
-_SAMPLED = 2 * SIZE  # grid on which the jittered canvas is sampled
+_THICKER = 2  # how far thick strokes reach out on the canvas
+_OVERSAMPLED = 2  # the grid on which the jittered canvas is sampled is so much finer
 _FAMILIES = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral")
 _COMPARED = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf")
 _SCRIPTS = ("latin", "greek", "cyrillic", "armenian", "georgian")
@@ -37,7 +38,7 @@ class Rendered:
     """All glyphs.
 
     Args:
-        images: uint8 ``[classes, INSTANCES, SIZE, SIZE]``, ink 255 on 0.
+        images: uint8 ``[classes, INSTANCES, size, size]``, ink 255 on 0.
         characters: The character of each class.
         scripts: Its script: ``latin``, ``greek``, ``cyrillic``, ``armenian``, ``georgian`` or
             ``symbol``.
@@ -48,11 +49,12 @@ class Rendered:
     scripts: list[str]
 
 
-def render_glyphs(seed: int = 0) -> Rendered:
+def render_glyphs(seed: int = 0, size: int = SIZE) -> Rendered:
     """Draw every class; the same versions of Pillow, matplotlib and torch give the same bytes.
 
     Args:
         seed: Seed of the jitter.
+        size: Pixels of a side. Other sizes show the same characters, faces and jitter, finer.
 
     Returns:
         About 600 classes in code-point order within each script.
@@ -60,18 +62,24 @@ def render_glyphs(seed: int = 0) -> Rendered:
     fonts = _fonts()
     rich = []
     drawn: dict[str, Bytes] = {}
+    faces: dict[str, list[str]] = {}
     for character, script in _candidates(fonts):
-        faces = [font for font, covered in fonts.values() if ord(character) in covered]
-        distinct = _distinct(_draw(font, character) for font in faces)
+        covering = [name for name, (_, covered) in fonts.items() if ord(character) in covered]
+        distinct = _distinct({name: _draw(fonts[name][0], character) for name in covering})
         if len(distinct) >= _LEAST_DISTINCT:
-            drawn[character] = np.stack(distinct)
+            drawn[character], faces[character] = np.stack(list(distinct.values())), list(distinct)
             rich.append((character, script))
     kept = _without_near_duplicates(rich, drawn)
+    if size != SIZE:
+        fonts = _fonts(size)
     generator = torch.Generator().manual_seed(seed)
     images = []
     for character, _ in kept:
-        faces_of_instances = np.arange(INSTANCES) % len(drawn[character])
-        images.append(_jitter(torch.from_numpy(drawn[character][faces_of_instances]), generator))
+        drawings = drawn.pop(character)
+        if size != SIZE:
+            drawings = np.stack([_draw(fonts[n][0], character, size) for n in faces[character]])
+        instances = torch.from_numpy(drawings[np.arange(INSTANCES) % len(drawings)])
+        images.append(_jitter(instances, generator, size))
     return Rendered(
         torch.stack(images).numpy(), [c for c, _ in kept], [script for _, script in kept]
     )
@@ -84,7 +92,7 @@ def font_folder() -> Path:
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
-def _fonts() -> dict[str, tuple[Any, set[int]]]:
+def _fonts(size: int = SIZE) -> dict[str, tuple[Any, set[int]]]:
     """The 16 faces with the code points that each covers, by file name."""
     from fontTools.ttLib import TTFont
     from PIL import ImageFont
@@ -94,7 +102,8 @@ def _fonts() -> dict[str, tuple[Any, set[int]]]:
         if path.name.startswith(_FAMILIES) and "Display" not in path.name:
             with TTFont(path) as font:
                 covered = set(font.getBestCmap())
-            fonts[path.name] = (ImageFont.truetype(str(path), _FONT_SIZE), covered)
+            font_size = _scaled(_FONT_SIZE, size)
+            fonts[path.name] = (ImageFont.truetype(str(path), font_size), covered)
     return fonts
 
 
@@ -116,20 +125,26 @@ def _candidates(fonts: dict[str, tuple[Any, set[int]]]) -> list[tuple[str, str]]
     return sorted(found, key=lambda entry: order.index(entry[1]))
 
 
-def _draw(font: Any, character: str) -> Bytes:
+def _scaled(length: int, size: int) -> int:
+    """A length that was chosen for images of ``SIZE``, for another size."""
+    return round(length * size / SIZE)
+
+
+def _draw(font: Any, character: str, size: int = SIZE) -> Bytes:
     """A character with its ink box centred and scaled to the canvas; all 0 if too little ink."""
     from PIL import Image, ImageDraw
 
-    page = Image.new("L", (3 * _FONT_SIZE, 3 * _FONT_SIZE))
-    ImageDraw.Draw(page).text((_FONT_SIZE, _FONT_SIZE), character, fill=255, font=font)
+    font_size, side = _scaled(_FONT_SIZE, size), _scaled(_CANVAS, size)
+    page = Image.new("L", (3 * font_size, 3 * font_size))
+    ImageDraw.Draw(page).text((font_size, font_size), character, fill=255, font=font)
     box = page.getbbox()
-    canvas = Image.new("L", (_CANVAS, _CANVAS))
-    if box is not None and max(box[2] - box[0], box[3] - box[1]) >= _LEAST_INK * _FONT_SIZE:
+    canvas = Image.new("L", (side, side))
+    if box is not None and max(box[2] - box[0], box[3] - box[1]) >= _LEAST_INK * font_size:
         ink = page.crop(box)
-        scale = _INK / max(ink.size)
-        width, height = (max(1, round(side * scale)) for side in ink.size)
+        scale = _scaled(_INK, size) / max(ink.size)
+        width, height = (max(1, round(length * scale)) for length in ink.size)
         ink = ink.resize((width, height), Image.Resampling.BILINEAR)
-        canvas.paste(ink, ((_CANVAS - width) // 2, (_CANVAS - height) // 2))
+        canvas.paste(ink, ((side - width) // 2, (side - height) // 2))
     return np.asarray(canvas)
 
 
@@ -148,19 +163,19 @@ def _without_near_duplicates(
     return [candidates[number] for number in kept]
 
 
-def _distinct(drawings: Iterable[Bytes]) -> list[Bytes]:
-    """Drawings with ink that differ in pixels from all earlier ones (many faces share some)."""
-    by_pixels = {drawing.tobytes(): drawing for drawing in drawings if drawing.any()}
-    return list(by_pixels.values())
+def _distinct(drawings: Mapping[str, Bytes]) -> dict[str, Bytes]:
+    """Drawings with ink that differ in pixels from all others (many faces share some)."""
+    by_pixels = {drawing.tobytes(): face for face, drawing in drawings.items() if drawing.any()}
+    return {face: drawings[face] for face in by_pixels.values()}
 
 
-def _jitter(faces: Tensor, generator: torch.Generator) -> Tensor:
+def _jitter(faces: Tensor, generator: torch.Generator, size: int = SIZE) -> Tensor:
     """Rotate, shear, scale, shift, bend and sometimes thicken uint8 ``[n, canvas, canvas]``."""
 
     def uniform(*shape: int, low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
-    n = len(faces)
+    n, sampled = len(faces), _OVERSAMPLED * size
     angle = torch.deg2rad(uniform(n, low=-12, high=12))
     shear = uniform(n, low=-0.15, high=0.15)
     scale = 1 / uniform(n, low=0.8, high=1.08)  # of the sampling grid: larger means smaller ink
@@ -168,12 +183,13 @@ def _jitter(faces: Tensor, generator: torch.Generator) -> Tensor:
     cosine, sine = scale * angle.cos(), scale * angle.sin()
     rows = [torch.stack([cosine, shear - sine, shift[:, 0]], 1)]
     rows.append(torch.stack([sine, cosine, shift[:, 1]], 1))
-    grid = F.affine_grid(torch.stack(rows, 1), [n, 1, _SAMPLED, _SAMPLED], align_corners=False)
+    grid = F.affine_grid(torch.stack(rows, 1), [n, 1, sampled, sampled], align_corners=False)
     mesh = 0.05 * torch.randn(n, 2, 4, 4, generator=generator)
-    bend = F.interpolate(mesh, size=(_SAMPLED, _SAMPLED), mode="bicubic", align_corners=True)
+    bend = F.interpolate(mesh, size=(sampled, sampled), mode="bicubic", align_corners=True)
     thick = torch.rand(n, generator=generator) < 0.25
     images = faces[:, None].float()
-    images[thick] = F.max_pool2d(images[thick], 5, stride=1, padding=2)
+    reach = _scaled(_THICKER, size)
+    images[thick] = F.max_pool2d(images[thick], 2 * reach + 1, stride=1, padding=reach)
     images = F.grid_sample(images, grid + bend.permute(0, 2, 3, 1), align_corners=False)
-    small = F.avg_pool2d(images, _SAMPLED // SIZE)
+    small = F.avg_pool2d(images, _OVERSAMPLED)
     return small.round().clamp(0, 255).to(torch.uint8)[:, 0]

@@ -1,8 +1,8 @@
 """Mutated pickles for the safe reader, under limits of time and memory.
 
-A process of its own, ``python -m tests.fewshot.data.fuzz_pickles SEED COUNT``: what the reader must
-never do may end it. A pickle either gives plain values, all of which can be looked at, or an error of
-Python's; it takes neither much time nor much memory, and changes nothing outside.
+A process of its own, ``python -m tests.fewshot.data.fuzz_pickles SEED COUNT``: what the reader
+must never do may end it. A pickle either gives plain values, all of which can be looked at, or an
+error of Python's; it takes neither much time nor much memory, and changes nothing outside.
 """
 
 from __future__ import annotations

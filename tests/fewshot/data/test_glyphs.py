@@ -48,6 +48,33 @@ def test_items_and_arrays_agree():
     assert len(data) == len(data.labels) == 20 * len(data.classes) == 20 * len(data.scripts)
 
 
+def test_the_pixels_at_28_are_those_of_the_first_version():
+    import matplotlib
+    import PIL
+
+    if (matplotlib.__version__, PIL.__version__) != ("3.11.2", "13.0.0"):
+        pytest.skip("other versions of Pillow and matplotlib draw other pixels")
+    images = render_once().images
+    assert hashlib.sha256(images.tobytes()).hexdigest() == (
+        "db261ee4ceadd5ced1474378002fa6b91cc91ff27d445529747cdbd21f42bedb"
+    )
+
+
+def test_other_sizes_show_the_same_drawings(tmp_path):
+    known = Glyphs("validation")
+    other = Glyphs("validation", size=16, root=tmp_path)
+    assert other.classes == known.classes
+    assert torch.equal(other.labels, known.labels)
+    assert other.images.shape == (len(known), 1, 16, 16)
+    small = torch.nn.functional.interpolate(known.images.float(), size=16, mode="area")
+    apart = (other.images - small).abs().flatten(1).mean(1)
+    mixed = (other.images - small.roll(20, 0)).abs().flatten(1).mean(1)
+    assert apart.mean() < 0.25 * mixed.mean()
+    assert (apart < mixed).float().mean() > 0.99
+    with pytest.raises(ValueError, match=r"size must be in \[16, 128\], got 200"):
+        Glyphs("validation", size=200)
+
+
 def test_every_image_has_ink_within_its_borders():
     for split in SPLITS:
         images = Glyphs(split).images.float()
@@ -138,7 +165,7 @@ def test_a_file_with_the_wrong_content_is_not_trusted(tmp_path, monkeypatch, spo
     np.savez(tmp_path / cached_file().name, **content)
     monkeypatch.setattr(
         "l2l_prune.fewshot.data.glyphs.render_glyphs",
-        lambda seed: pytest.fail("rendered", pytrace=False),
+        lambda *_: pytest.fail("rendered", pytrace=False),
     )
     with (
         pytest.warns(UserWarning, match="does not hold"),
@@ -150,7 +177,7 @@ def test_a_file_with_the_wrong_content_is_not_trusted(tmp_path, monkeypatch, spo
 def test_an_unwritable_folder_only_warns(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     small = render_once()
-    monkeypatch.setattr("l2l_prune.fewshot.data.glyphs.render_glyphs", lambda seed: small)
+    monkeypatch.setattr("l2l_prune.fewshot.data.glyphs.render_glyphs", lambda *_: small)
     with pytest.warns(UserWarning, match="cannot be cached"):
         assert len(Glyphs("train", root=tmp_path / "file" / "below")) > 0
 
