@@ -81,9 +81,9 @@ def _stated(comparisons: Sequence[Comparison], runs: list[FinishedRun]) -> list[
         return []
     return [
         "## Stated comparisons: test accuracy in points",
-        "Mean of the paired differences ± 95% confidence interval over replicates (seed and split); "
-        "p-values are of the paired t-test, then corrected by Holm within a family. *Could be seen*: "
-        "the true difference that as many replicates find in 80% of studies.",
+        "Mean of the paired differences ± 95% confidence interval over replicates (seed and "
+        "split); p-values are of the paired t-test, then corrected by Holm within a family. *Could "
+        "be seen*: the true difference that as many replicates find in 80% of studies.",
         comparison_table(judge(comparisons, runs)),
     ]
 
