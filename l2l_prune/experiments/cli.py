@@ -22,9 +22,11 @@ from l2l_prune.experiments.options import (
     DataOption,
     DownloadOption,
     JobsOption,
+    LoggerOption,
     MethodOption,
     RootOption,
     TensorboardOption,
+    chosen_logger,
     baseline_first,
     check_sparsity,
     plain_errors,
@@ -97,6 +99,7 @@ def run(
         Path | None,
         typer.Option(help="Folder for the results.", show_default="runs/ALGORITHM-METHODS"),
     ] = None,
+    logger: LoggerOption = None,
     tensorboard: TensorboardOption = False,
     config: ConfigOption = None,
     **settings: Any,
@@ -109,6 +112,7 @@ def run(
     from l2l_prune.experiments.running.seeds_table import compare
 
     check_sparsity(settings["sparsity"])
+    logger = chosen_logger(logger, tensorboard)
     out = out or Path("runs") / "-".join((algorithm, *method))
     settings |= {"data": data, "data_root": str(data_root) if data_root else None}
     with plain_errors(out):
@@ -119,9 +123,9 @@ def run(
         ]
         check_files(data, data_root, download=download)
         if seeds == 1:
-            run_and_report(configs, out, Console(), jobs, tensorboard)
+            run_and_report(configs, out, Console(), jobs, logger)
         else:
-            typer.echo(compare(configs, out, Console(), jobs, tensorboard))
+            typer.echo(compare(configs, out, Console(), jobs, logger))
 
 
 @app.command()
@@ -132,6 +136,7 @@ def sweep(
     ),
     jobs: JobsOption = 2,
     cluster: ClusterOption = None,
+    logger: LoggerOption = None,
     tensorboard: TensorboardOption = False,
 ) -> None:
     """Run a grid of settings: a table base as of `run`, tables grid of lists, and seeds = N.
@@ -140,6 +145,7 @@ def sweep(
     """
     from l2l_prune.experiments.running.sweep import expand
 
+    logger = chosen_logger(logger, tensorboard)
     with plain_errors(out):
         document = read_toml(file)
         if not document.keys() <= {"base", "grid", "comparison"}:
@@ -151,7 +157,7 @@ def sweep(
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from None
         check_files(configs[0].data, configs[0].data_root)
-        _run_all(configs, out, jobs, cluster, tensorboard)
+        _run_all(configs, out, jobs, cluster, logger)
 
 
 @app.command()
@@ -184,6 +190,7 @@ def paper(
     ] = None,
     jobs: JobsOption = 2,
     cluster: ClusterOption = None,
+    logger: LoggerOption = None,
     tensorboard: TensorboardOption = False,
 ) -> None:
     """Run all that stands behind a table or figure of the paper, and write the report.
@@ -194,6 +201,7 @@ def paper(
     from l2l_prune.experiments.report.report import write_report
     from l2l_prune.experiments.running.sweep import expand
 
+    logger = chosen_logger(logger, tensorboard)
     out = out or Path("runs") / name
     with plain_errors(out):
         base, grids = experiment(name, data or (None if data_root or download else "glyphs"))
@@ -201,18 +209,18 @@ def paper(
         base["data_root"] = str(data_root) if data_root else None
         configs = expand(base, [{**grid, "shots": shots, "seeds": seeds} for grid in grids])
         check_files(configs[0].data, data_root, download=download)
-        _run_all(configs, out, jobs, cluster, tensorboard)
+        _run_all(configs, out, jobs, cluster, logger)
         for path in write_report(out):
             typer.echo(f"wrote {path}")
 
 
 def _run_all(
-    configs: list[RunConfig], out: Path, jobs: int, cluster: str | None, tensorboard: bool
+    configs: list[RunConfig], out: Path, jobs: int, cluster: str | None, logger: str | None
 ) -> None:
     """A sweep; where runs failed, it says so and ends the command."""
     from l2l_prune.experiments.running.sweep import sweep as run_all
 
-    outcomes = run_all(configs, out, Console(), jobs=jobs, cluster=cluster, tensorboard=tensorboard)
+    outcomes = run_all(configs, out, Console(), jobs=jobs, cluster=cluster, logger=logger)
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
         typer.echo(f"{len(failed)} of {len(outcomes)} runs failed: see error.txt in their folders")

@@ -12,6 +12,7 @@ import typer
 
 from l2l_prune.experiments.defaults import DEFAULTS
 from l2l_prune.experiments.methods import METHODS
+from l2l_prune.experiments.running.loggers import LOGGERS, check_logger
 from l2l_prune.fewshot.data import DATA_SETS
 
 if sys.version_info >= (3, 11):
@@ -60,9 +61,36 @@ ClusterOption = Annotated[
     str | None,
     typer.Option(help="Hand the runs to submitit: local or slurm.", callback=_check_cluster),
 ]
-TensorboardOption = Annotated[
-    bool, typer.Option("--tensorboard", help="Also write TensorBoard's event files.")
+
+
+def _check_logger(name: str | None) -> str | None:
+    try:
+        return None if name is None else check_logger(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+LoggerOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Also write the curves for {', '.join(LOGGERS)}; nothing is sent.",
+        callback=_check_logger,
+    ),
 ]
+TensorboardOption = Annotated[
+    bool, typer.Option("--tensorboard", help="The same as --logger tensorboard.")
+]
+
+
+def chosen_logger(logger: str | None, tensorboard: bool) -> str | None:
+    """The logger that both options together name.
+
+    Raises:
+        typer.BadParameter: If they name two.
+    """
+    if tensorboard and logger not in (None, "tensorboard"):
+        raise typer.BadParameter(f"give --logger {logger} or --tensorboard, not both")
+    return "tensorboard" if tensorboard else logger
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def run_all(
     *,
     jobs: int | None = None,
     cluster: str | None = None,
-    tensorboard: bool = False,
+    logger: str | None = None,
     work: Work = run_into,
 ) -> Generator[Outcome]:
     """Run what has not ended in ``folder`` yet, and show how it goes.
@@ -53,7 +53,8 @@ def run_all(
         console: Where progress is shown.
         jobs: Runs at once, one thread each; all by default.
         cluster: Hand the runs to submitit: ``"local"`` or ``"slurm"``.
-        tensorboard: Write TensorBoard's event files into each run's folder.
+        logger: Also write each run's curves into its folder: a key of
+            :data:`~l2l_prune.experiments.running.loggers.LOGGERS`.
         work: What a process does with a run.
 
     Yields:
@@ -75,7 +76,7 @@ def run_all(
     ended = len(configs) - len(missing)
     if ended:
         console.print(f"{ended} of {len(configs)} runs had ended before")
-    work = functools.partial(work, folder=folder, tensorboard=tensorboard)
+    work = functools.partial(work, folder=folder, logger=logger)
     number = len(configs) if jobs is None else jobs
     if cluster:
         events = _submitted(work, missing, folder / "jobs", number, cluster)
@@ -100,7 +101,7 @@ def finish_all(
     console: Console,
     *,
     jobs: int | None = None,
-    tensorboard: bool = False,
+    logger: str | None = None,
 ) -> list[dict[str, Any]]:
     """Run what has not ended in ``folder`` yet, and stop at the first run that fails.
 
@@ -109,7 +110,7 @@ def finish_all(
         folder: See above.
         console: See above.
         jobs: See above.
-        tensorboard: See above.
+        logger: See above.
 
     Returns:
         The entries of ``results.json`` in the order of ``configs``.
@@ -119,7 +120,7 @@ def finish_all(
         ValueError: If results in ``folder`` are damaged.
     """
     by_name = {run_name(config): config for config in configs}
-    outcomes = run_all(configs, folder, console, jobs=jobs, tensorboard=tensorboard)
+    outcomes = run_all(configs, folder, console, jobs=jobs, logger=logger)
     with closing(outcomes):
         for outcome in outcomes:
             if outcome.error:

@@ -19,7 +19,7 @@ from l2l_prune.experiments.algorithms import Algorithm, build
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.running.checkpoint import load_checkpoint, save_checkpoint
 from l2l_prune.experiments.running.streams import stream
-from l2l_prune.experiments.running.tensorboard import EventLog
+from l2l_prune.experiments.running.loggers import EventLog
 from l2l_prune.fewshot.data import Episode, EpisodeSampler, Images, load_images
 from l2l_prune.fewshot.data.benchmarks import SPLITS
 from l2l_prune.fewshot.evaluation import Mean
@@ -64,6 +64,7 @@ def run(
     checkpoint: Path | None = None,
     checkpoint_every: int = 100,
     events: Path | None = None,
+    logger: str | None = None,
 ) -> Iterator[Progress | RunResult]:
     """Train and evaluate; the same config gives the same result on the same machine.
 
@@ -73,7 +74,9 @@ def run(
             meta-iterations and taken up from it, bit for bit. The caller deletes it once the
             result is safe.
         checkpoint_every: Meta-iterations between checkpoints, >= 1.
-        events: If given, a folder for TensorBoard's event files.
+        events: If given, a folder for the files of ``logger``.
+        logger: A key of :data:`~l2l_prune.experiments.running.loggers.LOGGERS`; TensorBoard by
+            default.
 
     Yields:
         A :class:`Progress` after every meta-iteration, and last the :class:`RunResult`, whose
@@ -96,7 +99,7 @@ def run(
     saved = load_checkpoint(checkpoint, config) if checkpoint else None
     if saved:
         state.restore(saved, algorithm, tasks)
-    log = EventLog(events, state.done)
+    log = EventLog(events, state.done, logger or "tensorboard", config.to_json())
     for done in range(state.done + 1, config.schedule.iterations + 1):
         started = time.perf_counter()
         algorithm.train([tasks.sample() for _ in range(config.tasks)])

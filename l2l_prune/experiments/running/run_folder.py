@@ -40,7 +40,7 @@ class Outcome:
 def run_into(
     config: RunConfig,
     folder: Path,
-    tensorboard: bool = False,
+    logger: str | None = None,
     tell: Callable[[Progress], None] = lambda progress: None,
 ) -> Outcome:
     """Train in ``folder / run_name(config)``, from its checkpoint if there is one.
@@ -51,20 +51,21 @@ def run_into(
     Args:
         config: The run.
         folder: The folder of all runs.
-        tensorboard: Also write TensorBoard's event files.
+        logger: Also write the curves: a key of
+            :data:`~l2l_prune.experiments.running.loggers.LOGGERS`.
         tell: Called with the progress after each meta-iteration.
     """
     torch.set_num_threads(1)
     name = run_name(config)
     try:
         with locked_folder(folder / name, patience=_PATIENCE):
-            return _train(config, folder / name, tensorboard, tell)
+            return _train(config, folder / name, logger, tell)
     except Exception as error:  # not our folder: nothing in it is touched
         return Outcome(name, _in_a_line(error))
 
 
 def _train(
-    config: RunConfig, place: Path, tensorboard: bool, tell: Callable[[Progress], None]
+    config: RunConfig, place: Path, logger: str | None, tell: Callable[[Progress], None]
 ) -> Outcome:
     checkpoint = place / "checkpoint.pt"
     parent = multiprocessing.parent_process()
@@ -73,8 +74,8 @@ def _train(
         if found := finished_run(place, config):  # by the process that we waited for
             outcome = Outcome(place.name, None, found["train"]["mean"], found["test"]["mean"])
         else:
-            events = place / "tensorboard" if tensorboard else None
-            for message in run(config, checkpoint, events=events):
+            events = place / logger if logger else None
+            for message in run(config, checkpoint, events=events, logger=logger):
                 if parent is not None and not parent.is_alive():
                     return Outcome(place.name, "its command was killed")
                 if isinstance(message, RunResult):
