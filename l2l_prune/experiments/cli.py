@@ -117,7 +117,7 @@ def run(
             for number in range(seed, seed + seeds)
             for kind in sorted(set(method), key=baseline_first)
         ]
-        check_files(data, data_root, download=download)
+        check_files(data, data_root, image_size=configs[0].image_size, download=download)
         if seeds == 1:
             run_and_report(configs, out, Console(), jobs, tensorboard)
         else:

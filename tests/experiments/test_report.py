@@ -69,7 +69,7 @@ def reported(folder: Path) -> list[dict[str, dict[str, str]]]:
 @pytest.fixture
 def no_curves(monkeypatch):
     """Pictures take most of the time, and say nothing here."""
-    monkeypatch.setattr(results, "accuracy_curves", lambda *arguments: None)
+    monkeypatch.setattr(results, "run_curves", lambda *arguments: None)
     monkeypatch.setattr("l2l_prune.experiments.report.report._figures", lambda *arguments: [])
 
 
@@ -427,12 +427,10 @@ def test_a_run_that_failed_has_a_row_that_says_so(tmp_path, no_curves):
         torch.save({"a": torch.zeros(2), "b": torch.tensor([1.0, weight])}, place / "iht.pt")
     shown, accuracies, differences = reported(tmp_path)
     assert len(shown) == 3
-    assert (
-        shown[failed.name]["accuracy"] == "none, it failed: FloatingPointError: weights: not finite"
-    )
+    assert shown[failed.name]["score"] == "none, it failed: FloatingPointError: weights: not finite"
     for number in (0, 1):
         row = next(row for name, row in shown.items() if f"IHT 50%, seed {number}" in name)
-        assert row["accuracy"] == "none, it failed: its weights are not finite (b of iht.pt)"
+        assert row["score"] == "none, it failed: its weights are not finite (b of iht.pt)"
     assert accuracies["IHT 50%"]["seeds"] == "1"
     assert list(differences) == ["IHT 50%"]
 
@@ -442,7 +440,7 @@ def test_scores_that_are_no_numbers_are_no_scores(tmp_path, no_curves):
     file = place / "results.json"
     file.write_text(file.read_text().replace('"mean": 0.8', '"mean": NaN'))
     (shown,) = reported(tmp_path)
-    assert "its accuracies are not finite" in next(iter(shown.values()))["accuracy"]
+    assert "its scores are not finite" in next(iter(shown.values()))["accuracy"]
     with pytest.raises(ValueError, match=r"results\.json holds a run that diverged"):
         finished_run(place, make_config("reptile", "dsd", iterations=40))
 
@@ -509,5 +507,5 @@ def test_a_failed_run_of_several_seeds_leaves_its_reason(tmp_path, no_curves):
     with pytest.raises(RunFailed, match="has only 20 examples"):
         compare([good, bad], tmp_path, Console(file=io.StringIO()))
     shown, accuracies = reported(tmp_path)
-    assert "has only 20 examples" in shown["dense-seed1"]["accuracy"]
+    assert "has only 20 examples" in shown["dense-seed1"]["score"]
     assert accuracies["dense"]["seeds"] == "1"

@@ -47,9 +47,9 @@ def write_report(folder: Path) -> list[Path]:
     found = collect(folder)
     parts, figures = ["# Runs", *_notes(found)], []
     names: set[str] = set()
-    for (algorithm, data, ways), mine in grouped(found.runs, lambda run: run.problem).items():
+    for mine in grouped(found.runs, lambda run: run.problem).values():
         parts += [
-            f"## {algorithm} on {data}, {ways}-way: accuracy [%]",
+            f"## {mine[0].problem_title}: {mine[0].measure}",
             "Mean ± 95% confidence interval over seeds (the paper's: over tasks). Differences are "
             "to dense runs of the same settings, seed and length.",
             method_table(mine),
@@ -74,12 +74,11 @@ def write_report(folder: Path) -> list[Path]:
 
 
 def _notes(found: Collection) -> list[str]:
-    """What of the folder is in no table of accuracies, and why."""
+    """What of the folder is in no table of scores, and why."""
     notes = []
     if found.failed:
         rows = [
-            {"run": name, "accuracy": f"none, it failed: {why}"}
-            for name, why in found.failed.items()
+            {"run": name, "score": f"none, it failed: {why}"} for name, why in found.failed.items()
         ]
         notes.append(markdown_table(rows))
     if found.copies:
@@ -90,21 +89,26 @@ def _notes(found: Collection) -> list[str]:
 
 def _figures(runs: list[FinishedRun], folder: Path, stem: str) -> list[tuple[Path, str]]:
     """Every figure that the runs of one setting have data for, with its caption."""
-    title = runs[0].title
+    title, score = runs[0].title, runs[0].measure.name
+    scores = score[0].upper() + score[1:]
     usual = [run for run in runs if run.iterations == run.usual_iterations]
     plain, others = [r for r in usual if r.plain], [r for r in usual if not r.plain]
     written = []
     if plain:
         path = folder / f"curves-{stem}.png"
         curves_by_method(_panels(plain, plain), path, title)
-        written.append((path, "Accuracy curves by pruning rate, means over seeds"))
+        written.append((path, f"{scores} curves by pruning rate, means over seeds"))
     if others and plain:
         path = folder / f"variants-{stem}.png"
         curves_by_method(_panels(plain, others), path, title)
-        written.append((path, "Accuracy curves of ablations, controls and rivals"))
+        written.append((path, f"{scores} curves of ablations, controls and rivals"))
     for name, draw, caption in (
-        ("tradeoff", tradeoff_figure, "Test against training accuracy; the line: dense by length"),
-        ("phases", hyperparameter_figure, "Test accuracy by length of phases and rounds"),
+        (
+            "tradeoff",
+            tradeoff_figure,
+            f"Test against training {score}; the line: dense by length",
+        ),
+        ("phases", hyperparameter_figure, f"Test {score} by length of phases and rounds"),
         ("bounds", bounds_figure, "Measured gap, and the bounds of Section 3.3, by sparsity"),
     ):
         path = folder / f"{name}-{stem}.png"

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.experiments.report.plots import accuracy_curves
+from l2l_prune.experiments.report.plots import run_curves
 from l2l_prune.experiments.report.results import read_result, results_table, verdicts, write_curves
 from l2l_prune.experiments.running.processes import finish_all
 from l2l_prune.experiments.running.run import RunResult
@@ -41,11 +41,13 @@ def run_and_report(
     """
     started = time.perf_counter()
     config = configs[0]
-    size = config.backbone if config.backbone != "conv4" else f"{config.channels} channels"
+    sizes = {"conv4": f"{config.channels} channels", "resnet12": "resnet12"}
+    size = sizes.get(config.backbone, f"{config.backbone} of {config.channels} neurons a layer")
     classes = "all" if config.train_classes is None else config.train_classes
+    tasks = "one picture" if config.picture_tasks else f"{config.ways}-way {config.shots}-shot"
     with locked_folder(folder):
         console.print(
-            f"{config.algorithm} on {config.data}: {config.ways}-way {config.shots}-shot, {size}, "
+            f"{config.algorithm} on {config.data}: {tasks}, {size}, "
             f"{classes} training classes, {config.schedule.iterations} meta-iterations, "
             f"seed {config.seed}"
         )
@@ -58,6 +60,6 @@ def run_and_report(
         for line in verdicts(results):
             console.print(line)
         write_curves(results, folder / "curves.csv")
-        accuracy_curves(configs, results, folder / "curves.png")
+        run_curves(configs, results, folder / "curves.png")
     console.print(f"wrote {folder}/ in {time.perf_counter() - started:.0f} s in all")
     return results

@@ -16,8 +16,10 @@ from l2l_prune.fewshot.data.benchmarks import (
     load_benchmark,
 )
 from l2l_prune.fewshot.data.glyphs import Glyphs
+from l2l_prune.fewshot.data.pictures import load_pictures, picture_files
+from l2l_prune.fewshot.data.rendering import SIZE
 
-DATA_SETS = ("glyphs", *BENCHMARKS)
+DATA_SETS = ("glyphs", "pictures", *BENCHMARKS)
 
 
 def load_images(
@@ -28,6 +30,7 @@ def load_images(
     max_classes: int | None = None,
     seed: int = 0,
     split_seed: int | None = None,
+    image_size: int | None = None,
     download: bool = False,
 ) -> Images:
     """Load one split.
@@ -36,14 +39,17 @@ def load_images(
     the user's cache folder (``L2L_PRUNE_CACHE`` to choose another); later ones map that file.
 
     Args:
-        name: ``"glyphs"`` (rendered here), or ``"mini-imagenet"``, ``"tiered-imagenet"``,
-            ``"cifar-fs"``, ``"fc100"`` or ``"omniglot"`` from learn2learn's files.
+        name: ``"glyphs"`` (rendered here), ``"pictures"`` (a folder of them, each a class of its
+            own), or ``"mini-imagenet"``, ``"tiered-imagenet"``, ``"cifar-fs"``, ``"fc100"`` or
+            ``"omniglot"`` from learn2learn's files.
         split: ``"train"``, ``"validation"`` or ``"test"``.
-        root: Folder of the files, as learn2learn's loaders take it; for glyphs, of the cache.
+        root: Folder of the files, as learn2learn's loaders take it; of the pictures; for glyphs, of
+            the cache.
         max_classes: Use only so many classes of the split, drawn by ``seed``.
         seed: Seed of that draw.
         split_seed: Split the characters of glyphs at random by this seed, which then is also that
-            of the draw; by script without it.
+            of the draw; by script without it. Pictures are always split at random, by 0 without it.
+        image_size: Pixels of a side of glyphs (28 by default) or pictures (64).
         download: Let learn2learn download missing files.
 
     Raises:
@@ -57,20 +63,40 @@ def load_images(
     if name == "glyphs":
         by = "script" if split_seed is None else "random"
         chosen = seed if split_seed is None else split_seed
-        glyphs = Glyphs(split, split_by=by, max_classes=max_classes, root=root, seed=chosen)
+        size = SIZE if image_size is None else image_size
+        glyphs = Glyphs(
+            split, split_by=by, max_classes=max_classes, size=size, root=root, seed=chosen
+        )
         return Images(glyphs.images, glyphs.labels)
+    if name == "pictures":
+        images = load_pictures(
+            _folder(name, root),
+            64 if image_size is None else image_size,
+            split=split,
+            seed=split_seed or 0,
+        )
+        return _some_classes(Images(images, torch.arange(len(images))), max_classes, seed)
     if split_seed is not None:
-        raise ValueError(f"{name} has splits of its own: split_seed goes with glyphs only")
+        raise ValueError(f"{name} has splits of its own: give no split_seed")
+    if image_size is not None:
+        raise ValueError(f"{name} has a size of its own: give no image_size")
     data = load_benchmark(name, split, _folder(name, root), download=download)
     return _some_classes(data, max_classes, seed)
 
 
-def check_files(name: str, root: str | os.PathLike[str] | None, *, download: bool = False) -> None:
+def check_files(
+    name: str,
+    root: str | os.PathLike[str] | None,
+    *,
+    image_size: int | None = None,
+    download: bool = False,
+) -> None:
     """Make sure that the files of a data set are there (glyphs are rendered if need be).
 
     Args:
         name: As in :func:`load_images`.
         root: Likewise.
+        image_size: Likewise, of glyphs.
         download: Let learn2learn download what is missing.
 
     Raises:
@@ -79,7 +105,10 @@ def check_files(name: str, root: str | os.PathLike[str] | None, *, download: boo
     """
     _check_name(name)
     if name == "glyphs":
-        Glyphs("train", root=root)
+        Glyphs("train", size=SIZE if image_size is None else image_size, root=root)
+        return
+    if name == "pictures":
+        picture_files(_folder(name, root))
         return
     for split in SPLITS:
         if download:
