@@ -194,7 +194,7 @@ def test_mini_imagenet_files(tmp_path):
     ("arguments", "words"),
     [
         (("--algorithm", "mamal"), "algorithm must be one of"),
-        (("--schedule", "sdd"), "schedule must be one of"),
+        (("--schedule", "sdd"), "method must be one of"),
         (("--data", "imagenet"), "data must be one of"),
         (("--data", "mini-imagenet"), "--data-root"),
         (("--data", "mini-imagenet", "--data-root", "nowhere"), "not in nowhere"),
