@@ -18,6 +18,7 @@ from l2l_prune.masking.criteria import Criterion, magnitude
 from l2l_prune.masking.layers import Layers, Rule
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.pruner import Pruner
+from l2l_prune.reptile.adapt_only import AdaptOnly, chosen_parameters
 from l2l_prune.reptile.learner import Learner, OptimizerFactory, Workspace, adam, copied_state
 from l2l_prune.scheduled import ScheduledPruner
 from l2l_prune.schedules.schedule import Schedule
@@ -192,18 +193,33 @@ class PrunedReptile(nn.Module):
         return self.module(*args, **kwargs)
 
     @torch.no_grad()
-    def clone(self) -> Learner:
+    def clone(self, adapt_only: AdaptOnly | None = None) -> Learner:
         """A learner that starts from the meta-parameters, for one task.
 
         Several may live at once. Dropping a learner without :meth:`collect` leaves no trace, so
         evaluation is ``clone``, ``adapt``, predict.
 
+        Args:
+            adapt_only: What inner steps change, by default everything: names of layers (or of
+                modules around them, or of parameters), ``fnmatch`` patterns, module types or
+                predicates ``(name, module) -> bool``; or a mapping from layers to the output
+                channels that adapt (``None``: all). The backward pass ends at the first layer
+                that adapts. Chosen channels cost as much time as their whole layers.
+
         Raises:
             RuntimeError: After :meth:`finalize`.
+            TypeError: If ``adapt_only`` is none of these.
+            ValueError: If it names a layer or channel that is not there, or nothing would adapt.
+
+        Source:
+            Only the head: ANIL (Raghu et al., ICLR 2020). Chosen layers and channels: p-Meta (Qu
+            et al., KDD 2022), TinyTrain (Kwon et al., ICML 2024).
         """
         self._check_usable()
         workspace = self._workspaces.pop() if self._workspaces else self._new_workspace()
         workspace.restore(self.module, self._inner_state if self.carry_state else [])
+        if adapt_only is not None:
+            workspace.narrow(chosen_parameters(workspace.module, adapt_only))
         return Learner(self, self.iteration, workspace)
 
     @torch.no_grad()
