@@ -114,7 +114,7 @@ CASES = [
     config("config with a yes for a number", "--ways", "ways = true"),
     config("config with a word for yes", "--transductive", 'transductive = "maybe"'),
     config("config with a number for a name", "algorithm.*5", "algorithm = 5"),
-    config("config with an unknown schedule", "schedule .*'sdd'", 'schedule = "sdd"'),
+    config("config with an unknown schedule", "method .*'sdd'", 'schedule = "sdd"'),
     told("no such sweep", "no.toml", "sweep no.toml"),
     told("sweep a folder", "here.*directory", "sweep here", folder_called("here")),
     sweep("sweep with a slip", "grid.toml: Expected", "[base"),
