@@ -71,7 +71,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
         new = _new_name(fullname)
-        return new and importlib.machinery.ModuleSpec(fullname, self, loader_state=new)
+        if new is None:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, loader_state=new)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         new = spec.loader_state

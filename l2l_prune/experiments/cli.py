@@ -61,7 +61,7 @@ def demo(
     iterations: Annotated[int, typer.Option(min=20, help="Meta-iterations of each run.")] = 400,
     sparsity: Annotated[float, typer.Option(help="Fraction pruned in the sparse phases.")] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and tasks.")] = 0,
-    eval_tasks: Annotated[int, typer.Option(min=2, help="Tasks behind each accuracy.")] = 200,
+    eval_tasks: Annotated[int, typer.Option(min=2, help="tasks behind each score.")] = 200,
 ) -> None:
     """Train dense, DSD and IHT Reptile side by side on rendered characters."""
     from l2l_prune.experiments.demo import run_demo
@@ -177,7 +177,7 @@ def paper(
     train_classes: Annotated[int | None, typer.Option(min=2, help="Classes to train on.")] = None,
     eval_tasks: Annotated[
         int | None,
-        typer.Option(min=2, help="Tasks behind each accuracy.", show_default="by algorithm"),
+        typer.Option(min=2, help="tasks behind each score.", show_default="by algorithm"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for runs and report.", show_default="runs/NAME")

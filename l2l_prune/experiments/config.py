@@ -268,6 +268,8 @@ class RunConfig:
             )
         if self.backbone not in fields:
             raise ValueError(f"{self.algorithm} needs a backbone of {', '.join(fields)}")
+        if self.label_noise:
+            raise ValueError(f"{self.algorithm} has no labels: leave label_noise out")
         if self.backbone != "siren" and self.omega != RunConfig.omega:
             raise ValueError("omega goes with the backbone siren only")
 

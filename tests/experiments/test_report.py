@@ -226,7 +226,9 @@ def test_bad_folders(tmp_path):
             write_report(tmp_path)
 
 
-OTHER = {  # of settings that are names
+OTHER = {  # of settings that are names, or nothing by default
+    "split": 3,
+    "annealing": "phase",
     "data": "omniglot",
     "data_root": "elsewhere",
     "layers": "all",
@@ -460,7 +462,7 @@ def test_the_folder_of_one_seed_has_a_report(tmp_path):
 
 def compared(folder, configs, tests):
     for config, test in zip(configs, tests, strict=True):
-        write(folder / config.slug, config, 0.9, test)
+        write(folder / run_name(config), config, 0.9, test)
     return compare(configs, folder, Console(file=io.StringIO()))
 
 
@@ -503,9 +505,9 @@ def test_a_failed_run_of_several_seeds_leaves_its_reason(tmp_path, no_curves):
     good = make_config("reptile", "dense", iterations=40)
     bad = dataclasses.replace(good, seed=1, shots=30)  # glyphs have 20 examples
     good = dataclasses.replace(bad, seed=0)
-    write(tmp_path / good.slug, good, 0.9, 0.7)
+    write(tmp_path / run_name(good), good, 0.9, 0.7)
     with pytest.raises(RunFailed, match="has only 20 examples"):
         compare([good, bad], tmp_path, Console(file=io.StringIO()))
     shown, accuracies = reported(tmp_path)
-    assert "has only 20 examples" in shown["dense-seed1"]["score"]
+    assert "has only 20 examples" in shown[run_name(bad)]["score"]
     assert accuracies["dense"]["seeds"] == "1"

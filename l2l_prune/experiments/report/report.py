@@ -80,7 +80,7 @@ def _stated(comparisons: Sequence[Comparison], runs: list[FinishedRun]) -> list[
     if not comparisons:
         return []
     return [
-        "## Stated comparisons: test accuracy in points",
+        "## Stated comparisons: test accuracy in points, PSNR in dB",
         "Mean of the paired differences ± 95% confidence interval over replicates (seed and "
         "split); p-values are of the paired t-test, then corrected by Holm within a family. *Could "
         "be seen*: the true difference that as many replicates find in 80% of studies.",
