@@ -146,6 +146,7 @@ class RunConfig:
         "layerwise",
         "How layers share what is pruned",
         choices=("layerwise", "erk", "global"),
+        shown="layerwise; global for metasparse",
     )
     rewind: int | None = setting(
         None, "Restart sparse phases from the weights of this iteration.", least=0, shown=_BY_METHOD
