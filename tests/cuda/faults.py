@@ -222,7 +222,7 @@ PLANTED: list[tuple[Check, Fault]] = [
     ),
     (
         pruner_checks.in_float32,
-        Fault("scores are coarse", mask_choice, "_scores", in_few_steps),
+        Fault("scores are coarse", mask_choice, "scores_of", in_few_steps),
     ),
     (
         pruner_checks.with_patterns,
