@@ -25,10 +25,10 @@ MOVED = {
     "evaluation": "fewshot.evaluation",
     "experiments.algorithms.masks": "experiments.algorithms.pruning",
     "experiments.checkpoint": "experiments.running.checkpoint",
-    "experiments.compare": "experiments.running.seeds_table",
+    "experiments.compare": "experiments.running.compare_seeds",
     "experiments.finished": "experiments.report.finished_runs",
     "experiments.models": "fewshot.models",
-    "experiments.one_seed": "experiments.running.one_seed_table",
+    "experiments.one_seed": "experiments.running.compare_one_seed",
     "experiments.over_seeds": "experiments.report.seed_statistics",
     "experiments.paper_numbers": "experiments.report.paper_numbers",
     "experiments.plots": "experiments.report.plots",
@@ -72,7 +72,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
         new = _new_name(fullname)
-        return new and importlib.machinery.ModuleSpec(fullname, self, loader_state=new)
+        if new is None:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, loader_state=new)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         new = spec.loader_state
@@ -113,7 +115,7 @@ def install() -> None:
 
 
 def renamed(old: str, value: Any, new: str, current: Any) -> Any:
-    """An argument under its old name, which goes on working with a warning.
+    """What is given under an old name, which goes on working with a warning.
 
     Args:
         old: The old name.

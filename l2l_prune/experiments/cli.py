@@ -105,8 +105,8 @@ def run(
 
     A stopped command can be repeated: runs go on from their checkpoints, finished ones are kept.
     """
-    from l2l_prune.experiments.running.one_seed_table import run_and_report
-    from l2l_prune.experiments.running.seeds_table import compare
+    from l2l_prune.experiments.running.compare_one_seed import compare_one_seed
+    from l2l_prune.experiments.running.compare_seeds import compare_seeds
 
     check_sparsity(settings["sparsity"])
     out = out or Path("runs") / "-".join((algorithm, *method))
@@ -119,9 +119,9 @@ def run(
         ]
         check_files(data, data_root, download=download)
         if seeds == 1:
-            run_and_report(configs, out, Console(), jobs, tensorboard)
+            compare_one_seed(configs, out, Console(), jobs, tensorboard)
         else:
-            typer.echo(compare(configs, out, Console(), jobs, tensorboard))
+            typer.echo(compare_seeds(configs, out, Console(), jobs, tensorboard))
 
 
 @app.command()

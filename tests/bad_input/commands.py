@@ -13,8 +13,8 @@ from tests.bad_input.case import Case
 
 WORK = (
     "l2l_prune.experiments.demo.run_demo",
-    "l2l_prune.experiments.running.one_seed_table.run_and_report",
-    "l2l_prune.experiments.running.seeds_table.compare",
+    "l2l_prune.experiments.running.compare_one_seed.compare_one_seed",
+    "l2l_prune.experiments.running.compare_seeds.compare",
     "l2l_prune.experiments.running.sweep.sweep",
     "l2l_prune.fewshot.data.glyphs.render_glyphs",
 )

@@ -27,7 +27,7 @@ from l2l_prune.experiments.report.same_settings import frozen, in_words, varying
 from l2l_prune.experiments.report.seed_statistics import OverSeeds
 from l2l_prune.fewshot.data import EpisodeSampler, load_images
 from l2l_prune.fewshot.theory import (
-    Setting,
+    Assumptions,
     covering_gap_bound,
     dense_gap_bound,
     estimate_smoothness,
@@ -205,7 +205,7 @@ def _bounds(
     )
     with torch.no_grad():
         radius = float(torch.cat([p.flatten() for p in net.parameters()]).norm())
-    setting = Setting(
+    assumptions = Assumptions(
         tasks=run.iterations * config.tasks,
         loss_bound=1.0,
         lipschitz=lipschitz,
@@ -219,9 +219,13 @@ def _bounds(
         counts.append(parameter_counts(net, schedule, layers=config.layers))
     total = counts[0][1]
     return [
-        ([sparse_gap_bound(k, p, setting) for k, p in counts], "Theorem 1, constant 1", "-"),
-        ([covering_gap_bound(k, p, setting) for k, p in counts], "all constants explicit", "--"),
-        ([dense_gap_bound(total, setting)] * len(counts), "dense, sqrt(p / M)", ":"),
+        ([sparse_gap_bound(k, p, assumptions) for k, p in counts], "Theorem 1, constant 1", "-"),
+        (
+            [covering_gap_bound(k, p, assumptions) for k, p in counts],
+            "all constants explicit",
+            "--",
+        ),
+        ([dense_gap_bound(total, assumptions)] * len(counts), "dense, sqrt(p / M)", ":"),
     ]
 
 
