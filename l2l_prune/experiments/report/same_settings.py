@@ -24,7 +24,7 @@ _WATCHING = ("eval_every", "curve_tasks")
 weights are chosen by them."""
 
 _IF_CHOSEN = ("curve_tasks", "points")
-"""What :func:`shared_settings` holds only where weights are chosen, which ``select`` says already."""
+"""What :func:`shared_settings` holds only where weights are chosen; else ``select`` says enough."""
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
