@@ -195,6 +195,7 @@ def test_one_seed_has_no_interval(tmp_path):
     assert "+10.0 (one seed)" in text
 
 
+@pytest.mark.slow
 def test_bounds_stand_beside_the_measured_gap_of_real_runs(tmp_path):
     base = {"algorithm": "reptile", "iterations": 20, "channels": 4, "tasks": 1}
     base |= {"final_tasks": 2, "curve_tasks": 2}

@@ -90,6 +90,7 @@ def table_of(text):
     return [line for line in text.splitlines() if "│" in line or " - dense on " in line]
 
 
+@pytest.mark.slow
 def test_several_seeds_give_a_table_and_are_taken_up_again(tmp_path):
     arguments = (
         *("--algorithm", "protonet", "--schedule", "dsd", "--schedule", "dense"),
@@ -121,6 +122,7 @@ def test_several_seeds_give_a_table_and_are_taken_up_again(tmp_path):
     assert lost.exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
     """Also while the worker of the killed one is still at its meta-iteration."""
     arguments = ("--schedule", "dsd", "--channels", "8", "--tasks", "1", "--eval-tasks", "2")
@@ -176,6 +178,7 @@ def test_settings_from_a_file(tmp_path):
     assert "chanels" in done.stderr
 
 
+@pytest.mark.slow
 def test_mini_imagenet_files(tmp_path):
     write_mini_imagenet(tmp_path, classes=5, each=8)
     done = command(
