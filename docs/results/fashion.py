@@ -13,7 +13,18 @@ import numpy as np
 from PIL import Image
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
-NAMES = "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()
+NAMES = [
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle-boot",
+]
 EACH = 600
 
 

@@ -251,6 +251,16 @@ def test_damaged_files_are_named_and_left_out_only_on_request(root, cache):
         load_folder(root, split, least_images=3, **options)
 
 
+def test_a_file_of_ten_gigabytes(root):
+    """Only its head is read."""
+    write_classes(root, NAMES[:4])
+    with (root / "c1" / "1.png").open("rb+") as file:
+        file.write(b"no picture")
+        file.truncate(10_000_000_000)  # a hole: it takes no room on the disk
+    with pytest.raises(ValueError, match=r"1 damaged: .*c1/1\.png"):
+        load_folder(root, "train")
+
+
 def test_classes_that_are_too_small_are_named(root):
     write_classes(root, NAMES[:8], each=5)
     write_classes(root, NAMES[8:], each=2)
