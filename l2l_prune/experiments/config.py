@@ -11,7 +11,7 @@ from l2l_prune._basics import checks
 from l2l_prune.experiments.defaults import DEFAULTS, INSTANCES, PUBLISHED
 from l2l_prune.experiments.methods import METHODS, make_schedule, published_phases
 from l2l_prune.experiments.settings import check_settings, setting, settings_of
-from l2l_prune.fewshot.data import DATA_SETS
+from l2l_prune.fewshot.data.images import DATA_SETS, OWN_SPLITS
 from l2l_prune.masking.layers import Layers
 from l2l_prune.schedules.paper import Schedule
 
@@ -77,9 +77,20 @@ class RunConfig:
     )
     split: int | None = setting(
         None,
-        "Split the characters of glyphs into training, validation and test at random by this seed.",
+        "Split the characters of glyphs, or the classes of a folder, into training, validation and "
+        "test at random by this seed.",
         least=0,
-        shown="by script",
+        shown="by script, or as the folder does",
+    )
+    image_size: int | None = setting(
+        None,
+        "Pixels of a side, of a folder: pictures are cut to squares and resampled.",
+        least=1,
+        shown="as they are",
+        panel="What",
+    )
+    skip_damaged: bool = setting(
+        False, "Leave out pictures of a folder that cannot be read.", panel="What"
     )
     ways: int = setting(5, "Classes of a task.", least=2)
     shots: int = setting(1, "Support examples of a class at evaluation.", least=1)
@@ -194,8 +205,12 @@ class RunConfig:
         if not checks.of_type("name", self.name, str, "a string"):
             raise ValueError("name must not be empty: tables and files are called by it")
         check_settings(self)
-        if self.split is not None and self.data != "glyphs":
-            raise ValueError(f"split goes with glyphs only: {self.data} has splits of its own")
+        if self.split is not None and self.data in OWN_SPLITS:
+            raise ValueError(
+                f"split goes with glyphs and folder only: {self.data} has splits of its own"
+            )
+        if self.data != "folder" and (self.image_size is not None or self.skip_damaged):
+            raise ValueError("image_size and skip_damaged go with the data folder only")
         if self.annealing != "run" and self.algorithm != "reptile":
             raise ValueError("annealing goes with the algorithm reptile only")
         special = ("dropout", "weight_decay", "structured", "compile", "bf16")
@@ -216,6 +231,16 @@ class RunConfig:
             raise ValueError("regrow counts layer by layer: it goes without allocation global")
         if self.backbone == "resnet12" and self.algorithm != "metaoptnet":
             raise ValueError("backbone resnet12 goes with the algorithm metaoptnet only")
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """The arguments of ``load_images`` that are settings, but for the split and its classes."""
+        return {
+            "root": self.data_root,
+            "split_seed": self.split,
+            "image_size": self.image_size,
+            "skip_damaged": self.skip_damaged,
+        }
 
     @property
     def with_drop_block(self) -> bool:

@@ -189,7 +189,7 @@ def _bounds(
     values = {key: value for key, value in run.config.items() if key in names}
     config = RunConfig(**{**values, "schedule": Schedule((Segment(run.iterations),))})
     data = load_images(
-        config.data, "train", root=config.data_root, max_classes=config.train_classes
+        config.data, "train", max_classes=config.train_classes, **config.data_options
     )
     net = conv4(config, data.images.shape[1:])
     net.load_state_dict(load_tensors(weights))
