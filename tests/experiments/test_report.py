@@ -229,6 +229,7 @@ def test_bad_folders(tmp_path):
 
 OTHER = {  # of settings that are names, or nothing by default
     "split": 3,
+    "image_size": 28,
     "annealing": "phase",
     "data": "omniglot",
     "data_root": "elsewhere",
@@ -258,6 +259,8 @@ def test_runs_that_differ_in_any_setting_are_rows_of_their_own(tmp_path, no_curv
         if field.name in ("name", "schedule", "seed", "algorithm", "backbone"):
             continue
         changes = {field.name: other(field, getattr(base, field.name))}
+        if field.name in ("image_size", "skip_damaged"):
+            changes["data"] = "folder"
         if field.name == "structured":  # which takes no rewind
             changes["rewind"] = None
         configs.append(dataclasses.replace(base, **changes))
@@ -272,6 +275,7 @@ def test_runs_that_differ_in_any_setting_are_rows_of_their_own(tmp_path, no_curv
     configs.append(dataclasses.replace(base, schedule=longer))
     configs.append(dataclasses.replace(base, name=f"{base.name}, by hand"))
     configs.append(dataclasses.replace(base, algorithm="maml"))
+    configs.append(dataclasses.replace(base, data="folder"))
     for number, config in enumerate((base, *configs)):
         write(tmp_path / str(number), config, 0.9, 0.7)
     rows: dict[tuple, list] = {}
