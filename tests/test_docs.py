@@ -44,7 +44,7 @@ COMMANDS = [
 def with_blocks():
     for page in PAGES:
         if text := "\n".join(blocks(page, "python")):
-            marks = [needs_compiler] if "CompiledStep" in text else []
+            marks = [needs_compiler, pytest.mark.slow] if "CompiledStep" in text else []
             yield pytest.param(page, marks=marks, id=named(page))
 
 
@@ -64,6 +64,7 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=lambda value: value)
+@pytest.mark.slow
 def test_commands_run(page, command, tmp_path, monkeypatch):
     """``run`` on a tiny scale; of longer commands the options are read."""
     pytest.importorskip("learn2learn")
@@ -118,4 +119,4 @@ def test_the_site_builds_strictly(tmp_path):
     pages = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("index.html")}
     assert {"index.html", "guides/maml/index.html", "api/core/index.html"} <= pages
     shown = (tmp_path / "api/core/index.html").read_text()
-    assert "regrow_state" in shown
+    assert "release_state" in shown

@@ -11,7 +11,7 @@ from l2l_prune._basics import checks
 from l2l_prune.experiments.defaults import DEFAULTS, INSTANCES, PICTURE_TASKS, PUBLISHED, measure_of
 from l2l_prune.experiments.methods import METHODS, make_schedule, published_phases
 from l2l_prune.experiments.settings import check_settings, setting, settings_of
-from l2l_prune.fewshot.data import DATA_SETS
+from l2l_prune.fewshot.data.images import DATA_SETS, OWN_SPLITS
 from l2l_prune.fewshot.evaluation import Measure
 from l2l_prune.masking.layers import Layers
 from l2l_prune.schedules.paper import Schedule
@@ -78,17 +78,21 @@ class RunConfig:
     )
     split: int | None = setting(
         None,
-        "Split characters of glyphs, or pictures, into training, validation and test at random by "
-        "this seed.",
+        "Split characters of glyphs, pictures, or the classes of a folder into training, "
+        "validation and test at random by this seed.",
         least=0,
-        shown="by script, 0 of pictures",
+        shown="by script, or as the folder does; 0 of pictures",
+    )
+    skip_damaged: bool = setting(
+        False, "Leave out pictures of a folder that cannot be read.", panel="What"
     )
     image_size: int | None = setting(
         None,
-        "Pixels of a side: glyphs are drawn finer (16 to 128), pictures resampled.",
+        "Pixels of a side: glyphs are drawn finer (16 to 128), pictures and images of a folder are "
+        "cut to squares and resampled.",
         least=1,
         panel="What",
-        shown="28 of glyphs, 64 of pictures",
+        shown="28 of glyphs, 64 of pictures, as they are in a folder",
     )
     ways: int = setting(5, "Classes of a task (field has none).", least=1, shown="5, 1 of field")
     shots: int = setting(1, "Support examples of a class at evaluation.", least=1)
@@ -236,15 +240,17 @@ class RunConfig:
             raise ValueError("backbone resnet12 goes with the algorithm metaoptnet only")
 
     def _check_data(self) -> None:
-        sized = self.data in ("glyphs", "pictures")
-        if self.split is not None and not sized:
+        if self.split is not None and self.data in OWN_SPLITS:
             raise ValueError(
-                f"split goes with glyphs and pictures only: {self.data} has splits of its own"
+                f"split goes with glyphs, pictures and folder only: {self.data} has splits of its "
+                "own"
             )
-        if self.image_size is not None and not sized:
+        if self.image_size is not None and self.data in OWN_SPLITS:
             raise ValueError(
-                f"image_size goes with glyphs and pictures only: {self.data} has its own"
+                f"image_size goes with glyphs, pictures and folder only: {self.data} has its own"
             )
+        if self.skip_damaged and self.data != "folder":
+            raise ValueError("skip_damaged goes with the data folder only")
         if self.data == "pictures" and self.algorithm not in PICTURE_TASKS:
             raise ValueError(
                 f"pictures have no classes, which {self.algorithm} learns: data pictures goes with "
@@ -283,6 +289,16 @@ class RunConfig:
     def measure(self) -> Measure:
         """What the run's scores are."""
         return measure_of(self.algorithm)
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """The arguments of ``load_images`` that are settings, but for the split and its classes."""
+        return {
+            "root": self.data_root,
+            "split_seed": self.split,
+            "image_size": self.image_size,
+            "skip_damaged": self.skip_damaged,
+        }
 
     @property
     def with_drop_block(self) -> bool:

@@ -13,8 +13,8 @@ from tests.bad_input.case import Case
 
 WORK = (
     "l2l_prune.experiments.demo.run_demo",
-    "l2l_prune.experiments.running.one_seed_table.run_and_report",
-    "l2l_prune.experiments.running.seeds_table.compare",
+    "l2l_prune.experiments.running.compare_one_seed.compare_one_seed",
+    "l2l_prune.experiments.running.compare_seeds.compare",
     "l2l_prune.experiments.running.sweep.sweep",
     "l2l_prune.fewshot.data.glyphs.render_glyphs",
 )
@@ -125,6 +125,19 @@ CASES = [
     sweep("sweep with no values", "sparsity .*empty", GRID + "sparsity = []"),
     sweep("sweep with listed seeds", "seeds .*seed = ", GRID + "seeds = [0, 1]"),
     sweep("sweep with words for a number", "ways .*'five'", GRID + 'ways = ["five"]'),
+    told("a folder without --data-root", "folder needs .*--data-root", "run --data folder"),
+    told(
+        "a folder without classes",
+        "neither class folders nor pictures",
+        "run --data folder --data-root .",
+    ),
+    told("--image-size of glyphs", "image_size .*folder only", "run --image-size 28"),
+    told("--skip-damaged of glyphs", "skip_damaged .*folder only", "run --skip-damaged"),
+    told(
+        "--split of a benchmark", "split goes with glyphs and folder", "run --split 1 --data fc100"
+    ),
+    told("data of no folder", "there is no folder nowhere", "data nowhere"),
+    told("data of an empty folder", "neither class folders nor pictures", "data ."),
     sweep("sweep over unknown data", "data .*'cub'", GRID + 'data = ["glyphs", "cub"]'),
     told(
         "an unknown cluster",

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from l2l_prune.experiments.running.seeds_table import compare
 from PIL import Image
 from rich.console import Console
 from torch.func import functional_call
@@ -23,7 +24,6 @@ from l2l_prune.experiments.report.comparisons import Comparison, comparison_tabl
 from l2l_prune.experiments.report.finished_runs import collect
 from l2l_prune.experiments.report.report import write_report
 from l2l_prune.experiments.running.run import RunResult, run
-from l2l_prune.experiments.running.seeds_table import compare
 from l2l_prune.fewshot.data import EpisodeSampler
 from l2l_prune.fewshot.evaluation import PSNR, Mean, paired_difference
 from l2l_prune.metalearners.fields import Siren, coordinates

@@ -17,12 +17,12 @@ from scipy import stats
 
 from l2l_prune.experiments.config import RunConfig, make_config
 from l2l_prune.experiments.report import figures, results
-from l2l_prune.experiments.report.finished_runs import collect, schedule_rate
+from l2l_prune.experiments.report.finished_runs import read_folder, schedule_rate
 from l2l_prune.experiments.report.report import write_report
 from l2l_prune.experiments.report.results import write_results
+from l2l_prune.experiments.running.compare_seeds import compare_seeds
 from l2l_prune.experiments.running.processes import RunFailed
 from l2l_prune.experiments.running.run import Point, RunResult
-from l2l_prune.experiments.running.seeds_table import compare
 from l2l_prune.experiments.running.storage import finished_run, run_name
 from l2l_prune.experiments.running.sweep import expand, sweep
 from l2l_prune.fewshot.evaluation import Mean
@@ -176,7 +176,7 @@ def test_ablations_and_the_lengths_of_phases(tmp_path):
     assert header[2] == "pretrain"
     assert "retrain" not in header
     assert [(row[0], row[2]) for row in body if row[2] == "no"] == [("DSD 50%, no pretrain", "no")]
-    runs = collect(tmp_path).runs
+    runs = read_folder(tmp_path).runs
     drawn = {}
     for label, family, value, alike in figures._STUDIES:
         mine = [run for run in runs if run.family == family]
@@ -195,13 +195,14 @@ def test_one_seed_has_no_interval(tmp_path):
     assert "+10.0 (one seed)" in text
 
 
+@pytest.mark.slow
 def test_bounds_stand_beside_the_measured_gap_of_real_runs(tmp_path):
     base = {"algorithm": "reptile", "iterations": 20, "channels": 4, "tasks": 1}
     base |= {"final_tasks": 2, "curve_tasks": 2}
     grid = {"schedule": ["dense", "dsd"], "sparsity": [0.3, 0.6]}
     sweep(expand(base, grid), tmp_path, Console(file=io.StringIO()), jobs=1)
     assert any(path.name.startswith("bounds-") for path in write_report(tmp_path))
-    dense = next(run for run in collect(tmp_path).runs if run.family == "dense")
+    dense = next(run for run in read_folder(tmp_path).runs if run.family == "dense")
     rates = np.array([0.0, 0.5, 0.9])
     theorem, explicit, full = figures._bounds(dense, dense.folder / "dense.pt", rates)
     total = sum(p.numel() for p in _net(dense).parameters())
@@ -228,7 +229,7 @@ def test_bad_folders(tmp_path):
 
 OTHER = {  # of settings that are names, or nothing by default
     "split": 3,
-    "image_size": 32,
+    "image_size": 28,
     "annealing": "phase",
     "data": "omniglot",
     "data_root": "elsewhere",
@@ -258,6 +259,8 @@ def test_runs_that_differ_in_any_setting_are_rows_of_their_own(tmp_path, no_curv
         if field.name in ("name", "schedule", "seed", "algorithm", "backbone", "depth", "omega"):
             continue  # what cannot differ alone
         changes = {field.name: other(field, getattr(base, field.name))}
+        if field.name == "skip_damaged":
+            changes["data"] = "folder"
         if field.name == "structured":  # which takes no rewind
             changes["rewind"] = None
         configs.append(dataclasses.replace(base, **changes))
@@ -272,10 +275,11 @@ def test_runs_that_differ_in_any_setting_are_rows_of_their_own(tmp_path, no_curv
     configs.append(dataclasses.replace(base, schedule=longer))
     configs.append(dataclasses.replace(base, name=f"{base.name}, by hand"))
     configs.append(dataclasses.replace(base, algorithm="maml"))
+    configs.append(dataclasses.replace(base, data="folder"))
     for number, config in enumerate((base, *configs)):
         write(tmp_path / str(number), config, 0.9, 0.7)
     rows: dict[tuple, list] = {}
-    for run in collect(tmp_path).runs:
+    for run in read_folder(tmp_path).runs:
         rows.setdefault((run.problem, run.size, run.shots, run.method), []).append(run)
     pooled = [same for same in rows.values() if len(same) > 1]
     idle = ("criterion", "allocation", "regrow", "rewind", "layers") if schedule == "dense" else ()
@@ -464,7 +468,7 @@ def test_the_folder_of_one_seed_has_a_report(tmp_path):
 def compared(folder, configs, tests):
     for config, test in zip(configs, tests, strict=True):
         write(folder / run_name(config), config, 0.9, test)
-    return compare(configs, folder, Console(file=io.StringIO()))
+    return compare_seeds(configs, folder, Console(file=io.StringIO()))
 
 
 def test_the_table_over_seeds_gives_the_largest_rate(tmp_path, no_curves):
@@ -498,7 +502,7 @@ def test_a_table_over_seeds_of_other_settings_is_refused(tmp_path, changes, word
     base = make_config("reptile", "dsd", iterations=40)
     configs = [dataclasses.replace(base, **change) for change in changes]
     with pytest.raises(ValueError, match=words):
-        compare(configs, tmp_path / "out", Console(file=io.StringIO()))
+        compare_seeds(configs, tmp_path / "out", Console(file=io.StringIO()))
     assert not (tmp_path / "out").exists()
 
 
@@ -508,7 +512,7 @@ def test_a_failed_run_of_several_seeds_leaves_its_reason(tmp_path, no_curves):
     good = dataclasses.replace(bad, seed=0)
     write(tmp_path / run_name(good), good, 0.9, 0.7)
     with pytest.raises(RunFailed, match="has only 20 examples"):
-        compare([good, bad], tmp_path, Console(file=io.StringIO()))
+        compare_seeds([good, bad], tmp_path, Console(file=io.StringIO()))
     shown, accuracies = reported(tmp_path)
     assert "has only 20 examples" in shown[run_name(bad)]["score"]
     assert accuracies["dense"]["seeds"] == "1"

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.report.results import verdicts
+from l2l_prune.experiments.running.compare_seeds import OverSeeds
 from l2l_prune.experiments.running.run import RunResult
-from l2l_prune.experiments.running.seeds_table import OverSeeds
 from l2l_prune.fewshot.evaluation import Mean
 from l2l_prune.fewshot.models import Conv4
 from tests.fewshot.data.benchmark_files import write_mini_imagenet
@@ -90,6 +90,7 @@ def table_of(text):
     return [line for line in text.splitlines() if "│" in line or " - dense on " in line]
 
 
+@pytest.mark.slow
 def test_several_seeds_give_a_table_and_are_taken_up_again(tmp_path):
     arguments = (
         *("--algorithm", "protonet", "--schedule", "dsd", "--schedule", "dense"),
@@ -121,6 +122,7 @@ def test_several_seeds_give_a_table_and_are_taken_up_again(tmp_path):
     assert lost.exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
     """Also while the worker of the killed one is still at its meta-iteration."""
     arguments = ("--schedule", "dsd", "--channels", "8", "--tasks", "1", "--eval-tasks", "2")
@@ -176,6 +178,7 @@ def test_settings_from_a_file(tmp_path):
     assert "chanels" in done.stderr
 
 
+@pytest.mark.slow
 def test_mini_imagenet_files(tmp_path):
     write_mini_imagenet(tmp_path, classes=5, each=8)
     done = command(

@@ -43,7 +43,7 @@ class WithOuterOptimizer(Algorithm):
 
     def _prune(self, model: nn.Module, config: RunConfig) -> None:
         self._masks = Masks(config, model, self._mean_loss)
-        self.pruner = Pruner(model, self._masks.schedule, self.optimizer, **self._masks.options)
+        self.pruner = Pruner(model, config.schedule, self.optimizer, **self._masks.options)
         self._masks.follow(self.pruner, self.optimizer)
 
     def _mean_loss(self) -> Tensor:

@@ -27,7 +27,7 @@ from l2l_prune.experiments.report.same_settings import frozen, in_words, varying
 from l2l_prune.experiments.report.seed_statistics import OverSeeds
 from l2l_prune.fewshot.data import EpisodeSampler, load_images
 from l2l_prune.fewshot.theory import (
-    Setting,
+    Assumptions,
     covering_gap_bound,
     dense_gap_bound,
     estimate_smoothness,
@@ -191,11 +191,7 @@ def _bounds(
     values = {key: value for key, value in run.config.items() if key in names}
     config = RunConfig(**{**values, "schedule": Schedule((Segment(run.iterations),))})
     data = load_images(
-        config.data,
-        "train",
-        root=config.data_root,
-        max_classes=config.train_classes,
-        image_size=config.image_size,
+        config.data, "train", max_classes=config.train_classes, **config.data_options
     )
     net = conv4(config, data.images.shape[1:])
     net.load_state_dict(load_tensors(weights))
@@ -211,7 +207,7 @@ def _bounds(
     )
     with torch.no_grad():
         radius = float(torch.cat([p.flatten() for p in net.parameters()]).norm())
-    setting = Setting(
+    assumptions = Assumptions(
         tasks=run.iterations * config.tasks,
         loss_bound=1.0,
         lipschitz=lipschitz,
@@ -225,9 +221,13 @@ def _bounds(
         counts.append(parameter_counts(net, schedule, layers=config.layers))
     total = counts[0][1]
     return [
-        ([sparse_gap_bound(k, p, setting) for k, p in counts], "Theorem 1, constant 1", "-"),
-        ([covering_gap_bound(k, p, setting) for k, p in counts], "all constants explicit", "--"),
-        ([dense_gap_bound(total, setting)] * len(counts), "dense, sqrt(p / M)", ":"),
+        ([sparse_gap_bound(k, p, assumptions) for k, p in counts], "Theorem 1, constant 1", "-"),
+        (
+            [covering_gap_bound(k, p, assumptions) for k, p in counts],
+            "all constants explicit",
+            "--",
+        ),
+        ([dense_gap_bound(total, assumptions)] * len(counts), "dense, sqrt(p / M)", ":"),
     ]
 
 

@@ -165,9 +165,9 @@ class FinishedRun:
         return str(self.config["algorithm"]), str(self.config["data"]), int(self.config["ways"])
 
     @cached_property
-    def setting(self) -> Hashable:
-        """What runs must share to be compared, see :func:`same_settings.setting`."""
-        return same_settings.frozen(same_settings.setting(self.config))
+    def shared_settings(self) -> Hashable:
+        """What runs must share to be compared, see :func:`same_settings.shared_settings`."""
+        return same_settings.frozen(same_settings.shared_settings(self.config))
 
     @property
     def few_shot(self) -> bool:
@@ -200,7 +200,7 @@ class FinishedRun:
         for value in (*numbers, self.entry["seconds"], self.seed):
             checks.of_type("a number of the results", value, (int, float), "a number")  # type: ignore[arg-type]
             float(value)  # not beyond all floats
-        _ = (self.method, hash(self.setting), self.phase_iterations("prune"))
+        _ = (self.method, hash(self.shared_settings), self.phase_iterations("prune"))
 
     def _scores(self) -> list[float]:
         points = self.entry["curve"]
@@ -297,7 +297,7 @@ def _read(file: Path) -> list[FinishedRun]:
 
 
 @dataclass(frozen=True)
-class Collection:
+class FolderRuns:
     """What a folder holds.
 
     Args:
@@ -311,7 +311,7 @@ class Collection:
     copies: dict[str, str]
 
 
-def collect(folder: Path) -> Collection:
+def read_folder(folder: Path) -> FolderRuns:
     """The runs in a folder and in the folders right below it.
 
     Raises:
@@ -338,7 +338,7 @@ def collect(folder: Path) -> Collection:
     runs, copies = _without_copies(runs, folder)
     in_order = sorted(runs, key=lambda run: int(run.config["channels"]))
     named = [run for same in grouped(in_order, _problem).values() for run in _named(same)]
-    return Collection(named, failed, copies)
+    return FolderRuns(named, failed, copies)
 
 
 def _problem(run: FinishedRun) -> Hashable:
@@ -367,7 +367,9 @@ def _without_copies(
 def _named(runs: list[FinishedRun]) -> list[FinishedRun]:
     """The runs of one problem, with names that say all in which they differ."""
     usual = _most([run.iterations for run in runs])
-    settings = same_settings.train_shots_aside(same_settings.setting(run.config) for run in runs)
+    settings = same_settings.train_shots_aside(
+        same_settings.shared_settings(run.config) for run in runs
+    )
     varying = [name for name in same_settings.varying(settings) if name not in _SHOWN]
     rivals = [
         name
@@ -375,14 +377,14 @@ def _named(runs: list[FinishedRun]) -> list[FinishedRun]:
         if name in same_settings.REGULARISERS
     ]
     found = []
-    for same in grouped(runs, lambda run: run.setting).values():
+    for same in grouped(runs, lambda run: run.shared_settings).values():
         length = _most([run.iterations for run in same])
         shared = tuple(
             values[0] if len(set(values)) == 1 else 0.0
             for values in zip(*(run.regularisers for run in same), strict=True)
         )
         for run in same:
-            own = same_settings.setting(run.config)
+            own = same_settings.shared_settings(run.config)
             words = [same_settings.in_words(n, run.identity[n]) for n in rivals if run.identity[n]]
             if run.iterations != usual:
                 words.append(f"{run.iterations} iterations")

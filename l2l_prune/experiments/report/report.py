@@ -17,11 +17,11 @@ from l2l_prune.experiments.report.figures import (
     tradeoff_figure,
 )
 from l2l_prune.experiments.report.finished_runs import (
-    Collection,
     FinishedRun,
+    FolderRuns,
     by_method,
-    collect,
     grouped,
+    read_folder,
 )
 from l2l_prune.experiments.report.plots import curves_by_method
 from l2l_prune.experiments.report.tables import difference_table, markdown_table, method_table
@@ -47,7 +47,7 @@ def write_report(folder: Path, comparisons: Sequence[Comparison] = ()) -> list[P
         ValueError: If there is no run in the folder, a ``results.json`` is damaged, or two hold
             different results of the same settings and seed.
     """
-    found = collect(folder)
+    found = read_folder(folder)
     parts, figures = ["# Runs", *_stated(comparisons, found.runs), *_notes(found)], []
     names: set[str] = set()
     for mine in grouped(found.runs, lambda run: run.problem).values():
@@ -58,7 +58,7 @@ def write_report(folder: Path, comparisons: Sequence[Comparison] = ()) -> list[P
             method_table(mine),
             difference_table(mine),
         ]
-        for same in grouped(mine, lambda run: run.setting).values():
+        for same in grouped(mine, lambda run: run.shared_settings).values():
             stem = re.sub(r"[^a-z0-9]+", "-", same[0].title.lower())
             while stem in names:
                 stem += "-"
@@ -88,7 +88,7 @@ def _stated(comparisons: Sequence[Comparison], runs: list[FinishedRun]) -> list[
     ]
 
 
-def _notes(found: Collection) -> list[str]:
+def _notes(found: FolderRuns) -> list[str]:
     """What of the folder is in no table of scores, and why."""
     notes = []
     if found.failed:

@@ -1,4 +1,4 @@
-"""What a person and a program read of finished runs: table, verdicts, files."""
+"""What a person and a program read of finished runs: table, conclusions, files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def results_table(configs: list[RunConfig], results: list[RunResult]) -> Table:
     return table
 
 
-def verdicts(results: list[RunResult]) -> list[str]:
+def conclusions(results: list[RunResult]) -> list[str]:
     """What the table says about pruning: paired differences to dense, which comes first."""
     dense, *others = results
     if dense.name != "dense" or not others:

@@ -24,7 +24,7 @@ _WATCHING = ("eval_every", "curve_tasks")
 weights are chosen by them."""
 
 _IF_CHOSEN = ("curve_tasks", "points")
-"""What :func:`setting` holds only where weights are chosen, which ``select`` says already."""
+"""What :func:`shared_settings` holds only where weights are chosen; else ``select`` says enough."""
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def setting(config: dict[str, Any]) -> dict[str, Any]:
+def shared_settings(config: dict[str, Any]) -> dict[str, Any]:
     """What runs must share to be compared: all but the method and its rivals, and the seed."""
     values = identity(config)
     schedule = values.pop("schedule")

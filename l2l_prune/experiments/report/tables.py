@@ -65,7 +65,7 @@ def difference_table(runs: list[FinishedRun]) -> str:
     scores to dense runs that were trained just as far (see :func:`at_equal_training_score`).
     """
     rows = []
-    for mine in grouped(runs, lambda run: run.setting).values():
+    for mine in grouped(runs, lambda run: run.shared_settings).values():
         equal = at_equal_training_score(mine)
         for method, same in by_method(mine).items():
             pairs = [(r, dense) for r in same if (dense := dense_partner(r, mine))]

@@ -176,13 +176,11 @@ class _State:
 
 def _load(config: RunConfig, split: str) -> Images:
     limit = config.train_classes if split == "train" else None
+    needed = config.shots + config.queries
+    if split == "train":
+        needed = max(needed, config.train_shots + config.train_queries)
     return load_images(
-        config.data,
-        split,
-        root=config.data_root,
-        max_classes=limit,
-        split_seed=config.split,
-        image_size=config.image_size,
+        config.data, split, max_classes=limit, least_images=needed, **config.data_options
     )
 
 

@@ -9,13 +9,18 @@ from rich.console import Console
 
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.report.plots import run_curves
-from l2l_prune.experiments.report.results import read_result, results_table, verdicts, write_curves
+from l2l_prune.experiments.report.results import (
+    conclusions,
+    read_result,
+    results_table,
+    write_curves,
+)
 from l2l_prune.experiments.running.processes import finish_all
 from l2l_prune.experiments.running.run import RunResult
 from l2l_prune.experiments.running.storage import locked_folder, run_name
 
 
-def run_and_report(
+def compare_one_seed(
     configs: list[RunConfig],
     folder: Path,
     console: Console,
@@ -57,7 +62,7 @@ def run_and_report(
             for config, entry in zip(configs, entries, strict=True)
         ]
         console.print(results_table(configs, results))
-        for line in verdicts(results):
+        for line in conclusions(results):
             console.print(line)
         write_curves(results, folder / "curves.csv")
         run_curves(configs, results, folder / "curves.png")

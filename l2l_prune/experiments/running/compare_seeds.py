@@ -19,7 +19,7 @@ from l2l_prune.experiments.running.storage import locked_folder
 from l2l_prune.fewshot.evaluation import paired_difference
 
 
-def compare(
+def compare_seeds(
     configs: list[RunConfig],
     folder: Path,
     console: Console,
@@ -56,7 +56,9 @@ def compare(
 def _check(configs: list[RunConfig]) -> None:
     """A row pools seeds, and differences pair them: all else must be the same."""
     plain = [config.to_json() for config in configs]
-    if differing := same_settings.varying(same_settings.setting(values) for values in plain):
+    if differing := same_settings.varying(
+        same_settings.shared_settings(values) for values in plain
+    ):
         raise ValueError(
             f"runs to compare must differ in method and seed alone, not in {', '.join(differing)}: "
             "sweep them instead"
