@@ -9,7 +9,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from l2l_prune.experiments.running.seeds_table import compare
 from PIL import Image
 from rich.console import Console
 from torch.func import functional_call
@@ -21,8 +20,9 @@ from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.methods import METHODS, make_schedule
 from l2l_prune.experiments.report.comparisons import Comparison, comparison_table, judge
-from l2l_prune.experiments.report.finished_runs import collect
+from l2l_prune.experiments.report.finished_runs import read_folder
 from l2l_prune.experiments.report.report import write_report
+from l2l_prune.experiments.running.compare_seeds import compare_seeds
 from l2l_prune.experiments.running.run import RunResult, run
 from l2l_prune.fewshot.data import EpisodeSampler
 from l2l_prune.fewshot.evaluation import PSNR, Mean, paired_difference
@@ -155,7 +155,10 @@ def test_the_metasparse_method_is_the_published_protocol():
         ({"backbone": "fourier", "omega": 10.0}, "omega goes with the backbone siren only"),
         ({"label_noise": 0.1}, "has no labels"),
         ({"structured": True}, "reptile only"),
-        ({"data": "omniglot", "image_size": 32}, "image_size goes with glyphs and pictures only"),
+        (
+            {"data": "omniglot", "image_size": 32},
+            "image_size goes with glyphs, pictures and folder only",
+        ),
     ],
 )
 def test_settings_without_a_meaning_are_refused(settings, words):
@@ -213,15 +216,15 @@ def test_seeds_are_compared_in_db(tmp_path):
         for seed in (0, 1)
         for method in ("dense", "dsd")
     ]
-    text = compare(configs, tmp_path, Console(file=io.StringIO()), jobs=1)
+    text = compare_seeds(configs, tmp_path, Console(file=io.StringIO()), jobs=1)
     assert text.startswith("PSNR [dB] of field on glyphs, 8 meta-iterations: mean ± 95% CI over 2")
-    means = [r.entry["test"]["mean"] for r in collect(tmp_path).runs if r.family == "dense"]
+    means = [r.entry["test"]["mean"] for r in read_folder(tmp_path).runs if r.family == "dense"]
     assert f" {sum(means) / 2:.1f} ± " in text
     stated = [Comparison("1", {"name": "DSD"}, {"name": "dense"}, margin=-30.0)]
-    judged = judge(stated, collect(tmp_path).runs)
+    judged = judge(stated, read_folder(tmp_path).runs)
     assert judged[0].difference.measure == PSNR
     assert judged[0].verdict == "not worse by more than 30 dB"
-    pruned = [r.entry["test"]["mean"] for r in collect(tmp_path).runs if r.family == "DSD"]
+    pruned = [r.entry["test"]["mean"] for r in read_folder(tmp_path).runs if r.family == "DSD"]
     assert f"{(sum(pruned) - sum(means)) / 2:+.1f} ± " in comparison_table(judged)
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.config import make_config
-from l2l_prune.experiments.report.results import verdicts
+from l2l_prune.experiments.report.results import conclusions
 from l2l_prune.experiments.running.compare_seeds import OverSeeds
 from l2l_prune.experiments.running.run import RunResult
 from l2l_prune.fewshot.evaluation import Mean
@@ -261,5 +261,5 @@ def test_estimates():
 
 def test_no_verdict_without_a_baseline():
     result = RunResult("DSD", Mean((0.5, 0.6)), Mean((0.5, 0.6)), 1.0)
-    assert verdicts([result]) == []
+    assert conclusions([result]) == []
     assert make_config("reptile", "dsd").title == "DSD seed 0"
