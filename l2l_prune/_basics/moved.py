@@ -1,4 +1,4 @@
-"""Import paths of version 0.1, which go on working with a warning until 0.3."""
+"""Old import paths and names of arguments, which work with a warning until version 0.3."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 _PACKAGE = "l2l_prune"
 
@@ -21,23 +22,13 @@ MOVED = {
     "compiled": "reptile.compiled",
     "criteria": "masking.criteria",
     "data": "fewshot.data",
-    "data.benchmarks": "fewshot.data.benchmarks",
-    "data.cache": "fewshot.data.cache",
-    "data.episodes": "fewshot.data.episodes",
-    "data.glyphs": "fewshot.data.glyphs",
-    "data.images": "fewshot.data.images",
-    "data.minibatches": "fewshot.data.minibatches",
-    "data.rendering": "fewshot.data.rendering",
-    "data.safe_pickle": "fewshot.data.safe_pickle",
-    "data.sine": "fewshot.data.sine",
-    "data.tasksets": "fewshot.data.tasksets",
     "evaluation": "fewshot.evaluation",
     "experiments.algorithms.masks": "experiments.algorithms.pruning",
     "experiments.checkpoint": "experiments.running.checkpoint",
-    "experiments.compare": "experiments.running.seeds_table",
+    "experiments.compare": "experiments.running.compare_seeds",
     "experiments.finished": "experiments.report.finished_runs",
     "experiments.models": "fewshot.models",
-    "experiments.one_seed": "experiments.running.one_seed_table",
+    "experiments.one_seed": "experiments.running.compare_one_seed",
     "experiments.over_seeds": "experiments.report.seed_statistics",
     "experiments.paper_numbers": "experiments.report.paper_numbers",
     "experiments.plots": "experiments.report.plots",
@@ -68,7 +59,7 @@ MOVED = {
     "structured": "channels.pruner",
     "theory": "fewshot.theory",
 }
-"""Old module to new, both below ``l2l_prune``."""
+"""Old module or package to new, both below ``l2l_prune``."""
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -80,19 +71,19 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         path: Sequence[str] | None = None,
         target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
-        package, _, old = fullname.partition(".")
-        if package != _PACKAGE or old not in MOVED:
+        new = _new_name(fullname)
+        if new is None:
             return None
-        return importlib.machinery.ModuleSpec(fullname, self)
+        return importlib.machinery.ModuleSpec(fullname, self, loader_state=new)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        old = spec.name.partition(".")[2]
-        new = f"{_PACKAGE}.{MOVED[old]}"
-        warnings.warn(
-            f"{spec.name} has moved to {new}; the old path goes in version 0.3",
-            DeprecationWarning,
-            stacklevel=_importing_frame(),
-        )
+        new = spec.loader_state
+        if spec.name.removeprefix(f"{_PACKAGE}.") in MOVED:  # else its package has warned
+            warnings.warn(
+                f"{spec.name} has moved to {new}; the old path goes in version 0.3",
+                DeprecationWarning,
+                stacklevel=2,  # the import statement, since frames of importlib do not count
+            )
         module = importlib.import_module(new)
         spec.loader_state = module.__spec__
         return module
@@ -103,17 +94,40 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__spec__ = module.__spec__.loader_state
 
 
-def _importing_frame() -> int:
-    """How many frames up the import statement is: those of importlib lie between."""
-    depth, frame = 1, sys._getframe(1)
-    while frame is not None and (
-        frame.f_code.co_filename.startswith("<frozen importlib") or frame.f_globals is globals()
-    ):
-        depth, frame = depth + 1, frame.f_back  # type: ignore[assignment]
-    return depth - 1
+def _new_name(fullname: str) -> str | None:
+    package, _, old = fullname.partition(".")
+    if package != _PACKAGE:
+        return None
+    if old in MOVED:
+        return f"{_PACKAGE}.{MOVED[old]}"
+    parent, _, child = old.rpartition(".")
+    return f"{_PACKAGE}.{MOVED[parent]}.{child}" if parent in MOVED else None
 
 
 def install() -> None:
-    """Let old import paths be found, after all that are there."""
+    """Let old import paths be found.
+
+    This finder comes first: a module of a package that has moved would else be found in the
+    package's folder, and executed a second time under its old name.
+    """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+        sys.meta_path.insert(0, _Finder())
+
+
+def renamed(old: str, value: Any, new: str, current: Any) -> Any:
+    """What is given under an old name, which goes on working with a warning.
+
+    Args:
+        old: The old name.
+        value: What was given under it, or ``None``.
+        new: The new name.
+        current: What was given under that.
+    """
+    if value is None:
+        return current
+    warnings.warn(
+        f"{old} is now called {new}; the old name goes in version 0.3",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return value

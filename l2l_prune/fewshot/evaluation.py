@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from l2l_prune._basics import checks
 from l2l_prune.fewshot.data.episodes import Episode, EpisodeSampler
 from l2l_prune.fewshot.data.minibatches import minibatches
+from l2l_prune.reptile.adapt_only import AdaptOnly
 from l2l_prune.reptile.batched import BatchedLearners
 from l2l_prune.reptile.reptile import PrunedReptile
 
@@ -27,11 +29,50 @@ class ClonesLearners(Protocol):
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What is measured on a task, and how people read it.
+
+    Args:
+        name: Its name in tables and on axes.
+        unit: The unit there.
+        factor: What a value is multiplied by to be in that unit.
+
+    Examples:
+        >>> str(ACCURACY), str(PSNR)
+        ('accuracy [%]', 'PSNR [dB]')
+    """
+
+    name: str
+    unit: str
+    factor: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.name} [{self.unit}]"
+
+    def read(self, value: float) -> float:
+        """A value in the unit."""
+        return self.factor * value
+
+    @property
+    def ending(self) -> str:
+        """The unit after a number, with a space; per cent goes without saying."""
+        return "" if self.unit == "%" else f" {self.unit}"
+
+
+ACCURACY = Measure("accuracy", "%", 100.0)
+"""The fraction of queries that are classified right, read as per cent."""
+
+PSNR = Measure("PSNR", "dB")
+"""Peak signal-to-noise ratio, see :func:`~l2l_prune.metalearners.fields.psnr`."""
+
+
+@dataclass(frozen=True)
 class Mean:
     """A mean over tasks with its 95% confidence interval (the paper's 1.96 std / sqrt(n)).
 
     Args:
-        values: One value per task, in fractions (0.5 is 50%).
+        values: One value per task; accuracies are fractions (0.5 is 50%).
+        measure: What they measure.
 
     Raises:
         ValueError: If there are none.
@@ -39,9 +80,12 @@ class Mean:
     Examples:
         >>> str(Mean((0.4, 0.6)))
         '50.0 ± 19.6'
+        >>> str(Mean((20.0, 22.0), PSNR))
+        '21.0 ± 2.0'
     """
 
     values: tuple[float, ...]
+    measure: Measure = ACCURACY
 
     def __post_init__(self) -> None:
         if not self.values:
@@ -67,7 +111,8 @@ class Mean:
         return abs(self.mean) > self.ci95
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.1f} ± {100 * self.ci95:.1f}"
+        mean, width = map(self.measure.read, (self.mean, self.ci95))
+        return f"{mean:.1f} ± {width:.1f}"
 
 
 MeanT = TypeVar("MeanT", bound=Mean)
@@ -77,11 +122,13 @@ def paired_difference(a: MeanT, b: MeanT) -> MeanT:
     """``a - b`` pair by pair, for two methods evaluated on the same tasks (or seeds).
 
     Raises:
-        ValueError: If they have different numbers of tasks.
+        ValueError: If they have different numbers of tasks, or measures.
     """
+    if a.measure != b.measure:
+        raise ValueError(f"not the same measure: {a.measure} and {b.measure}")
     if len(a.values) != len(b.values):
         raise ValueError(f"not the same tasks: {len(a.values)} and {len(b.values)}")
-    return type(a)(tuple(x - y for x, y in zip(a.values, b.values, strict=True)))
+    return type(a)(tuple(x - y for x, y in zip(a.values, b.values, strict=True)), a.measure)
 
 
 def unpaired_difference(a: Mean, b: Mean) -> tuple[float, float]:
@@ -171,6 +218,7 @@ def few_shot_accuracy(
     transductive: bool = True,
     generator: torch.Generator | None = None,
     tasks_at_once: int = 1,
+    adapt_only: AdaptOnly | None = None,
 ) -> Mean:
     """Adapt to each episode's support set and score its query set.
 
@@ -189,6 +237,8 @@ def few_shot_accuracy(
         tasks_at_once: Tasks of equal shape that are adapted together, >= 1; more than one for
             PrunedReptile only. The same numbers to rounding; see
             :class:`~l2l_prune.reptile.batched.BatchedLearners` for when it is faster.
+        adapt_only: What inner steps change, by default everything; for PrunedReptile only. See
+            :meth:`~l2l_prune.PrunedReptile.clone`.
 
     Returns:
         Accuracy per task, in [0, 1].
@@ -197,7 +247,7 @@ def few_shot_accuracy(
         TypeError: If ``algorithm`` has no ``clone()``, ``episodes`` does not end, or a number is no
             integer.
         ValueError: If there are no episodes, one has no queries, scores do not fit the queries, or
-            ``tasks_at_once`` does not go with the algorithm or with ``step``.
+            ``tasks_at_once`` or ``adapt_only`` does not go with the algorithm or with ``step``.
         FloatingPointError: If scores are not finite: they would count as chance.
     """
     if not callable(getattr(algorithm, "clone", None)):
@@ -205,6 +255,12 @@ def few_shot_accuracy(
             "algorithm must have clone() (PrunedReptile, MAML, ...), got "
             f"{checks.describe(algorithm)}"
         )
+
+    clone = algorithm.clone
+    if adapt_only is not None:
+        if not isinstance(algorithm, PrunedReptile):
+            raise ValueError(f"adapt_only needs a PrunedReptile, got {checks.describe(algorithm)}")
+        clone = functools.partial(algorithm.clone, adapt_only)
 
     def drawn(episode: Episode) -> Iterator[tuple[Tensor, Tensor]]:
         x, y = episode.support_x, episode.support_y
@@ -214,7 +270,7 @@ def few_shot_accuracy(
         learner.adapt(loss(learner(x), y))
 
     def scores(episode: Episode) -> Tensor:
-        learner = algorithm.clone()
+        learner = clone()
         for x, y in drawn(episode):
             (step or adapt)(learner, x, y)
         found = query_scores(learner, episode, transductive)
@@ -223,7 +279,7 @@ def few_shot_accuracy(
         return found
 
     def scores_together(reptile: PrunedReptile, episodes: Sequence[Episode]) -> Tensor:
-        learners = BatchedLearners(reptile, len(episodes))
+        learners = BatchedLearners(reptile, len(episodes), adapt_only)
         for batches in zip(*map(drawn, episodes), strict=True):
             x, y = (torch.stack(parts) for parts in zip(*batches, strict=True))
             learners.adapt(learners.each(lambda net, x, y: loss(net(x), y), x, y))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeAlias
 
@@ -12,12 +11,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from l2l_prune._basics import checks, ranks
+from l2l_prune._basics.hooks import Hooks
 from l2l_prune.channels.pruner import ChannelPruner, Structured
 from l2l_prune.masking.allocation import Allocation
 from l2l_prune.masking.criteria import Criterion, magnitude
 from l2l_prune.masking.layers import Layers, Rule
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.pruner import Pruner
+from l2l_prune.reptile.adapt_only import AdaptOnly, chosen_parameters
 from l2l_prune.reptile.learner import Learner, OptimizerFactory, Workspace, adam, copied_state
 from l2l_prune.scheduled import ScheduledPruner
 from l2l_prune.schedules.schedule import Schedule
@@ -160,7 +161,7 @@ class PrunedReptile(nn.Module):
         self._inner_state: list[dict[str, Any]] = []
         self._collected: list[Tensor] = []  # sum over tasks, one tensor a parameter
         self._tasks = 0
-        self._step_pre_hooks: dict[int, StepPreHook] = OrderedDict()
+        self._step_pre_hooks = Hooks()
 
     @property
     def schedule(self) -> Schedule:
@@ -192,18 +193,33 @@ class PrunedReptile(nn.Module):
         return self.module(*args, **kwargs)
 
     @torch.no_grad()
-    def clone(self) -> Learner:
+    def clone(self, adapt_only: AdaptOnly | None = None) -> Learner:
         """A learner that starts from the meta-parameters, for one task.
 
         Several may live at once. Dropping a learner without :meth:`collect` leaves no trace, so
         evaluation is ``clone``, ``adapt``, predict.
 
+        Args:
+            adapt_only: What inner steps change, by default everything: names of layers (or of
+                modules around them, or of parameters), ``fnmatch`` patterns, module types or
+                predicates ``(name, module) -> bool``; or a mapping from layers to the output
+                channels that adapt (``None``: all). The backward pass ends at the first layer
+                that adapts. Chosen channels cost as much time as their whole layers.
+
         Raises:
             RuntimeError: After :meth:`finalize`.
+            TypeError: If ``adapt_only`` is none of these.
+            ValueError: If it names a layer or channel that is not there, or nothing would adapt.
+
+        Source:
+            Only the head: ANIL (Raghu et al., ICLR 2020). Chosen layers and channels: p-Meta (Qu
+            et al., KDD 2022), TinyTrain (Kwon et al., ICML 2024).
         """
         self._check_usable()
         workspace = self._workspaces.pop() if self._workspaces else self._new_workspace()
         workspace.restore(self.module, self._inner_state if self.carry_state else [])
+        if adapt_only is not None:
+            workspace.narrow(chosen_parameters(workspace.module, adapt_only))
         return Learner(self, self.iteration, workspace)
 
     @torch.no_grad()
@@ -215,7 +231,7 @@ class PrunedReptile(nn.Module):
                 the last :meth:`step`; or after :meth:`finalize`.
         """
         self._check_usable()
-        workspace = self._released(learner)
+        workspace = self._taken_back(learner)
         moved = [p.detach() for p in workspace.parameters]
         if self.foml:
             moved = list(torch._foreach_sub(moved, workspace.before_last))
@@ -237,7 +253,7 @@ class PrunedReptile(nn.Module):
         Raises:
             RuntimeError: As for :meth:`collect`.
         """
-        self._workspaces.append(self._released(learner))
+        self._workspaces.append(self._taken_back(learner))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -266,8 +282,7 @@ class PrunedReptile(nn.Module):
         try:
             if observed:
                 self._show_gradients(mean)
-                for hook in list(self._step_pre_hooks.values()):
-                    hook(self, (), {})
+                self._step_pre_hooks.call(self, (), {})
             if self.foml:
                 torch._foreach_add_([p.detach() for p in parameters], mean, alpha=self.meta_lr)
             else:
@@ -295,9 +310,7 @@ class PrunedReptile(nn.Module):
         Returns:
             A handle; its ``remove()`` takes the hook off.
         """
-        handle = RemovableHandle(self._step_pre_hooks)
-        self._step_pre_hooks[handle.id] = hook
-        return handle
+        return self._step_pre_hooks.register(hook)
 
     def forget_inner_state(self) -> None:
         """Start the inner optimizer's carried state afresh."""
@@ -355,7 +368,7 @@ class PrunedReptile(nn.Module):
         for parameter, mean in zip(self.module.parameters(), means, strict=True):
             parameter.grad = -mean if self.foml else parameter.detach() - mean
 
-    def _released(self, learner: Learner) -> Workspace:
+    def _taken_back(self, learner: Learner) -> Workspace:
         if not isinstance(learner, Learner):
             raise TypeError(f"this takes a learner made by clone(), got {checks.describe(learner)}")
         return learner.release(self, self.iteration)

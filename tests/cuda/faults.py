@@ -116,9 +116,9 @@ def waiting(original):
 
 
 def always_compared(original):
-    def check_same(self, iteration):
+    def check_same(self, iteration, **options):
         self._seen = [(buffer, -1) for buffer, _ in self._seen]
-        original(self, iteration)
+        original(self, iteration, **options)
 
     return check_same
 
@@ -163,9 +163,10 @@ def last_of_equals(original):
 
 
 def without_masks(original):
-    return lambda update, settings, states, held, network: original(
-        update, settings, states, {}, network
-    )
+    def update(*given):
+        original(*given[:-1], {})
+
+    return update
 
 
 def masks_dropped(self):
@@ -209,7 +210,7 @@ PLANTED: list[tuple[Check, Fault]] = [
     ),
     (
         pruner_checks.in_float32,
-        Fault("scores are coarse", plan, "_scores", in_few_steps),
+        Fault("scores are coarse", plan, "scores_of", in_few_steps),
     ),
     (
         pruner_checks.with_patterns,
@@ -285,7 +286,7 @@ PLANTED: list[tuple[Check, Fault]] = [
     (reptile_checks.with_reptile, NOT_CLEARED),
     (
         reptile_checks.with_compiled_steps,
-        Fault("masks are left out", compiled, "_optimizer_step", without_masks),
+        Fault("masks are left out", compiled, "_update", without_masks),
     ),
     (
         reptile_checks.with_batched_learners,

@@ -17,14 +17,15 @@ class Writer(Protocol):
     def write(self, values: Mapping[str, float], iteration: int) -> None:
         """Take the values of a meta-iteration."""
 
-    def close(self) -> None:
-        """Write what is still held back."""
+    def close(self, ended: bool) -> None:
+        """Write what is still held back; ``ended`` is False for a run that was stopped."""
 
 
 class EventLog:
-    """Writes accuracy, gap and sparsity of each point of the curves.
+    """Writes scores, their gap and sparsity of each point of the curves; a context manager.
 
     Args:
+        name: What the scores are: ``"accuracy"``.
         folder: Gets the logger's files; ``None`` writes nothing.
         done: Meta-iterations that were done before; later points of a run that was stopped are
             superseded.
@@ -38,12 +39,14 @@ class EventLog:
 
     def __init__(
         self,
+        name: str,
         folder: Path | None,
         done: int,
         logger: str = "tensorboard",
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         check_logger(logger)
+        self._name = name
         self._writer: Writer | None = None
         if folder is not None:
             try:
@@ -58,17 +61,19 @@ class EventLog:
         if self._writer is None:
             return
         values = {
-            "accuracy/train": train,
-            "accuracy/test": test,
-            "accuracy/gap": train - test,
+            f"{self._name}/train": train,
+            f"{self._name}/test": test,
+            f"{self._name}/gap": train - test,
             "sparsity": sparsity,
         }
         self._writer.write(values, iteration)
 
-    def close(self) -> None:
-        """Write what is still held back."""
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self._writer is not None:
-            self._writer.close()
+            self._writer.close(ended=error is None)
 
 
 class _TensorBoard:
@@ -81,7 +86,7 @@ class _TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, iteration)
 
-    def close(self) -> None:
+    def close(self, ended: bool) -> None:
         self._writer.close()
 
 
@@ -103,7 +108,7 @@ class _WandB:
             resume="allow",
             reinit="create_new",
             dir=folder,
-            mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+            mode=None if "WANDB_MODE" in os.environ else "offline",
             config=dict(settings),
             settings=wandb.Settings(silent=True, console="off"),
         )
@@ -111,8 +116,8 @@ class _WandB:
     def write(self, values: Mapping[str, float], iteration: int) -> None:
         self._run.log(dict(values), step=iteration)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, ended: bool) -> None:
+        self._run.finish(exit_code=int(not ended))
 
 
 class _MLflow:
@@ -130,6 +135,7 @@ class _MLflow:
         self._id: str = _remembered(
             folder, lambda: self._client.create_run(experiment, run_name=name).info.run_id
         )
+        self._client.update_run(self._id, "RUNNING")
         for key, value in settings.items():
             self._client.log_param(self._id, key, value)
         points = self._client.get_metric_history(self._id, "sparsity")
@@ -141,8 +147,8 @@ class _MLflow:
         for name, value in values.items():
             self._client.log_metric(self._id, name, value, step=iteration)
 
-    def close(self) -> None:
-        self._client.set_terminated(self._id)
+    def close(self, ended: bool) -> None:
+        self._client.set_terminated(self._id, "FINISHED" if ended else "KILLED")
 
 
 LOGGERS: dict[str, Callable[[Path, int, Mapping[str, Any]], Writer]] = {
