@@ -39,6 +39,7 @@ def test_all_are_here():
         "cavia_sine",
         "metaoptnet",
         "fields",
+        "torch_func_maml",
     }
 
 
