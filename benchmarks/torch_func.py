@@ -22,12 +22,12 @@ from l2l_prune.fewshot import Conv4
 TASKS = 4
 
 
-def looped(model: torch.nn.Module, params: Any, episodes: list[torch.Tensor]) -> Any:
+def looped(model: torch.nn.Module, params: Any, part: str, episodes: list[torch.Tensor]) -> Any:
     """One task after the other, gradients added up as autograd does it."""
     total: dict[str, torch.Tensor] = {}
     for number in range(TASKS):
         alone = [part[number : number + 1] for part in episodes]
-        found, _ = example.meta_gradient(model, params, alone)
+        found, _ = example.meta_gradient(model, params, part, alone)
         total = {name: total.get(name, 0) + value / TASKS for name, value in found.items()}
     return total
 
@@ -50,7 +50,7 @@ def main(rounds: int) -> None:
                 ("vmap", example.meta_gradient),
                 ("vmap, compiled", compiled),
             ):
-                variants[f"{name}, {kind}"] = functools.partial(step, model, params, episodes)
+                variants[f"{name}, {kind}"] = functools.partial(step, model, params, "", episodes)
         times = interleaved(variants, rounds)
         table += rows(times, "loop over tasks, dense", f"{5 * queries}")
     show(

@@ -14,30 +14,28 @@ from torch.nn import functional as F
 from l2l_prune import DSDSchedule, Pruner  # l2l_prune
 from l2l_prune.fewshot import Conv4, EpisodeSampler, Glyphs
 
-ITERATIONS = int(sys.argv[1]) if len(sys.argv) > 1 else 60
-ADAPTED = "classifier." if "anil" in sys.argv else ""
 WAYS, SHOTS, QUERIES, TASKS = 5, 1, 1, 4
 INNER_LR, INNER_STEPS = 0.5, 1
 
 
-def adapt(model, params, x, y):
-    """The task's own weights: all of them (MAML), or those of the head (ANIL)."""
+def adapt(model, params, part, x, y):
+    """The task's own weights; those whose names begin with ``part`` are adapted."""
 
     def loss(adapted):
         return F.cross_entropy(functional_call(model, params | adapted, (x,)), y)
 
-    adapted = {name: value for name, value in params.items() if name.startswith(ADAPTED)}
+    adapted = {name: value for name, value in params.items() if name.startswith(part)}
     for _ in range(INNER_STEPS):
         slopes = grad(loss)(adapted)
         adapted = {name: value - INNER_LR * slopes[name] for name, value in adapted.items()}
     return params | adapted
 
 
-def meta_gradient(model, params, episodes):
+def meta_gradient(model, params, part, episodes):
     """Gradient of the mean query loss, and the mean accuracy; all tasks at once."""
 
     def task(params, xs, ys, xq, yq):
-        scores = functional_call(model, adapt(model, params, xs, ys), (xq,))
+        scores = functional_call(model, adapt(model, params, part, xs, ys), (xq,))
         return F.cross_entropy(scores, yq), (scores.argmax(1) == yq).float().mean()
 
     def objective(params):
@@ -48,6 +46,8 @@ def meta_gradient(model, params, episodes):
 
 
 def main():
+    iterations = int(sys.argv[1]) if len(sys.argv) > 1 else 60
+    part = "classifier." if "anil" in sys.argv else ""  # ANIL adapts the head, MAML all
     torch.manual_seed(0)
     glyphs = Glyphs("train")
     tasks = EpisodeSampler(
@@ -55,13 +55,13 @@ def main():
     )
     model = replace_all_batch_norm_modules_(Conv4(WAYS, channels=32))
     opt = torch.optim.Adam(model.parameters(), 3e-3)
-    schedule = DSDSchedule.from_fractions(0.3, ITERATIONS)  # l2l_prune
+    schedule = DSDSchedule.from_fractions(0.3, iterations)  # l2l_prune
     pruner = Pruner(model, schedule, optimizer=opt)  # l2l_prune
     step = torch.compile(meta_gradient) if "compile" in sys.argv else meta_gradient
     params = dict(model.named_parameters())
-    for iteration in range(ITERATIONS):
+    for iteration in range(iterations):
         episodes = zip(*(tasks.sample() for _ in range(TASKS)), strict=True)
-        gradients, accuracy = step(model, params, [torch.stack(parts) for parts in episodes])
+        gradients, accuracy = step(model, params, part, [torch.stack(parts) for parts in episodes])
         for name, value in params.items():
             value.grad = gradients[name]
         opt.step()

@@ -42,9 +42,8 @@ def looped(oracle, iteration, adapted):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize("adapted", ["", "head."], ids=["maml", "anil"])
-def test_all_tasks_at_once_equal_a_loop_over_tasks(example, monkeypatch, adapted, compiled):
+def test_all_tasks_at_once_equal_a_loop_over_tasks(example, adapted, compiled):
     """Through dense, sparse, dense and sparse phases; compiled once, in one graph, for all."""
-    monkeypatch.setattr(example, "ADAPTED", adapted)
     net = TinyNet()
     oracle = Oracle(net)
     opt = torch.optim.Adam(net.parameters(), 0.01)
@@ -61,7 +60,7 @@ def test_all_tasks_at_once_equal_a_loop_over_tasks(example, monkeypatch, adapted
         with torch.compiler.set_stance(
             "fail_on_recompile" if compiled and iteration else "default"
         ):
-            gradients, _ = step(net, params, batch)
+            gradients, _ = step(net, params, adapted, batch)
         theirs = oracle.gradients(looped(oracle, iteration, adapted))
         assert_equal(list(gradients.values()), theirs, 1e-12)
         for name, mask in pruner.masks.items():
@@ -77,8 +76,7 @@ def test_all_tasks_at_once_equal_a_loop_over_tasks(example, monkeypatch, adapted
 
 
 @pytest.mark.parametrize("adapted", ["", "head."], ids=["maml", "anil"])
-def test_a_tasks_own_weights_are_pruned(example, monkeypatch, adapted):
-    monkeypatch.setattr(example, "ADAPTED", adapted)
+def test_a_tasks_own_weights_are_pruned(example, adapted):
     net = TinyNet()
     pruner = Pruner(net, PHASES)
     pruner.step()
@@ -86,7 +84,7 @@ def test_a_tasks_own_weights_are_pruned(example, monkeypatch, adapted):
     assert pruner.sparse
     params = dict(net.named_parameters())
     xs, ys, *_ = (torch.stack(parts) for parts in zip(*tasks(0, 3), strict=True))
-    own = vmap(lambda x, y: example.adapt(net, params, x, y))(xs, ys)
+    own = vmap(lambda x, y: example.adapt(net, params, adapted, x, y))(xs, ys)
     for name, mask in pruner.masks.items():
         weights = own[f"{name}_orig"]
         assert weights.shape == (3, *mask.shape)
