@@ -191,8 +191,8 @@ def tune(
     Settings are those of `run`, for any meta-learner and data. Choices are made on validation
     tasks; the chosen one is scored on test tasks once. A stopped search can be repeated.
     """
+    from l2l_prune.experiments.search.choice import tune as search
     from l2l_prune.experiments.search.costs import Budget, quantity
-    from l2l_prune.experiments.search.tune import tune as search
 
     with plain_errors(out):
         size, macs = (None if text is None else quantity(text) for text in (max_size, max_macs))
@@ -250,7 +250,7 @@ def study(
     dense networks of the full size, the same size and the same time. A stopped study can be
     repeated.
     """
-    from l2l_prune.experiments.search.study import study as find_out
+    from l2l_prune.experiments.search.verdict import study as find_out
 
     with plain_errors(out):
         base = _base(algorithm, data, data_root, settings) | {"seed": seed}

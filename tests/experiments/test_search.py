@@ -30,11 +30,11 @@ from l2l_prune.experiments.running.run_folder import Outcome
 from l2l_prune.experiments.running.storage import run_name
 from l2l_prune.experiments.running.sweep import expand
 from l2l_prune.experiments.search import study, tune
+from l2l_prune.experiments.search.choice import _front, _Space, _taking_part
 from l2l_prune.experiments.search.costs import Budget, cost_of, dense_width, end_network, quantity
-from l2l_prune.experiments.search.halving import Candidate, Standing, race, rungs, same_search
-from l2l_prune.experiments.search.sensitivity import Sensitivity, measure
-from l2l_prune.experiments.search.study import _plan
-from l2l_prune.experiments.search.tune import _front
+from l2l_prune.experiments.search.halving import Candidate, Runs, Standing, race, rungs, same_search
+from l2l_prune.experiments.search.sensitivity import LEARN_MORE, Sensitivity, measure
+from l2l_prune.experiments.search.verdict import _plan
 
 BASE = {
     "algorithm": "reptile",
@@ -179,6 +179,19 @@ def test_a_folder_belongs_to_one_search(tmp_path):
         same_search(file, {"rates": [0.5, 0.8], "seed": 0})
 
 
+def test_hours_count_over_restarts(tmp_path):
+    clock, config = tmp_path / "clock.json", make_config(method="dense", **BASE)
+    clock.write_text('{"seconds": 3000}')
+    options = {"jobs": 1, "clock": clock}
+    runs = Runs(tmp_path / "runs", QUIET, hours=1, **options)
+    assert not runs.over()
+    assert runs.over(0.5)
+    assert runs.finish([config], 0.5) == [None]
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(ValueError, match="hours"):
+        Runs(tmp_path / "runs", QUIET, hours=0, **options)
+
+
 def never_ends(config, folder, tensorboard, tell):
     from l2l_prune.experiments.running.run import Progress
 
@@ -227,6 +240,37 @@ def test_costs_are_those_of_the_trained_network():
         if "running" not in name and "tracked" not in name
     )
     assert cost_of(config, SHAPE).weights == trained
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize(
+    ("algorithm", "more"),
+    [
+        *((name, {}) for name in ("maml", "anil", "protonet", "cavia", "metasgd", "sparsemaml")),
+        ("metaoptnet", {"backbone": "conv4"}),
+    ],
+)
+def test_every_meta_learner_has_its_costs_and_its_sensitivity(algorithm, more):
+    pytest.importorskip("learn2learn")
+    settings = {**BASE, **more, "algorithm": algorithm}
+    config = make_config(method="dense", **settings)
+    dense, sparse = (
+        cost_of(make_config(method=method, sparsity=0.75, **settings), SHAPE)
+        for method in ("dense", "rigl")
+    )
+    assert sparse.macs == dense.macs > 0
+    assert sparse.weights < 0.5 * dense.weights
+    *_, result = run(config)
+    if algorithm in LEARN_MORE:
+        with pytest.raises(ValueError, match="more than its network's weights"):
+            measure(config, result.weights, (0.5,), tasks=2)
+        return
+    found = measure(config, result.weights, (0.5,), tasks=2)
+    listed = ",".join(f"{name}={own}" for name, own in found.layer_rates(0.5).items())
+    by_layer = make_config(method="rigl", layer_rates=listed, **settings)
+    alike = make_config(method="rigl", sparsity=0.5, **settings)
+    # As many weights, by layer or alike, up to the rounding of each layer.
+    assert abs(cost_of(by_layer, SHAPE).weights - cost_of(alike, SHAPE).weights) <= 5
 
 
 def test_cut_channels_save_operations():
@@ -315,6 +359,31 @@ def test_the_front_holds_what_nothing_smaller_or_equal_beats():
             p for p in points if any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points)
         }
         assert kept == set(points) - beaten
+
+
+def test_races_have_new_candidates_and_a_broken_off_one_keeps_its_own(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    shared = {**BASE, "seed": 0}
+    space = _Space(shared, ("dsd", "rigl"), (0.5, 0.8), SHAPE, Budget(), tmp_path / "ms.json")
+    journal = optuna.create_study(direction="maximize")
+    seen = {}
+    for number in range(2):
+        drawn = _taking_part(journal, space, number, seen, seed=number)
+        assert len(drawn) == 9
+        assert not drawn.keys() & seen.keys()
+        assert all(name == run_name(c.whole) for name, (_, c) in drawn.items())
+        again = _taking_part(journal, space, number, seen, seed=number)  # as after a kill
+        assert {n: c for n, (_, c) in again.items()} == {n: c for n, (_, c) in drawn.items()}
+        for place, (trial, _) in enumerate(drawn.values()):
+            journal.tell(trial, place / 10)
+        seen |= drawn
+    # The space has 2 x 2 combinations of rigl (alike, erk) and 2 x 3 x 3 or more of dsd.
+    for number in range(2, 9):
+        drawn = _taking_part(journal, space, number, seen, seed=number)
+        for trial, _ in drawn.values():
+            journal.tell(trial, 0.0)
+        seen |= drawn
+    assert not drawn
 
 
 def standing(method, score, seconds=10.0, **settings):

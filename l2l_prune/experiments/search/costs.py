@@ -178,13 +178,16 @@ def _macs(network: nn.Module, image_shape: Sequence[int]) -> int:
 
 
 def _forward(network: nn.Module, image_shape: Sequence[int]) -> tuple[Any, Tensor]:
-    """What takes an image, and the image: MetaOptNet's embedding, a field's pixels."""
+    """What takes an image, and the image; of a field, its pixels."""
+    from l2l_prune.metalearners.cavia import CAVIA, FiLM
     from l2l_prune.metalearners.fields import FourierFeatureMLP, Siren
     from l2l_prune.metalearners.metaoptnet import MetaOptNet
 
     network.eval()
     if isinstance(network, (Siren, FourierFeatureMLP)):
         return network, torch.zeros(math.prod(image_shape[1:]), 2)
+    if any(isinstance(module, FiLM) for module in network.modules()):
+        return CAVIA(network, 1.0).clone(), torch.zeros(1, *image_shape)
     if isinstance(network, MetaOptNet):
         return network.features, torch.zeros(1, *image_shape)
     return network, torch.zeros(1, *image_shape)

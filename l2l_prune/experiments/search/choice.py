@@ -97,7 +97,9 @@ def tune(
 
     The dense network is trained and each of its layers pruned alone. Races of nine candidates
     follow, by successive halving: those of the first are drawn at random, later ones by Optuna's
-    tree-structured Parzen estimator from what was found before. Of all that were trained to the
+    tree-structured Parzen estimator from what was found before, and at random where it repeats
+    itself. Those that end dense and those
+    that end sparse race apart, so that the front holds both. Of all that were trained to the
     full length the best is chosen, trained anew with the same seed, and scored on test tasks once.
 
     Args:
@@ -348,15 +350,17 @@ def _search(
     for number in range(races):
         if runs.over(SEARCHING):
             break
-        journal.sampler = optuna.samplers.TPESampler(seed=seed + number, n_startup_trials=BRACKET)
-        drawn = _taking_part(journal, space, number, seen)
+        drawn = _taking_part(journal, space, number, seen, seed + number)
         if not drawn:
             break  # all was tried
         candidates = [candidate for _, candidate in drawn.values()]
         lengths = rungs(candidates, length)
+        # Apart, else the front would have no small network where these lose some accuracy.
+        groups = [[c for c in candidates if c.ends_sparse == sparse] for sparse in (False, True)]
         found = {
             run_name(standing.candidate.whole): standing
-            for standing in race(candidates, lengths, runs, SEARCHING)
+            for group in groups
+            for standing in race(group, lengths, runs, SEARCHING)
         }
         seen |= found
         if runs.over(SEARCHING):
@@ -376,7 +380,7 @@ def _search(
 
 
 def _taking_part(
-    journal: Any, space: _Space, number: int, seen: Mapping[str, Any]
+    journal: Any, space: _Space, number: int, seen: Mapping[str, Any], seed: int
 ) -> dict[str, tuple[Any, Candidate]]:
     """A race's trials and candidates by the name of their runs: those in the journal, and new ones.
 
@@ -385,7 +389,9 @@ def _taking_part(
         space: What may be chosen.
         number: The race's.
         seen: Names that took part in races before.
+        seed: Of the draws.
     """
+    from optuna.samplers import RandomSampler, TPESampler
     from optuna.trial import Trial, TrialState
 
     drawn: dict[str, tuple[Any, Candidate]] = {}
@@ -396,9 +402,12 @@ def _taking_part(
             drawn[run_name(candidate.whole)] = (trial, candidate)
         elif "race" not in frozen.user_attrs:  # killed as it was drawn
             journal.tell(frozen.number, state=TrialState.FAIL, skip_if_finished=True)
-    for _ in range(10 * BRACKET):
+    journal.sampler = TPESampler(seed=seed, n_startup_trials=BRACKET, constant_liar=True)
+    for asked in range(10 * BRACKET):
         if len(drawn) == BRACKET:
             break
+        if asked == 2 * BRACKET:  # it repeats itself: values are few, and what was good is tried
+            journal.sampler = RandomSampler(seed=seed)
         trial = journal.ask()
         candidate = space.draw(trial.suggest_categorical)
         name = run_name(candidate.whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -328,16 +329,26 @@ def _answer(judged: Sequence[Judged]) -> str:
     gains = [one for one in shown if not one.comparison.margin and not _other_size(one)]
     if gains:
         best = max(gains, key=lambda one: one.difference.mean)
-        return f"Yes: {best.comparison.title} is {_amount(best)}, and that is significant."
+        return f"Yes: {_title(best)} is {_amount(best)}, and that is significant."
     small = [one for one in shown if one.comparison.margin or _other_size(one)]
     if small:
         best = small[0]
-        words = f"{best.comparison.title}: {_amount(best)}, {best.verdict}"
+        words = f"{_title(best)}: {_amount(best)}, {best.verdict}"
         return f"For size, not for accuracy. {words}."
     harm = [one for one in judged if one.verdict == "worse"]
     if len(harm) == len(judged):
         return "No: all that was compared is worse."
     return "Not shown: no gain of pruning is significant over these replicates."
+
+
+def _title(judged: Judged) -> str:
+    """The comparison in words; what both sides share comes last, and once."""
+    sides = (judged.comparison.treatment, judged.comparison.control)
+    both = {name: value for name, value in sides[0].items() if sides[1].get(name) == value}
+    alone = [{k: v for k, v in side.items() if k not in both or k == "name"} for side in sides]
+    where = ", ".join(f"{name} {value}" for name, value in both.items() if name != "name")
+    shorter = dataclasses.replace(judged.comparison, treatment=alone[0], control=alone[1])
+    return f"{shorter.title} ({where})" if where else shorter.title
 
 
 def _other_size(judged: Judged) -> bool:
@@ -350,7 +361,7 @@ def _in_words(judged: Judged, runs: Sequence[FinishedRun]) -> str:
     measure = judged.difference.measure
     unit = measure.ending or " points"
     text = (
-        f"{judged.comparison.title}: {_amount(judged)} over {len(judged.difference.values)} "
+        f"{_title(judged)}: {_amount(judged)} over {len(judged.difference.values)} "
         f"replicates, **{judged.verdict}** (p = {judged.corrected:.2g})"
     )
     if judged.verdict == "not shown":
