@@ -34,7 +34,7 @@ from l2l_prune.experiments.search.choice import _front, _Space, _taking_part
 from l2l_prune.experiments.search.costs import Budget, cost_of, dense_width, end_network, quantity
 from l2l_prune.experiments.search.halving import Candidate, Runs, Standing, race, rungs, same_search
 from l2l_prune.experiments.search.sensitivity import LEARN_MORE, Sensitivity, measure
-from l2l_prune.experiments.search.verdict import _plan
+from l2l_prune.experiments.search.verdict import _plan, _verdict
 
 BASE = {
     "algorithm": "reptile",
@@ -420,6 +420,43 @@ def test_a_plan_states_arms_replicates_and_controls_before_the_runs(tmp_path):
     assert all(c.control["name"] == "dense" for c in stated)
 
 
+def finished(folder, config, score, seconds=10.0):
+    """A run folder as a report reads it."""
+    place = folder / run_name(config)
+    place.mkdir(parents=True)
+    scores = {"mean": score, "ci95": 0.01, "per_task": [score, score]}
+    entry = {"config": config.to_json(), "train": scores, "test": scores, "seconds": seconds}
+    (place / "results.json").write_text(json.dumps({"runs": [{**entry, "curve": []}]}))
+
+
+def test_a_verdict_says_what_was_shown_and_what_was_not(tmp_path, monkeypatch):
+    pytest.importorskip("statsmodels")
+    raced = [standing("dense", 0.6), standing("rigl", 0.6, sparsity=0.75)]
+    (tmp_path / "plan.toml").write_text(_plan([raced], replicates=4, vary_split=True))
+    document = read_toml(tmp_path / "plan.toml")
+    configs = expand({}, document["grid"])
+    stated = read_comparisons(document["comparison"])
+    runs = Runs(tmp_path / "runs", QUIET, jobs=1, hours=None, clock=tmp_path / "clock.json")
+    assert "No verdict yet" in _verdict(stated, runs, 4)
+    for config in configs:
+        noise = (config.seed % 2 - 0.5) / 250
+        if config.name == "RigL":
+            finished(tmp_path / "runs", config, 0.6 + noise, seconds=5.0)
+        elif config.channels == 4:
+            finished(tmp_path / "runs", config, 0.6)
+        elif config.seed == 100:  # of the narrow one, all others failed
+            finished(tmp_path / "runs", config, 0.4)
+    monkeypatch.setattr("l2l_prune.experiments.search.verdict.write_report", lambda *_: [])
+    text = _verdict(stated, runs, 4)
+    assert "**For size, not for accuracy. RigL, rate 0.75 minus dense" in text
+    assert "**not worse by more than 1 points**" in text
+    assert "**not shown**" in text
+    assert "could have been seen" in text
+    assert "Training took 0.50 of its seconds" in text
+    assert "Not judged: " in text
+    assert "minus dense, channels" in text.split("Not judged: ")[1]
+
+
 def test_a_budget_that_nothing_meets_names_the_nearest_before_any_run(tmp_path):
     pytest.importorskip("optuna")
     with pytest.raises(ValueError, match=r"the nearest is RigL.* 95% with [\d,]+ bytes"):
@@ -447,6 +484,7 @@ def test_a_folder_that_another_process_writes_to_is_refused(tmp_path):
         (["study", "--method", "dense"], "leave it out"),
         (["study", "--rate", "1.5"], "sparsity"),
         (["study", "--hours", "0"], "hours"),
+        (["study", "--split", "100"], "replicates begin there"),
     ],
 )
 def test_what_cannot_be_searched_is_told_in_a_line(tmp_path, arguments, words):

@@ -33,7 +33,7 @@ from l2l_prune.experiments.search.halving import (
     toml_lines,
 )
 from l2l_prune.experiments.search.pictures import front_picture, heat_map
-from l2l_prune.experiments.search.sensitivity import LEARN_MORE, Sensitivity, measure
+from l2l_prune.experiments.search.sensitivity import LEARN_MORE, MOST_RATE, Sensitivity, measure
 from l2l_prune.fewshot.evaluation import Mean, paired_difference
 
 RATES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
@@ -248,7 +248,7 @@ class _Space:
     def add_layer_rates(self, found: Sensitivity | None) -> None:
         """Rates by layer join the shares."""
         if found is not None:
-            for rate in self._rates:
+            for rate in (rate for rate in self._rates if rate < MOST_RATE):
                 listed = [f"{name}={own}" for name, own in found.layer_rates(rate).items()]
                 self._layer_rates[rate] = ",".join(listed)
             self.tree = self._grow()
@@ -285,6 +285,10 @@ class _Space:
             candidate = self._candidate(method, rate, share, {})
             title, cost = candidate.title, self.cost(candidate)
         except ValueError:  # not for this method or algorithm
+            return False
+        except ImportError:  # cutting channels needs an extra
+            if share != "channels":
+                raise
             return False
         excess = self.budget.excess(cost)
         if self._nearest is None or excess < self._nearest[0]:

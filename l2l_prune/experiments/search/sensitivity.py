@@ -21,7 +21,10 @@ from l2l_prune.schedules.schedule import Schedule, Segment
 LEARN_MORE = ("metasgd", "sparsemaml")
 """Algorithms that adapt by more than the network's weights, and results hold those alone."""
 
-_MOST_RATE, _STEPS = 0.99, 60
+MOST_RATE = 0.99
+"""Rates by layer stay below."""
+
+_STEPS = 60
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Sensitivity:
         Raises:
             ValueError: If ``rate`` is not in (0, 0.99).
         """
-        if not 0 < rate < _MOST_RATE:
-            raise ValueError(f"rate must be in (0, {_MOST_RATE}), got {rate}")
+        if not 0 < rate < MOST_RATE:
+            raise ValueError(f"rate must be in (0, {MOST_RATE}), got {rate}")
         total = sum(self.sizes.values())
         curves = {name: self._losses(name) for name in self.sizes}
 
@@ -69,7 +72,7 @@ class Sensitivity:
 
     @property
     def _rates(self) -> tuple[float, ...]:
-        return (0.0, *self.rates, _MOST_RATE)
+        return (0.0, *self.rates, MOST_RATE)
 
     def _losses(self, layer: str) -> list[float]:
         """Losses at all rates: not falling, and at the last as much more as all of the score."""

@@ -107,6 +107,9 @@ def study(
     _check_statsmodels()
     shared = base_settings(base, ("sparsity", "method"))
     checks.whole_number("replicates", replicates, least=2)
+    for name in ("seed", "split"):
+        if shared.get(name, 0) >= FIRST_REPLICATE:
+            raise ValueError(f"{name} must be below {FIRST_REPLICATE}: replicates begin there")
     settings = [
         shared | {name: value for name, value in zip(_AXES, values, strict=True) if value}
         for values in itertools.product(*(axis or [0] for axis in (widths, lengths, classes)))
@@ -128,7 +131,10 @@ def study(
         options: dict[str, Any] = {"jobs": jobs, "hours": hours, "clock": out / "clock.json"}
         if not plan.exists():
             racing = Runs(out / "races", console, **options)
-            raced = [_race(each, racing) for each in candidates]
+            raced = [
+                _race(each, racing, RACING * place / len(candidates))
+                for place, each in enumerate(candidates, start=1)
+            ]
             for title, standings in raced:
                 console.print(title, markup=False)
                 console.print(_race_table(standings), markup=False)
@@ -177,7 +183,7 @@ def _candidates(
     return [Candidate({**shared, "method": "dense"}), *pruned]
 
 
-def _race(candidates: Sequence[Candidate], runs: Runs) -> tuple[str, list[Standing]]:
+def _race(candidates: Sequence[Candidate], runs: Runs, share: float) -> tuple[str, list[Standing]]:
     """One setting: what it is, and how all did; the dense network is in every rung."""
     dense, *others = candidates
     config = dense.whole
@@ -186,7 +192,7 @@ def _race(candidates: Sequence[Candidate], runs: Runs) -> tuple[str, list[Standi
     for sparse in (False, True):
         group = [one for one in others if one.ends_sparse == sparse]
         if group:
-            found += race(group, lengths, runs, RACING)
+            found += race(group, lengths, runs, share)
     if not found:
         why = next(iter(runs.failed.values()), "the hours ended before one run did")
         raise ValueError(f"no run of the races ended: {why}")
@@ -289,20 +295,20 @@ def _known_by(arm: Mapping[str, Any], varying: Sequence[str] | None = None) -> d
 def _verdict(comparisons: Sequence[Comparison], runs: Runs, replicates: int) -> str:
     head = ["# Does pruning help here?", ""]
     failed = [f"- A run failed: {name}: {why}" for name, why in runs.failed.items()]
-    try:
-        found = read_folder(runs.folder).runs
-        judged = judge(comparisons, found)
-    except ValueError as error:
-        return "\n".join(
-            [
-                *head,
-                f"**No verdict yet**: {error}. The same command goes on, with more hours if these "
-                "are used up.",
-                *failed,
-                "",
-            ]
-        )
-    write_report(runs.folder, comparisons)
+    found = read_folder(runs.folder).runs if any(runs.folder.glob("*/results.json")) else []
+    able = []
+    for one in comparisons:
+        try:
+            judge([one], found)
+        except ValueError as error:
+            failed.append(f"- Not judged: {error}.")
+        else:
+            able.append(one)
+    if not able:
+        why = "**No verdict yet.** The same command goes on, with more hours if these are used up."
+        return "\n".join([*head, why, "", *failed, ""])
+    judged = judge(able, found)
+    write_report(runs.folder, able)
     done = min(len(one.difference.values) for one in judged)
     lines = [*head, f"**{_answer(judged)}**", ""]
     lines += [f"- {_in_words(one, found)}" for one in judged]
