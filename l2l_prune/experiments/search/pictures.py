@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def front_picture(
     """
     measure = points[0][2].measure
     figure, (ax,) = new_figure((8.4, 4.4))
+    sizes = [math.log(size) for _, size, _ in points]
+    middle = (min(sizes) + max(sizes)) / 2
     for place, (name, size, score) in enumerate(points):
         low, width = measure.read(score.mean), measure.read(score.ci95)
         color = COLORS[0] if place == dense else COLORS[1]
@@ -59,10 +62,26 @@ def front_picture(
         ax.plot(size, low, kind, color=color, mfc=filled, zorder=3)
         if place in front or place in (dense, chosen):
             words = f"{name} (chosen)" if place == chosen else name
-            ax.annotate(words, (size, low), (5, 6), textcoords="offset points", fontsize=8)
+            right = math.log(size) > middle  # so that no name leaves the panel
+            ax.annotate(
+                words,
+                (size, low),
+                (-6 if right else 6, 5),
+                textcoords="offset points",
+                ha="right" if right else "left",
+                fontsize=8,
+            )
     line = [points[place] for place in front]
-    ax.plot([p[1] for p in line], [measure.read(p[2].mean) for p in line], color=COLORS[2], lw=1)
+    ax.plot(
+        [p[1] for p in line],
+        [measure.read(p[2].mean) for p in line],
+        color=COLORS[2],
+        lw=1,
+        drawstyle="steps-post",
+    )
     ax.set_xscale("log")
+    for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        axis("{x:g}")
     ax.margins(x=0.16, y=0.1)
     ax.set(xlabel="stored size [KB]", ylabel=f"{measure}, validation tasks")
     figure.suptitle("Networks of full length; the line is the Pareto front")
