@@ -150,6 +150,8 @@ def test_a_rung_that_the_hours_cut_off_does_not_count():
     runs = Told(lambda channels, iterations: channels / 10, missing=[(8, 60)])
     found = race(candidates(range(1, 10)), [20, 60, 180], runs)
     assert best_first(found) == [(width, 20) for width in range(9, 0, -1)]
+    # Of the first, candidates would be left out that were never tried.
+    assert race(candidates(range(1, 10)), [20, 60], Told(lambda *_: 0.5, missing=[(3, 20)])) == []
 
 
 def test_a_candidate_that_fails_is_out_and_the_others_go_on():

@@ -191,7 +191,7 @@ def race(
 ) -> list[Standing]:
     """Let the best third of each rung go on to the next.
 
-    Where the hours end within a rung, the one before it counts; within the first, what ended.
+    Where the hours end within a rung, the one before it counts; within the first, nothing does.
 
     Returns:
         All that were scored: who went furthest comes first, and among those the best.
@@ -202,7 +202,7 @@ def race(
         entries = runs.finish([candidates[i].config(length) for i in left], share)
         found = {i: e for i, e in zip(left, entries, strict=True) if e is not None}
         failed = [i for i in left if run_name(candidates[i].config(length)) in runs.failed]
-        if len(found) + len(failed) < len(left) and standings:
+        if len(found) + len(failed) < len(left):
             break
         standings |= {i: Standing(candidates[i], length, e) for i, e in found.items()}
         ranked = sorted(found, key=lambda i: -standings[i].score.mean)

@@ -131,9 +131,10 @@ def study(
         options: dict[str, Any] = {"jobs": jobs, "hours": hours, "clock": out / "clock.json"}
         if not plan.exists():
             racing = Runs(out / "races", console, **options)
+            each_share = RACING / len(candidates)
             raced = [
-                _race(each, racing, RACING * place / len(candidates))
-                for place, each in enumerate(candidates, start=1)
+                _race(each, racing, place * each_share, (place + 1) * each_share)
+                for place, each in enumerate(candidates)
             ]
             for title, standings in raced:
                 console.print(title, markup=False)
@@ -183,20 +184,31 @@ def _candidates(
     return [Candidate({**shared, "method": "dense"}), *pruned]
 
 
-def _race(candidates: Sequence[Candidate], runs: Runs, share: float) -> tuple[str, list[Standing]]:
-    """One setting: what it is, and how all did; the dense network is in every rung."""
+def _race(
+    candidates: Sequence[Candidate], runs: Runs, before: float, share: float
+) -> tuple[str, list[Standing]]:
+    """One setting: what it is, and how all did.
+
+    The races go on from ``before`` to ``share`` of the hours, and the dense network is trained to
+    the length that they reached.
+    """
     dense, *others = candidates
     config = dense.whole
     lengths = rungs(candidates, config.schedule.iterations)
-    found = []
-    for sparse in (False, True):
-        group = [one for one in others if one.ends_sparse == sparse]
-        if group:
-            found += race(group, lengths, runs, share)
-    if not found:
-        why = next(iter(runs.failed.values()), "the hours ended before one run did")
-        raise ValueError(f"no run of the races ended: {why}")
-    reached = max(standing.iterations for standing in found)
+    kinds = [[one for one in others if one.ends_sparse == sparse] for sparse in (False, True)]
+    groups = [group for group in kinds if group]
+    found, lengths_reached = [], []
+    for place, group in enumerate(groups, start=1):
+        mine = race(group, lengths, runs, before + (share - before) * place / len(groups))
+        if not mine:
+            why = next(
+                iter(runs.failed.values()),
+                "the hours for it are used up; the same command goes on, with more of them",
+            )
+            raise ValueError(f"the race of {group[0].title} did not end its first rung: {why}")
+        found += mine
+        lengths_reached.append(mine[0].iterations)
+    reached = max(lengths_reached)
     [entry] = runs.finish([dense.config(reached)])
     if entry is None:
         why = next(iter(runs.failed.values()), "the hours ended before it did")
@@ -206,8 +218,8 @@ def _race(candidates: Sequence[Candidate], runs: Runs, share: float) -> tuple[st
         f"{config.channels} channels, {config.schedule.iterations} meta-iterations, {classes} "
         "training classes:"
     )
-    if reached < config.schedule.iterations:
-        title = title[:-1] + f" (the hours ended at runs of {reached}):"
+    if min(lengths_reached) < config.schedule.iterations:
+        title = title[:-1] + f" (the hours ended at runs of {min(lengths_reached)}):"
     return title, [Standing(dense, reached, entry), *found]
 
 
