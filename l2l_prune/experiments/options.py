@@ -37,6 +37,27 @@ MethodOption = Annotated[
         rich_help_panel="What",
     ),
 ]
+CandidatesOption = Annotated[
+    list[str],
+    typer.Option(
+        "--method",
+        help=f"What may be chosen: {', '.join(name for name in METHODS if name != 'dense')}; "
+        "repeat the option.",
+        rich_help_panel="What",
+    ),
+]
+RatesOption = Annotated[
+    list[float],
+    typer.Option(
+        "--rate",
+        help="Fractions to prune that may be chosen; repeat the option.",
+        rich_help_panel="What",
+    ),
+]
+HoursOption = Annotated[
+    float | None,
+    typer.Option(help="The most that it may take in all, over restarts.", show_default="no bound"),
+]
 DataOption = Annotated[
     str, typer.Option(help=f"One of {', '.join(DATA_SETS)}.", rich_help_panel="What")
 ]

@@ -6,9 +6,10 @@ import functools
 import multiprocessing
 import os
 import signal
+import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -42,6 +43,7 @@ def run_all(
     cluster: str | None = None,
     logger: str | None = None,
     work: Work = run_into,
+    deadline: float | None = None,
 ) -> Generator[Outcome]:
     """Run what has not ended in ``folder`` yet, and show how it goes.
 
@@ -56,6 +58,8 @@ def run_all(
         logger: Also write each run's curves into its folder: a key of
             :data:`~l2l_prune.experiments.running.loggers.LOGGERS`.
         work: What a process does with a run.
+        deadline: When to stop, on the clock of ``time.monotonic``; runs then leave their
+            checkpoints.
 
     Yields:
         The outcomes as runs end; those that had ended before come first.
@@ -82,7 +86,7 @@ def run_all(
         events = _submitted(work, missing, folder / "jobs", number, cluster)
     else:
         events = _local(work, missing, folder / "logs", number)
-    with Display(configs, ended, console) as display:
+    with closing(events), Display(configs, ended, console) as display:
         for config, message in events:
             if isinstance(message, Outcome):
                 display.ended(config, message)
@@ -93,6 +97,8 @@ def run_all(
                 display.started(config)
             else:
                 display.said(config, message)
+            if deadline is not None and time.monotonic() > deadline:
+                return
 
 
 def finish_all(
@@ -132,7 +138,7 @@ def finish_all(
 
 def _local(
     work: Work, configs: Sequence[RunConfig], logs: Path, jobs: int
-) -> Iterator[tuple[RunConfig, Message]]:
+) -> Generator[tuple[RunConfig, Message]]:
     context = multiprocessing.get_context("spawn")
     waiting, starts = deque(configs), Counter[str]()
     running: dict[Connection, tuple[RunConfig, Any]] = {}
@@ -240,7 +246,7 @@ def _remove_empty(logs: Path) -> None:
 
 def _submitted(
     work: Work, configs: Sequence[RunConfig], folder: Path, jobs: int, cluster: str
-) -> Iterator[tuple[RunConfig, Message]]:
+) -> Generator[tuple[RunConfig, Message]]:
     try:
         import submitit
     except ImportError as error:

@@ -32,12 +32,13 @@ class Outcome:
     train: float = math.nan
     test: float = math.nan
     measure: Measure = ACCURACY
+    held_out: str = "test"
 
     def __str__(self) -> str:
         if self.error:
             return self.error
         train, test = map(self.measure.read, (self.train, self.test))
-        return f"train {train:.1f}, test {test:.1f}{self.measure.ending}"
+        return f"train {train:.1f}, {self.held_out} {test:.1f}{self.measure.ending}"
 
 
 def run_into(
@@ -76,7 +77,7 @@ def _train(
         (place / "error.txt").unlink(missing_ok=True)
         if found := finished_run(place, config):  # by the process that we waited for
             train, test = (found[part]["mean"] for part in ("train", "test"))
-            outcome = Outcome(place.name, None, train, test, config.measure)
+            outcome = _ended(config, place.name, train, test)
         else:
             events = place / logger if logger else None
             for message in run(config, checkpoint, events=events, logger=logger):
@@ -85,7 +86,7 @@ def _train(
                 if isinstance(message, RunResult):
                     write_results(place, [config], [message])
                     train, test = message.train.mean, message.test.mean
-                    outcome = Outcome(place.name, None, train, test, config.measure)
+                    outcome = _ended(config, place.name, train, test)
                 else:
                     tell(message)
         remove_checkpoint(checkpoint)
@@ -94,6 +95,10 @@ def _train(
             (place / "error.txt").write_text(traceback.format_exc())
         return Outcome(place.name, _in_a_line(error))
     return outcome
+
+
+def _ended(config: RunConfig, name: str, train: float, test: float) -> Outcome:
+    return Outcome(name, None, train, test, config.measure, config.held_out)
 
 
 def _in_a_line(error: Exception) -> str:
