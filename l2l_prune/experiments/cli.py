@@ -92,7 +92,7 @@ def run(
     seeds: Annotated[
         int, typer.Option(min=1, help="Number of seeds; with more than one, a table over them.")
     ] = 1,
-    jobs: JobsOption = 2,
+    jobs: JobsOption = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the results.", show_default="runs/ALGORITHM-METHODS"),
@@ -107,6 +107,7 @@ def run(
     """
     from l2l_prune.experiments.running.compare_one_seed import compare_one_seed
     from l2l_prune.experiments.running.compare_seeds import compare_seeds
+    from l2l_prune.experiments.running.cores import free_cores
 
     check_sparsity(settings["sparsity"])
     out = out or Path("runs") / "-".join((algorithm, *method))
@@ -118,6 +119,7 @@ def run(
             for kind in sorted(set(method), key=baseline_first)
         ]
         check_files(data, **configs[0].data_options, download=download)
+        jobs = jobs or free_cores()
         if seeds == 1:
             compare_one_seed(configs, out, Console(), jobs, tensorboard)
         else:
@@ -130,7 +132,7 @@ def sweep(
     out: Annotated[Path, typer.Option(help="Folder; each run gets one in it.")] = Path(
         "runs/sweep"
     ),
-    jobs: JobsOption = 2,
+    jobs: JobsOption = None,
     cluster: ClusterOption = None,
     tensorboard: TensorboardOption = False,
 ) -> None:
@@ -182,7 +184,7 @@ def paper(
     out: Annotated[
         Path | None, typer.Option(help="Folder for runs and report.", show_default="runs/NAME")
     ] = None,
-    jobs: JobsOption = 2,
+    jobs: JobsOption = None,
     cluster: ClusterOption = None,
     tensorboard: TensorboardOption = False,
 ) -> None:
@@ -207,11 +209,14 @@ def paper(
 
 
 def _run_all(
-    configs: list[RunConfig], out: Path, jobs: int, cluster: str | None, tensorboard: bool
+    configs: list[RunConfig], out: Path, jobs: int | None, cluster: str | None, tensorboard: bool
 ) -> None:
     """A sweep; where runs failed, it says so and ends the command."""
+    from l2l_prune.experiments.running.cores import free_cores
     from l2l_prune.experiments.running.sweep import sweep as run_all
 
+    if jobs is None and cluster != "slurm":
+        jobs = free_cores()
     outcomes = run_all(configs, out, Console(), jobs=jobs, cluster=cluster, tensorboard=tensorboard)
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
