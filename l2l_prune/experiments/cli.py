@@ -119,7 +119,7 @@ def run(
             for kind in sorted(set(method), key=baseline_first)
         ]
         check_files(data, **configs[0].data_options, download=download)
-        jobs = jobs or free_cores()
+        jobs = jobs or max(1, free_cores() // configs[0].ranks)
         if seeds == 1:
             compare_one_seed(configs, out, Console(), jobs, tensorboard)
         else:
@@ -216,7 +216,7 @@ def _run_all(
     from l2l_prune.experiments.running.sweep import sweep as run_all
 
     if jobs is None and cluster != "slurm":
-        jobs = free_cores()
+        jobs = max(1, free_cores() // max(config.ranks for config in configs))
     outcomes = run_all(configs, out, Console(), jobs=jobs, cluster=cluster, tensorboard=tensorboard)
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
