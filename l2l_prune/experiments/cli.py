@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
+
+import torch
 
 try:
     import typer
@@ -276,5 +279,12 @@ def report(
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script.
+
+    One thread here and in all processes from here, unless ``OMP_NUM_THREADS`` says otherwise: on a
+    busy machine threads wait for each other, which takes many times as long.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
     app()

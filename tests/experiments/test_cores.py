@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
+from l2l_prune.experiments import cli
 from l2l_prune.experiments.running import cores
 
 
@@ -41,3 +43,21 @@ def test_without_load_affinity_and_quota_all_cores_count(monkeypatch, tmp_path):
     monkeypatch.delattr(os, "getloadavg", raising=False)
     monkeypatch.setattr(cores, "_QUOTA", tmp_path / "none")
     assert cores.free_cores() == 6
+
+
+@pytest.mark.parametrize(("told", "threads"), [(None, 1), ("2", 2)])
+def test_the_command_itself_has_one_thread_unless_told(told, threads, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "app", lambda: seen.append(torch.get_num_threads()))
+    if told is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # as torch finds 2 cores, or 2 in the environment
+    try:
+        cli.main()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [threads]
+    assert os.environ["OMP_NUM_THREADS"] == str(threads)  # for the processes that it starts
