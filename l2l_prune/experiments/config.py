@@ -187,6 +187,11 @@ class RunConfig:
         share=True,
     )
     tasks: int = setting(5, "Tasks in a meta-iteration.", least=1, shown=_BY_ALGORITHM)
+    ranks: int = setting(
+        1,
+        "Processes that share the tasks of each meta-iteration, one thread each (reptile only).",
+        least=1,
+    )
     inner_steps: int = setting(5, "Inner steps in training.", least=1, shown=_BY_ALGORITHM)
     inner_batch: int = setting(10, "Examples in an inner step in training (reptile only).", least=1)
     inner_lr: float = setting(
@@ -242,6 +247,7 @@ class RunConfig:
                 "dropout, weight_decay, structured, compile and bf16 go with the algorithm "
                 "reptile only"
             )
+        self._check_ranks()
         masks = (self.criterion, self.allocation, self.rewind, self.regrow)
         if self.structured and masks != ("magnitude", "layerwise", None, None):
             raise ValueError("structured takes no criterion, allocation, rewind or regrow")
@@ -254,6 +260,21 @@ class RunConfig:
             raise ValueError("regrow counts layer by layer: it goes without allocation global")
         if self.backbone == "resnet12" and self.algorithm != "metaoptnet":
             raise ValueError("backbone resnet12 goes with the algorithm metaoptnet only")
+
+    def _check_ranks(self) -> None:
+        if self.ranks == 1:
+            return
+        if self.algorithm != "reptile":
+            raise ValueError("ranks goes with the algorithm reptile only")
+        if self.tasks % self.ranks:
+            raise ValueError(
+                f"tasks must be a multiple of ranks, which share them alike: {self.tasks} tasks "
+                f"and {self.ranks} ranks"
+            )
+        if self.dropout or self.criterion == "grasp":
+            raise ValueError(
+                "dropout and grasp look at all tasks of a meta-iteration: leave ranks out"
+            )
 
     def _check_data(self) -> None:
         if self.split is not None and self.data in OWN_SPLITS:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -40,6 +42,7 @@ class Reptile(Algorithm):
         self._tasks: Sequence[Episode] = ()
         self._masks = Masks(config, net, self._mean_loss)
         structured = Structured(torch.zeros(2, *image_shape))
+        self._rank = dist.get_rank() if config.ranks > 1 else 0
         self._reptile = PrunedReptile(
             net,
             config.schedule,
@@ -47,6 +50,7 @@ class Reptile(Algorithm):
             meta_lr=config.meta_lr,
             annealing=config.annealing,  # type: ignore[arg-type]
             inner_optimizer=functools.partial(adam, weight_decay=config.weight_decay),
+            group=dist.group.WORLD if config.ranks > 1 else None,
             **({"structured": structured} if config.structured else self._masks.options),
         )
         self._masks.follow(self._reptile, self._reptile)
@@ -79,16 +83,21 @@ class Reptile(Algorithm):
             self._train(tasks)
 
     def _train(self, tasks: Sequence[Episode]) -> None:
-        self._tasks = tasks
-        for task in tasks:
-            learner = self._reptile.clone()
-            for x, y in minibatches(
+        ranks = self._config.ranks
+        self._tasks = tasks[self._rank :: ranks]
+        for number, task in enumerate(tasks):
+            batches = minibatches(
                 task.support_x,
                 task.support_y,
                 batch_size=self._config.inner_batch,
                 steps=self._config.inner_steps,
                 generator=self._batches,
-            ):
+            )
+            if number % ranks != self._rank:
+                deque(batches, maxlen=0)  # drawn all the same: every rank's stream is the run's
+                continue
+            learner = self._reptile.clone()
+            for x, y in batches:
                 self._step(learner, x, y)
             self._reptile.collect(learner)
         self._reptile.step()
