@@ -94,7 +94,11 @@ class CompiledStep:
         optimizer = workspace.optimizer
         update = _functional(optimizer)
         # A plain step makes the state of what has none yet, and knows of chosen channels.
-        if update is None or workspace.partly or not all(optimizer.state.get(p) for p in reached.values()):
+        if (
+            update is None
+            or workspace.partly
+            or not all(optimizer.state.get(p) for p in reached.values())
+        ):
             workspace.step()
         else:
             workspace.about_to_step()
