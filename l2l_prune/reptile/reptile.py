@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,9 @@ class PrunedReptile(nn.Module):
         inner_lr: Learning rate of the inner optimizer, > 0.
         meta_lr: Step towards the mean of the adapted weights at the start, >= 0.
         meta_lr_final: The same at the end of the schedule; linear in between.
+        annealing: ``"run"``: the meta step goes from the first to the last value once, over the
+            schedule, as in the paper; ``"phase"``: anew in each of its segments, so that what is
+            released has full steps to learn with.
         inner_optimizer: Called as ``inner_optimizer(parameters, lr=inner_lr)``: an optimizer
             class or a ``functools.partial`` of one. By default :func:`adam`, with betas (0, 0.999).
         carry_state: Carry the inner optimizer's state over from one collected task to the next,
@@ -86,6 +89,7 @@ class PrunedReptile(nn.Module):
         inner_lr: float = 1e-3,
         meta_lr: float = 1.0,
         meta_lr_final: float = 0.0,
+        annealing: Literal["run", "phase"] = "run",
         inner_optimizer: OptimizerFactory = adam,
         carry_state: bool = True,
         foml: bool = False,
@@ -103,6 +107,8 @@ class PrunedReptile(nn.Module):
         checks.number("meta_lr", meta_lr)
         checks.number("meta_lr_final", meta_lr_final)
         checks.number("inner_lr", inner_lr, above=0)
+        if annealing not in ("run", "phase"):
+            raise ValueError(f'annealing must be "run" or "phase", got {annealing!r}')
         checks.true_or_false("carry_state", carry_state)
         checks.true_or_false("foml", foml)
         if not callable(inner_optimizer):
@@ -147,6 +153,7 @@ class PrunedReptile(nn.Module):
         self.module = model
         self.inner_lr = inner_lr
         self.meta_lr_initial, self.meta_lr_final = meta_lr, meta_lr_final
+        self.annealing = annealing
         self.carry_state, self.foml = carry_state, foml
         self.inner_optimizer = inner_optimizer
         self._group = group
@@ -174,7 +181,11 @@ class PrunedReptile(nn.Module):
     @property
     def meta_lr(self) -> float:
         """The meta step size of the current iteration: linear from start to end."""
-        done = min(self.iteration / self.schedule.iterations, 1.0)
+        start, stop = 0, self.schedule.iterations
+        if self.annealing == "phase":
+            spans = self.schedule.spans()
+            start, stop, _ = next((s for s in spans if self.iteration < s[1]), spans[-1])
+        done = min((self.iteration - start) / (stop - start), 1.0)
         return (1 - done) * self.meta_lr_initial + done * self.meta_lr_final
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

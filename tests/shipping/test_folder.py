@@ -92,11 +92,7 @@ def test_a_masked_learner_comes_back_without_masks(batch, half, tmp_path):
         export(given, tmp_path, half=half)
         net = load(tmp_path, SmallNet())
         assert type(net.conv1) is nn.Conv2d
-        plain = (
-            learner.module
-            if given is learner
-            else plain_copy(given if given is not reptile else reptile.module)
-        )
+        plain = learner.module if given is learner else plain_copy(reptile.module)
         for name, tensor in plain.state_dict().items():
             expected = tensor.half().float() if half and tensor.is_floating_point() else tensor
             assert torch.equal(net.state_dict()[name], expected), name
