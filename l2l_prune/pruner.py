@@ -13,11 +13,13 @@ from torch.optim import Optimizer
 
 from l2l_prune import optimizer_state
 from l2l_prune._basics import checks, ranks
+from l2l_prune._basics.moved import renamed
 from l2l_prune.masked_optimizers import MaskedOptimizers
 from l2l_prune.masking.allocation import Allocation
 from l2l_prune.masking.attached import HeldMasks
 from l2l_prune.masking.criteria import Criterion, magnitude
 from l2l_prune.masking.layers import Layers, Rule, select
+from l2l_prune.masking.named_masks import check_saved, mask_table, updated
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.plan import MaskChoice
 from l2l_prune.scheduled import ScheduledPruner
@@ -53,11 +55,13 @@ class Pruner(ScheduledPruner):
             magnitude; see :mod:`l2l_prune.masking.criteria`.
         pattern: Where pruned weights may lie: anywhere by default, ``NByM(2, 4)`` or
             ``Block(rows, columns)`` of :mod:`l2l_prune.masking.patterns`.
-        allocation: ``"layerwise"``: each tensor is pruned at the schedule's sparsity. ``"global"``:
-            all are ranked together, and layers lose as much as their scores say.
-        regrow_state: Second moments (Adam, RMSprop, ...) of weights that are released.
+        allocation: ``"layerwise"``: each tensor is pruned at the schedule's sparsity. ``"erk"``:
+            large tensors more than small ones (:func:`l2l_prune.masking.allocation.erk`), and all
+            together at that sparsity. ``"global"``: all are ranked together, and layers lose as
+            much as their scores say.
+        release_state: Second moments (Adam, RMSprop, ...) of weights that are released.
             ``"match"``: as large as the largest kept one of the tensor, and at the first step at
-            least as large as the gradient asks, so that regrown weights do not jump. ``"keep"``:
+            least as large as the gradient asks, so that released weights do not jump. ``"keep"``:
             as the optimizer left them.
         dense_keys: Let the model's ``state_dict()`` give ``weight`` (pruned entries 0), as if it
             had no masks, instead of torch's ``weight_orig`` and ``weight_mask``: for programs
@@ -68,6 +72,7 @@ class Pruner(ScheduledPruner):
             gradients by itself. Scores are added up over the ranks and each change of masks is
             compared, so that all prune the same; all must call what changes masks. Between changes
             nothing is sent.
+        regrow_state: Deprecated: the old name of ``release_state``.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -101,33 +106,26 @@ class Pruner(ScheduledPruner):
         criterion: Criterion = magnitude,
         pattern: Pattern = UNSTRUCTURED,
         allocation: Allocation = "layerwise",
-        regrow_state: Literal["match", "keep"] = "match",
+        release_state: Literal["match", "keep"] = "match",
         dense_keys: bool = False,
         group: dist.ProcessGroup | None = None,
+        regrow_state: Literal["match", "keep"] | None = None,
     ) -> None:
         super().__init__(model, schedule)
-        if regrow_state not in ("match", "keep"):
-            raise ValueError(f'regrow_state must be "match" or "keep", got {regrow_state!r}')
-        if not callable(criterion):
-            raise TypeError(
-                f"criterion must be a function of a weight, got {checks.describe(criterion)}"
-            )
-        checks.of_type("pattern", pattern, Pattern, "a Pattern")  # type: ignore[type-abstract]
+        release_state = renamed("regrow_state", regrow_state, "release_state", release_state)
+        if release_state not in ("match", "keep"):
+            raise ValueError(f'release_state must be "match" or "keep", got {release_state!r}')
         checks.true_or_false("dense_keys", dense_keys)
-        if allocation not in ("layerwise", "global"):
-            raise ValueError(f'allocation must be "layerwise" or "global", got {allocation!r}')
-        if allocation == "global" and pattern != UNSTRUCTURED:
-            raise ValueError('allocation="global" goes without pattern: that counts layer by layer')
         if group is not None:
             checks.of_type("group", group, dist.ProcessGroup, "a torch.distributed ProcessGroup")
         self.group = ranks.group_of(model) if group is None else group
-        self._pattern, self._global = pattern, allocation == "global"
+        self._pattern = pattern
         self._tensors = select(model, layers=layers, only=only, skip=skip)
         self._choice = MaskChoice(
-            self._tensors, schedule, criterion, None if self._global else pattern, self.group
+            self._tensors, schedule, criterion, pattern, allocation, self.group
         )
         self._optimizers = MaskedOptimizers(
-            model, self._tensors, optimizer, match=regrow_state == "match"
+            model, self._tensors, optimizer, match=release_state == "match"
         )
 
         # Computed before anything is attached, so that a failure leaves the model untouched.
@@ -165,26 +163,11 @@ class Pruner(ScheduledPruner):
     @property
     def layerwise(self) -> bool:
         """Whether any mask with the right count of each tensor would do: no pattern, not global."""
-        return not self._global and self._pattern == UNSTRUCTURED
+        return self._choice.by_tensor
 
     def summary(self) -> str:
         """A table: shape, kept / total and sparsity per layer and for the whole model."""
-        from tabulate import tabulate
-
-        rows: list[tuple[str, str, str, str]] = []
-        pruned = 0
-        for tensor, mask in zip(self._tensors, self._held.values, strict=True):
-            kept, total = int(mask.sum()), mask.numel()
-            pruned += total - kept
-            rows.append(
-                (tensor.full_name, str(tuple(mask.shape)), f"{kept}/{total}", _share(kept, total))
-            )
-        selected = sum(mask.numel() for mask in self._held.values)
-        whole = sum(p.numel() for p in self.model.parameters())
-        for name, total in (("selected layers", selected), ("whole model", whole)):
-            rows.append((name, "", f"{total - pruned}/{total}", _share(total - pruned, total)))
-        table = tabulate(rows, headers=("tensor", "shape", "kept/total", "pruned"))
-        return f"{self._place()}\n{table}"
+        return f"{self._place()}\n{mask_table(self.masks, self.model)}"
 
     def __repr__(self) -> str:
         return (
@@ -228,16 +211,8 @@ class Pruner(ScheduledPruner):
         self._check_usable()
         if not self.sparse:
             raise RuntimeError("there are no masks to replace in a dense segment")
-        new = self.masks
-        with ranks.failing_together(self.group, next(iter(new.values())).device):
-            for name, mask in masks.items():
-                if name not in new:
-                    raise ValueError(f"{name!r} is none of the pruned tensors: {', '.join(new)}")
-                if mask.dtype != torch.bool or mask.shape != new[name].shape:
-                    raise ValueError(
-                        f"the mask of {name} must be boolean and of shape {tuple(new[name].shape)}"
-                    )
-                new[name] = mask.to(new[name].device)
+        with ranks.failing_together(self.group, next(iter(self.masks.values())).device):
+            new = updated(self.masks, masks)
             self._choice.check(new, self._position, "replaced")
         ranks.check_same(new, self._iteration, self.group)
         self._put_masks(list(new.values()))
@@ -251,15 +226,6 @@ class Pruner(ScheduledPruner):
         moves. With ``m`` the mask, a (meta-)loss is ``L(phi_K)`` where ``phi_0 = w`` and
         ``phi_(t+1) = phi_t + m * step_t(phi_t)``; gradients within are ``dL / dw`` in all entries,
         through all steps. Take gradients within, but no steps of an outer optimizer.
-
-        Examples:
-            >>> from l2l_prune import DSDSchedule
-            >>> net = torch.nn.Linear(3, 1, bias=False)
-            >>> pruner = Pruner(net, DSDSchedule(0.5, pretrain=0, prune=1, retrain=1))
-            >>> with pruner.opened_masks():
-            ...     net(torch.ones(1, 3)).sum().backward()
-            >>> net.weight_orig.grad.tolist()
-            [[1.0, 1.0, 1.0]]
         """
         self._check_usable()
         with self._held.opened():
@@ -284,7 +250,7 @@ class Pruner(ScheduledPruner):
             "pattern": str(self._pattern),
             "iteration": self._iteration,
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
-            "regrown": {name: mask.clone() for name, mask in self._optimizers.regrown.items()},
+            "regrown": {name: mask.clone() for name, mask in self._optimizers.released.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -298,7 +264,13 @@ class Pruner(ScheduledPruner):
             RuntimeError: After :meth:`finalize`.
         """
         self._check_usable(masks=False)
-        self._check_own_state(state)
+        keys = {"version", "schedule", "pattern", "iteration", "masks", "regrown"}
+        self._check_state(state, keys, _STATE_VERSION)
+        if state["pattern"] != str(self._pattern):
+            raise ValueError(
+                f"the checkpoint has masks of {state['pattern']}, this Pruner {self._pattern}"
+            )
+        check_saved(state, {tensor.full_name: tensor.shape for tensor in self._tensors})
         position = self.schedule.index(state["iteration"])
         in_order = {tensor.full_name: state["masks"][tensor.full_name] for tensor in self._tensors}
         self._choice.check(in_order, position, f"iteration {state['iteration']}'s")
@@ -324,31 +296,6 @@ class Pruner(ScheduledPruner):
         if masks:
             self._held.check_same(self._iteration, thoroughly=thoroughly)
 
-    def _check_own_state(self, state: Any) -> None:
-        """Refuse a state of another model or schedule: all but its counts."""
-        keys = {"version", "schedule", "pattern", "iteration", "masks", "regrown"}
-        self._check_state(state, keys, _STATE_VERSION)
-        pattern, tensors = str(self._pattern), {t.full_name: t for t in self._tensors}
-        if state["pattern"] != pattern:
-            raise ValueError(
-                f"the checkpoint has masks of {state['pattern']}, this Pruner {pattern}"
-            )
-        for entry in ("masks", "regrown"):
-            if not isinstance(state[entry], dict):
-                raise ValueError(f"the checkpoint's {entry} must be masks by name")
-        if unknown := sorted(set(state["regrown"]) - set(tensors)):
-            raise ValueError(f"the checkpoint's regrown weights are of other tensors: {unknown}")
-        if set(state["masks"]) != set(tensors):
-            differing = sorted(set(state["masks"]) ^ set(tensors))
-            raise ValueError(f"the checkpoint prunes other tensors; they differ in {differing}")
-        for entry, called in (("masks", "mask"), ("regrown", "regrown mask")):
-            for name, mask in state[entry].items():
-                shape = tensors[name].shape
-                if not isinstance(mask, Tensor) or mask.shape != shape or mask.dtype != torch.bool:
-                    raise ValueError(
-                        f"the checkpoint's {called} of {name} does not fit its shape {tuple(shape)}"
-                    )
-
     def _restored(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
         """Saved masks in the order of the tensors, each on the device of its weight."""
         return {
@@ -368,7 +315,3 @@ class Pruner(ScheduledPruner):
         old = self._held.values
         self._held.set(masks)
         self._optimizers.follow(old, masks)
-
-
-def _share(kept: int, total: int) -> str:
-    return f"{100 * (total - kept) / total:.1f}%"

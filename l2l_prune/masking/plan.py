@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from l2l_prune._basics import ranks
-from l2l_prune.masking.allocation import global_count, global_masks
-from l2l_prune.masking.criteria import Criterion
-from l2l_prune.masking.layers import segment_counts
+from l2l_prune._basics.checks import describe, of_type
+from l2l_prune.masking.allocation import ALLOCATIONS, Allocation, global_masks, kept_counts
+from l2l_prune.masking.criteria import Criterion, scores_of
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.prunable import LayerTensor
 from l2l_prune.masking.topk import check_finite
@@ -26,11 +26,14 @@ class MaskChoice:
         tensors: The selected tensors.
         schedule: When to prune, and how much.
         criterion: Gives the scores.
-        pattern: Where pruned weights may lie in each tensor, or ``None``: one ranking of all.
+        pattern: Where pruned weights may lie in each tensor.
+        allocation: How what is pruned is shared among the tensors.
         group: Ranks whose scores are added up, so that all choose the same.
 
     Raises:
-        ValueError: If a number or name of the schedule does not fit the tensors.
+        TypeError: If ``criterion`` or ``pattern`` is something else.
+        ValueError: If a number or name of the schedule does not fit the tensors, or
+            ``allocation`` is unknown or goes without the pattern.
     """
 
     def __init__(
@@ -38,35 +41,41 @@ class MaskChoice:
         tensors: Sequence[LayerTensor],
         schedule: Schedule,
         criterion: Criterion,
-        pattern: Pattern | None,
+        pattern: Pattern,
+        allocation: Allocation,
         group: dist.ProcessGroup | None = None,
     ) -> None:
+        if not callable(criterion):
+            raise TypeError(f"criterion must be a function of a weight, got {describe(criterion)}")
+        of_type("pattern", pattern, Pattern, "a Pattern")  # type: ignore[type-abstract]
+        if allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation must be one of {ALLOCATIONS}, got {allocation!r}")
+        self._global = allocation == "global"
+        if self._global and pattern != UNSTRUCTURED:
+            raise ValueError('allocation="global" goes without pattern: that counts layer by layer')
         self._group = group
         self._tensors, self._criterion, self._pattern = tensors, criterion, pattern
         self._counts = [  # by segment: what each tensor keeps, or what all keep together
-            [global_count(tensors, segment)]
-            if pattern is None
-            else segment_counts(tensors, segment, pattern)
-            for segment in schedule.segments
+            kept_counts(tensors, segment, allocation, pattern) for segment in schedule.segments
         ]
+
+    @property
+    def by_tensor(self) -> bool:
+        """Whether any mask with the right count of each tensor would do: no pattern, not global."""
+        return not self._global and self._pattern == UNSTRUCTURED
 
     def kept(self, position: int) -> int:
         """How many weights all tensors together keep in the segment at ``position``."""
         return sum(self._counts[position])
 
     def check(self, masks: Mapping[str, Tensor], position: int, whose: str) -> None:
-        """Refuse masks that keep more or less than the schedule says.
-
-        Args:
-            masks: By dense name, in the order of the tensors.
-            position: Of the segment.
-            whose: For the error.
+        """Refuse masks, by dense name in the tensors' order, that keep other numbers of weights.
 
         Raises:
-            ValueError: Naming the first that does not fit.
+            ValueError: Naming the first that does not fit, and ``whose`` it is.
         """
         kept = {name: int(mask.sum()) for name, mask in masks.items()}
-        if self._pattern is None:
+        if self._global:
             kept = {"all tensors": sum(kept.values())}
         for (name, found), keep in zip(kept.items(), self._counts[position], strict=True):
             if found != keep:
@@ -75,17 +84,12 @@ class MaskChoice:
                 )
 
     def masks(self, position: int, weights: Sequence[Tensor], when: str) -> list[Tensor]:
-        """A boolean mask for each tensor; True stays.
-
-        Args:
-            position: Of the segment that begins.
-            weights: The weights of the tensors.
-            when: The time in words, for errors.
+        """A boolean mask for each tensor in the segment at ``position``; True stays.
 
         Raises:
             TypeError: If scores are not real numbers.
-            ValueError: If weights or scores are not finite, or scores do not fit; the tensor is
-                named.
+            ValueError: If weights or scores are not finite, or scores do not fit. The message
+                names the tensor, and says ``when``.
         """
         with ranks.failing_together(self._group, weights[0].device):
             for tensor, weight in zip(self._tensors, weights, strict=True):
@@ -98,7 +102,7 @@ class MaskChoice:
         if self.kept(position) == sum(weight.numel() for weight in weights):  # nothing to choose
             return [_all_true(weight) for weight in weights]
         counts, pattern = self._counts[position], self._pattern
-        if pattern is None:
+        if self._global:
             pairs = zip(self._tensors, weights, strict=True)
             return global_masks([self._scores(t, weight, when) for t, weight in pairs], *counts)
         masks = []
@@ -117,28 +121,19 @@ class MaskChoice:
     def _scores(self, tensor: LayerTensor, weight: Tensor, when: str) -> Tensor:
         """Finite scores of a tensor, of all ranks together."""
         with ranks.failing_together(self._group, weight.device), _named(tensor, when):
-            scores = _scores(self._criterion, weight)
+            scores = scores_of(weight, self._criterion)
             check_finite(scores)
         return ranks.total(scores, self._group)
 
 
 @contextmanager
 def _named(tensor: LayerTensor, when: str) -> Iterator[None]:
-    """Errors within tell whose scores they are about."""
+    """Errors within name the tensor whose scores they are about."""
     try:
         yield
     except (TypeError, ValueError) as error:
         place = f"cannot prune {tensor.full_name} {when}"
         raise type(error)(f"{place} by the scores of criterion: {error}") from None
-
-
-def _scores(criterion: Criterion, weight: Tensor) -> Tensor:
-    scores = criterion(weight)
-    if not isinstance(scores, Tensor) or scores.shape != weight.shape:
-        raise ValueError("it must give a score for each of its weights")
-    if scores.dtype == torch.bool or scores.is_complex():
-        raise TypeError(f"it must give real numbers as scores, got {scores.dtype}")
-    return scores.to(weight.device)
 
 
 def _all_true(weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Figures of what accuracy depends on: training accuracy, phases, sparsity and its bounds."""
+"""Figures of what test scores depend on: training scores, phases, sparsity and its bounds."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 from l2l_prune._basics.tensor_files import load_tensors
 from l2l_prune.experiments.algorithms.base import conv4
-from l2l_prune.experiments.config import RunConfig, file_name
+from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.report.finished_runs import (
     FinishedRun,
     by_method,
     gap_over_seeds,
     grouped,
+    mean_weights,
     over_seeds,
     rate_in_words,
 )
@@ -27,7 +28,7 @@ from l2l_prune.experiments.report.same_settings import frozen, in_words, varying
 from l2l_prune.experiments.report.seed_statistics import OverSeeds
 from l2l_prune.fewshot.data import EpisodeSampler, load_images
 from l2l_prune.fewshot.theory import (
-    Setting,
+    Assumptions,
     covering_gap_bound,
     dense_gap_bound,
     estimate_smoothness,
@@ -37,40 +38,59 @@ from l2l_prune.fewshot.theory import (
 from l2l_prune.schedules.paper import DSDSchedule, Schedule, Segment
 
 
-def tradeoff_figure(runs: list[FinishedRun], path: Path) -> bool:
-    """Test against training accuracy: a point a method, a line through dense runs by length.
+def overview_figure(runs: list[FinishedRun], path: Path) -> None:
+    """Test scores over training scores, over seconds and, where known, over weights.
 
-    Returns:
-        Whether there was something to draw: dense runs of two lengths, and another method.
+    A point a method with its 95% interval over seeds; a line joins dense runs of several lengths.
+
+    Args:
+        runs: Runs of one problem.
+        path: The PNG file to write.
     """
-    dense = _reference(runs)
-    others = by_method(run for run in runs if run not in dense)
-    lengths = sorted(grouped(dense, lambda run: run.iterations).items())
-    if len(lengths) < 2 or not others:
-        return False
-    figure, (ax,) = new_figure((7, 4.6))
-    means = [
-        [100 * over_seeds(_once_a_seed(same), p).mean for _, same in lengths]
-        for p in ("train", "test")
-    ]
-    ax.plot(*means, "-o", color=COLORS[0], label="dense")
-    for (length, _), x, y in zip(lengths, *means, strict=True):
-        ax.annotate(f"{length}", (x, y), xytext=(4, -12), textcoords="offset points", fontsize=8)
-    for (method, same), (color, marker) in zip(others.items(), styles(others=True), strict=False):
-        train, test = over_seeds(same, "train"), over_seeds(same, "test")
-        ax.errorbar(
-            100 * train.mean,
-            100 * test.mean,
-            yerr=_bar(test),
-            fmt=marker,
-            color=color,
-            capsize=2,
-            label=method,
-        )
-    ax.set(xlabel="training accuracy [%]", ylabel="test accuracy [%], 95% CI over seeds")
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    measure = runs[0].measure
+    shown = _labelled(runs)
+    weights = [mean_weights(same) for same in shown.values()]
+    panels = 3 if all(weights) and len(set(weights)) > 1 else 2
+    figure, axes = new_figure((3 + 3.6 * panels, 4), panels, sharey=True)
+    for (label, same), kept, (color, marker) in zip(shown.items(), weights, styles(), strict=False):
+        test, train = over_seeds(same, "test"), over_seeds(same, "train")
+        seconds = sum(run.entry["seconds"] for run in same) / len(same)
+        for ax, x in zip(axes, (measure.read(train.mean), seconds, kept), strict=False):
+            ax.errorbar(
+                x,
+                measure.read(test.mean),
+                yerr=_bar(test),
+                fmt=marker,
+                color=color,
+                capsize=2,
+                label=label if ax is axes[0] else None,
+            )
+    for same in grouped(_reference(runs), lambda run: run.shared_settings).values():
+        lengths = sorted(grouped(same, lambda run: run.iterations).items())
+        if len(lengths) > 1:
+            means = [
+                [measure.read(over_seeds(_once_a_seed(of), p).mean) for _, of in lengths]
+                for p in ("train", "test")
+            ]
+            axes[0].plot(*means, "-", color=COLORS[0], zorder=0)
+    axes[0].set(xlabel=f"training {measure}", ylabel=f"test {measure}, 95% CI over seeds")
+    axes[1].set(xlabel="seconds a run", xlim=(0, None))
+    if panels == 3:
+        axes[2].set(xlabel="weights that are not 0", xscale="log")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     save_figure(figure, path)
-    return True
+
+
+def _labelled(runs: list[FinishedRun]) -> dict[str, list[FinishedRun]]:
+    """Runs by method, and by size and shots where those vary."""
+    sizes, shots = {run.size for run in runs}, {run.shots for run in runs}
+
+    def label(run: FinishedRun) -> str:
+        parts = [run.method, *[run.size] * (len(sizes) > 1)]
+        return ", ".join([*parts, *[f"{run.shots}-shot"] * (len(shots) > 1)])
+
+    ordered = [run for same in by_method(runs).values() for run in same]
+    return grouped(ordered, label)
 
 
 # What Figures 3 and 4 vary: name of the axis, family, value of a run, and the two phases of the
@@ -105,7 +125,7 @@ _STUDIES = [
 
 
 def hyperparameter_figure(runs: list[FinishedRun], path: Path) -> bool:
-    """Test accuracy by the lengths of phases (Figures 3 and 4 of the paper).
+    """Test scores by the lengths of phases (Figures 3 and 4 of the paper).
 
     Returns:
         Whether there was something to draw: three values of one length, all else alike.
@@ -127,10 +147,11 @@ def hyperparameter_figure(runs: list[FinishedRun], path: Path) -> bool:
     if not panels:
         return False
     figure, axes = new_figure((1 + 4 * len(panels), 3.6), len(panels), sharey=True)
-    dense = _once_a_seed(run for run in runs if run.baseline)
+    dense, measure = _once_a_seed(run for run in runs if run.baseline), runs[0].measure
     for ax, (label, family, value, lines) in zip(axes, panels, strict=True):
         if dense:
-            ax.axhline(100 * over_seeds(dense, "test").mean, color="0.4", ls="--", label="dense")
+            level = measure.read(over_seeds(dense, "test").mean)
+            ax.axhline(level, color="0.4", ls="--", label="dense")
         differing = varying(_but_schedule(same[0]) for same in lines)
         for style, same in zip(styles(others=True), lines, strict=False):
             # Schedules that differ by rounding alone stand at one place as points of their own.
@@ -141,7 +162,7 @@ def hyperparameter_figure(runs: list[FinishedRun], path: Path) -> bool:
             _line(ax, [value(at[0]) for at in points], means, style, ", ".join(parts))
         ax.set(xlabel=label)
         ax.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel("test accuracy [%], 95% CI over seeds")
+    axes[0].set_ylabel(f"test {measure}, 95% CI over seeds")
     save_figure(figure, path)
     return True
 
@@ -159,8 +180,10 @@ def bounds_figure(runs: list[FinishedRun], path: Path) -> bool:
     plain = [run for run in runs if run.plain and run.rate is not None]
     rates = {run.rate for run in plain}
     dense = [run for run in plain if run.dense]
-    weights = dense[0].folder / f"{file_name(dense[0].config['name'])}.pt" if dense else path
-    if len(rates) < 3 or dense[0].config["algorithm"] != "reptile" or not weights.is_file():
+    if len(rates) < 3 or not dense or dense[0].config["algorithm"] != "reptile":
+        return False
+    weights = dense[0].weights_file
+    if not weights.is_file():
         return False
     figure, (left, right) = new_figure((10, 3.8), 2)
     for family, style in zip(("DSD", "IHT"), styles(others=True), strict=False):
@@ -189,7 +212,7 @@ def _bounds(
     values = {key: value for key, value in run.config.items() if key in names}
     config = RunConfig(**{**values, "schedule": Schedule((Segment(run.iterations),))})
     data = load_images(
-        config.data, "train", root=config.data_root, max_classes=config.train_classes
+        config.data, "train", max_classes=config.train_classes, **config.data_options
     )
     net = conv4(config, data.images.shape[1:])
     net.load_state_dict(load_tensors(weights))
@@ -205,7 +228,7 @@ def _bounds(
     )
     with torch.no_grad():
         radius = float(torch.cat([p.flatten() for p in net.parameters()]).norm())
-    setting = Setting(
+    assumptions = Assumptions(
         tasks=run.iterations * config.tasks,
         loss_bound=1.0,
         lipschitz=lipschitz,
@@ -219,9 +242,13 @@ def _bounds(
         counts.append(parameter_counts(net, schedule, layers=config.layers))
     total = counts[0][1]
     return [
-        ([sparse_gap_bound(k, p, setting) for k, p in counts], "Theorem 1, constant 1", "-"),
-        ([covering_gap_bound(k, p, setting) for k, p in counts], "all constants explicit", "--"),
-        ([dense_gap_bound(total, setting)] * len(counts), "dense, sqrt(p / M)", ":"),
+        ([sparse_gap_bound(k, p, assumptions) for k, p in counts], "Theorem 1, constant 1", "-"),
+        (
+            [covering_gap_bound(k, p, assumptions) for k, p in counts],
+            "all constants explicit",
+            "--",
+        ),
+        ([dense_gap_bound(total, assumptions)] * len(counts), "dense, sqrt(p / M)", ":"),
     ]
 
 
@@ -251,11 +278,11 @@ def _rounds(run: FinishedRun) -> int:
 def _line(
     ax: Any, xs: list[float], means: list[OverSeeds], style: tuple[str, str], label: str
 ) -> None:
-    """Means in percent with their intervals, joined by a line."""
-    heights, bars = [100 * mean.mean for mean in means], [_bar(mean) for mean in means]
+    """Means with their intervals, joined by a line."""
+    heights, bars = [m.measure.read(m.mean) for m in means], [_bar(m) for m in means]
     color, marker = style
     ax.errorbar(xs, heights, yerr=bars, fmt=f"-{marker}", capsize=2, color=color, label=label)
 
 
 def _bar(mean: OverSeeds) -> float:
-    return 100 * mean.ci95 if len(mean.values) > 1 else 0.0
+    return mean.measure.read(mean.ci95) if len(mean.values) > 1 else 0.0
