@@ -226,7 +226,7 @@ class FinishedRun:
             return "its scores are not finite"
         file = self.weights_file
         if file.is_file():  # who deletes them has seen them
-            for name, value in _state_dict(file).items():
+            for name, value in read_weights(file).items():
                 if not torch.isfinite(value).all():
                     return f"its weights are not finite ({name} of {file.name})"
         return ""
@@ -236,7 +236,7 @@ class FinishedRun:
         """How many of its parameters are not 0 at the end, if the file of them is there."""
         if not self.weights_file.is_file():
             return None
-        state = _state_dict(self.weights_file)
+        state = read_weights(self.weights_file)
         counted = (v for name, v in state.items() if name.rpartition(".")[2] not in _STATISTICS)
         return sum(int(value.count_nonzero()) for value in counted) or None
 
@@ -250,7 +250,13 @@ class FinishedRun:
         return sum(s["iterations"] for s in self.segments if s["phase"] == phase)
 
 
-def _state_dict(file: Path) -> dict[str, Tensor]:
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The state dict that a run left.
+
+    Raises:
+        ValueError: If the file is damaged.
+        OSError: If it cannot be read.
+    """
     state = load_tensors(file)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise DamagedFile(file, "no state dict")
