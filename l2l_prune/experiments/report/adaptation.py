@@ -24,7 +24,7 @@ def write_adaptation(
     Args:
         folder: Made if it is not there.
         costs: From :func:`~l2l_prune.shipping.adaptation_costs`. Names that share what stands
-            before a comma share a colour.
+            before the last comma share a colour.
         accuracies: Of the same names, on the same tasks.
 
     Returns:
@@ -65,10 +65,10 @@ def adaptation_figure(rows: list[dict[str, Any]], path: Path) -> None:
         path: The PNG file to write.
     """
     figure, (ax,) = new_figure((8, 4.8))
-    kinds = list(dict.fromkeys(row["way"].partition(",")[0] for row in rows))
-    modes = list(dict.fromkeys(row["way"].partition(",")[2] for row in rows))
+    kinds = list(dict.fromkeys(row["way"].rpartition(",")[0] for row in rows))
+    modes = list(dict.fromkeys(row["way"].rpartition(",")[2] for row in rows))
     for row in rows:
-        kind, _, mode = row["way"].partition(",")
+        kind, _, mode = row["way"].rpartition(",")
         ax.errorbar(
             row["episode ms"],
             row["accuracy [%]"],
@@ -82,6 +82,8 @@ def adaptation_figure(rows: list[dict[str, Any]], path: Path) -> None:
     ax.plot(*zip(*front, strict=True), "-", color="0.6", zorder=0)
     ax.set(xlabel="adapting to a task [ms], one thread", ylabel="accuracy [%], 95% CI over tasks")
     ax.set_xscale("log")
+    for formatter in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        formatter("{x:g}")  # 60 and 200, not powers of 10
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, path)
 

@@ -91,7 +91,7 @@ def run(
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(stream(config.seed, "weights").get_state())
         algorithm = build(config, data["train"].images.shape[1:])
-    curve_episodes = {s: list(_evaluation_tasks(data[s], config, "curve tasks", s)) for s in splits}
+    curve_episodes = {s: list(evaluation_tasks(data[s], config, "curve tasks", s)) for s in splits}
     state = _State()
     saved = load_checkpoint(checkpoint, config) if checkpoint else None
     if saved:
@@ -125,7 +125,7 @@ def run(
     if state.best is not None:
         algorithm.load_state_dict(state.best)
     train, test = (
-        algorithm.evaluate(_evaluation_tasks(data[split], config, "final tasks", split))
+        algorithm.evaluate(evaluation_tasks(data[split], config, "final tasks", split))
         for split in ("train", "test")
     )
     weights = algorithm.finalize().state_dict()
@@ -196,7 +196,7 @@ def _training_tasks(data: Images, config: RunConfig) -> EpisodeSampler:
     )
 
 
-def _evaluation_tasks(
+def evaluation_tasks(
     data: Images, config: RunConfig, purpose: str, split: str
 ) -> Iterator[Episode]:
     """The same for all methods of a seed, so that they can be compared task by task.
