@@ -64,11 +64,14 @@ def export_run(
             outputs.
     """
     run = _only_run(folder)
-    config, data = _config(run), _test_images(run)
+    config, data = _config(run), _unseen_images(run)
     net = restored_network(run, config, data)
     result = read_result(run.entry, run.folder / "results.json")
     about = {name: getattr(config, name) for name in _ABOUT}
     about |= {"method": run.method, "seed": config.seed, "measure": config.measure.name}
+    about |= {"scored_on": config.held_out}
+    if config.algorithm == "reptile":
+        about |= {"optimizer_state": "carried over in what was scored, not exported"}
     shape = (5, 2) if config.picture_tasks else (5, *data.images.shape[1:])
     example = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     lines = []
@@ -98,7 +101,8 @@ def measure_adaptation(folder: Path) -> list[Path]:
     """Measure what adapting costs the Reptile runs of a folder, for its report.
 
     Of each method the run of the first seed, on its own unseen classes. Masks are held as in the
-    run's last phase.
+    run's last phase. The inner optimizer starts afresh, as on a device: in the run's own scores it
+    carries its state over from training, so they can be higher.
 
     Args:
         folder: As of the report.
@@ -120,7 +124,7 @@ def measure_adaptation(folder: Path) -> list[Path]:
             "measured for these"
         )
     first = next(iter(runs.values()))
-    config, data = _config(first), _test_images(first)
+    config, data = _config(first), _unseen_images(first)
     tasks = ("data", "data_root", "split", "image_size", "ways", "shots", "queries")
     for run in runs.values():
         if other := [n for n in tasks if getattr(_config(run), n) != getattr(config, n)]:
@@ -128,7 +132,7 @@ def measure_adaptation(folder: Path) -> list[Path]:
                 f"the runs in {folder} differ in {', '.join(other)}: give a folder of one setting"
             )
     config = dataclasses.replace(config, final_tasks=min(config.final_tasks, _MOST_TASKS))
-    episodes = list(evaluation_tasks(data, config, "final tasks", "test"))
+    episodes = list(evaluation_tasks(data, config, "final tasks", config.held_out))
     ways, accuracies = {}, {}
     for name, run in runs.items():
         reptile = restored_reptile(run, data)
@@ -221,7 +225,7 @@ def _config(run: FinishedRun) -> RunConfig:
         ) from None
 
 
-def _test_images(run: FinishedRun) -> Images:
+def _unseen_images(run: FinishedRun) -> Images:
     config = _config(run)
     needed = config.shots + config.queries
-    return load_images(config.data, "test", least_images=needed, **config.data_options)
+    return load_images(config.data, config.held_out, least_images=needed, **config.data_options)

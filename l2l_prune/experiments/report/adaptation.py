@@ -114,7 +114,8 @@ def adaptation_section(folder: Path) -> list[str]:
     parts = [
         "## What adapting costs",
         "One thread, medians of interleaved rounds; ratios are to the first row. Memory is the "
-        "peak of an episode.",
+        "peak of an episode. The inner optimizer starts afresh, as on a device; in the runs' own "
+        "scores it carried its state over from training, so that they can differ.",
         markdown_table(shown),
     ]
     if (folder / PICTURE).is_file():
