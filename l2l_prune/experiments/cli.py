@@ -404,6 +404,13 @@ def report(
             help=r"TOML file of \[\[comparison]] tables to judge, a sweep's own or another."
         ),
     ] = None,
+    adaptation: Annotated[
+        bool,
+        typer.Option(
+            "--adaptation",
+            help="Measure what adapting costs the runs of reptile, and show it: it takes minutes.",
+        ),
+    ] = False,
 ) -> None:
     """Write report.md and report.html: tables, curves and differences over seeds."""
     from l2l_prune.experiments.report.comparisons import read_comparisons
@@ -415,8 +422,35 @@ def report(
             stated = read_comparisons(tables)
         except TypeError as error:
             raise ValueError(f"{plan}: {error}") from None
+        if adaptation:
+            from l2l_prune.experiments.device import measure_adaptation
+
+            measure_adaptation(folder)
         for path in write_report(folder, stated):
             typer.echo(f"wrote {path}")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    out: Annotated[Path, typer.Option(help="Folder for model.safetensors and export.json.")],
+    half: Annotated[bool, typer.Option("--half", help="Write half precision.")] = False,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Also model.onnx, compared in ONNX Runtime.")
+    ] = False,
+    program: Annotated[
+        bool, typer.Option("--program", help="Also model.pt2, for torch.export.load.")
+    ] = False,
+) -> None:
+    """Write the network of a run for a device: tensors and JSON, no code, sparse ones packed.
+
+    Nothing is written if something cannot be.
+    """
+    from l2l_prune.experiments.device import export_run
+
+    with plain_errors(out):
+        for line in export_run(folder, out, half=half, onnx=onnx, program=program):
+            typer.echo(line)
 
 
 def main() -> None:

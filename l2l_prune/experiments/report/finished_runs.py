@@ -48,7 +48,7 @@ class WeightsFile:
         """A tensor that is not finite, and how many parameters are not 0; no tensor is kept."""
         if not self.path.is_file():  # who deletes them has seen them
             return "", None
-        state = _state_dict(self.path)
+        state = read_weights(self.path)
         for name, value in state.items():
             if not torch.isfinite(value).all():
                 return name, None
@@ -300,7 +300,13 @@ def count_weights(state: Mapping[str, Tensor]) -> int | None:
     return sum(int(value.count_nonzero()) for value in held) or None
 
 
-def _state_dict(file: Path) -> dict[str, Tensor]:
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The state dict that a run left.
+
+    Raises:
+        ValueError: If the file is damaged.
+        OSError: If it cannot be read.
+    """
     state = load_tensors(file)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise DamagedFile(file, "no state dict")
