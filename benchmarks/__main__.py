@@ -13,7 +13,16 @@ import typer
 
 from benchmarks import workload
 
-PARTS = ("meta_iteration", "overhead", "growth", "sampling", "evaluation", "ranks", "parts")
+PARTS = (
+    "meta_iteration",
+    "overhead",
+    "growth",
+    "sampling",
+    "evaluation",
+    "torch_func",
+    "ranks",
+    "parts",
+)
 LONG = ("whole_runs",)
 """Hours: only where they are named."""
 
