@@ -74,7 +74,9 @@ class BatchedLearners:
             )
 
         def stacked(tensor: Tensor) -> Tensor:
-            return tensor.detach().expand(tasks, *tensor.shape).clone()
+            # vmap's convolutions of many networks are faster so, also where those of one are not.
+            held = tensor.detach().expand(tasks, *tensor.shape)
+            return held.clone(memory_format=torch.contiguous_format)
 
         self._module = workspace.module
         self.buffers = {name: stacked(b) for name, b in self._module.named_buffers()}
