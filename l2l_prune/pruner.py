@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from l2l_prune import optimizer_state
@@ -20,6 +22,7 @@ from l2l_prune.masking.criteria import Criterion, magnitude
 from l2l_prune.masking.layers import Layers, Rule, select
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.plan import MaskChoice
+from l2l_prune.masking.task_masks import TaskDraws, TaskMasks
 from l2l_prune.scheduled import ScheduledPruner
 from l2l_prune.schedules.schedule import Schedule
 
@@ -59,6 +62,8 @@ class Pruner(ScheduledPruner):
             ``"match"``: as large as the largest kept one of the tensor, and at the first step at
             least as large as the gradient asks, so that regrown weights do not jump. ``"keep"``:
             as the optimizer left them.
+        task_masks: How masks of single tasks are drawn, for schedules with sparse segments of
+            ``masks="task"``; see :meth:`task_masks`.
         dense_keys: Let the model's ``state_dict()`` give ``weight`` (pruned entries 0), as if it
             had no masks, instead of torch's ``weight_orig`` and ``weight_mask``: for programs
             that save checkpoints while they train and load them into plain models.
@@ -102,6 +107,7 @@ class Pruner(ScheduledPruner):
         pattern: Pattern = UNSTRUCTURED,
         allocation: Allocation = "layerwise",
         regrow_state: Literal["match", "keep"] = "match",
+        task_masks: TaskMasks | None = None,
         dense_keys: bool = False,
         group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -124,8 +130,15 @@ class Pruner(ScheduledPruner):
         self._pattern, self._global = pattern, allocation == "global"
         self._tensors = select(model, layers=layers, only=only, skip=skip)
         self._choice = MaskChoice(
-            self._tensors, schedule, criterion, None if self._global else pattern, self.group
+            self._tensors,
+            [s if s.held else replace(s, sparse=False) for s in schedule.segments],
+            criterion,
+            None if self._global else pattern,
+            self.group,
         )
+        self._draws = self._task_draws(task_masks)
+        self._lent: list[Tensor] | None = None  # the masks of the task that is running
+        self._in_task = self._drawing = False
         self._optimizers = MaskedOptimizers(
             model, self._tensors, optimizer, match=regrow_state == "match"
         )
@@ -141,8 +154,8 @@ class Pruner(ScheduledPruner):
 
     @property
     def sparse(self) -> bool:
-        """Whether masks prune now."""
-        return self.segment.sparse and not self._finalized
+        """Whether masks prune the model itself now; those of single tasks do not."""
+        return self.segment.held and not self._finalized
 
     @property
     def sparsity(self) -> float:
@@ -156,6 +169,13 @@ class Pruner(ScheduledPruner):
     def masks(self) -> dict[str, Tensor]:
         """Boolean mask of each selected tensor by its dense name; True stays."""
         return {t.full_name: m for t, m in zip(self._tensors, self._held.values, strict=True)}
+
+    @property
+    def learner_masks(self) -> dict[str, Tensor]:
+        """What a learner that is made now adapts under: no masks where nothing is pruned."""
+        if self._lent is not None:
+            return dict(zip((t.full_name for t in self._tensors), self._lent, strict=True))
+        return self.masks if self.sparse else {}
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -228,19 +248,89 @@ class Pruner(ScheduledPruner):
         self._check_usable()
         if not self.sparse:
             raise RuntimeError("there are no masks to replace in a dense segment")
-        new = self.masks
-        with ranks.failing_together(self.group, next(iter(new.values())).device):
-            for name, mask in masks.items():
-                if name not in new:
-                    raise ValueError(f"{name!r} is none of the pruned tensors: {', '.join(new)}")
-                if mask.dtype != torch.bool or mask.shape != new[name].shape:
-                    raise ValueError(
-                        f"the mask of {name} must be boolean and of shape {tuple(new[name].shape)}"
-                    )
-                new[name] = mask.to(new[name].device)
+        with ranks.failing_together(self.group, self._held.values[0].device):
+            new = {**self.masks, **self._fitting(masks)}
             self._choice.check(new, self._position, "replaced")
         ranks.check_same(new, self._iteration, self.group)
         self._put_masks(list(new.values()))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """End a meta-iteration: call it after the (outer) optimizer's step.
+
+        Holds what is pruned and, where the schedule says so, enters the next segment. Past the end
+        of the schedule the last segment goes on.
+
+        Raises:
+            RuntimeError: After :meth:`finalize`, within :meth:`task_masks`, or if a mask was
+                changed by somebody else, masks differ between the ranks of a group, or the segment
+                draws masks for each task and no task began.
+            ValueError: If what is to be pruned cannot be chosen (weights are NaN or infinite,
+                say); nothing is changed then.
+        """
+        if self.segment.per_task and not self._finalized:
+            assert self._draws is not None
+            if not self._draws.tasks:
+                raise RuntimeError(
+                    f"iteration {self._iteration} prunes in each task, but no task began: put each "
+                    "task's learner into a `with pruner.task_masks():` block"
+                )
+        super().step()
+
+    @contextmanager
+    def task_masks(self, masks: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
+        """One task: clone its learner within, and it has masks of its own.
+
+        In a sparse segment with ``masks="task"`` masks are drawn as the Pruner's
+        :class:`TaskMasks` say. The model has them within the block; clones, copies and functional
+        copies that are made in it keep them for good, so that several may live at once. What is
+        pruned counts as 0 there and gets no gradient from there, while the stored weights stay.
+        Learners that share the model's own modules (CAVIA's, say), and models that are called
+        directly (ProtoNet), are masked within the block only: let it span the task's losses.
+
+        In other segments nothing is drawn, so that one loop serves all. Leave the block before the
+        outer step, and leave it out in evaluation, which is then without these masks.
+
+        Args:
+            masks: Masks to use instead of drawn ones, in any segment: boolean tensors by dense
+                name; other tensors keep theirs. Those that a block gave, for instance, to go on
+                with its task.
+
+        Yields:
+            The masks by dense name, all True for a task that is not pruned.
+
+        Raises:
+            RuntimeError: Within another such block, or after :meth:`finalize`.
+            ValueError: If a name, shape or type of ``masks`` does not fit.
+        """
+        self._check_usable()
+        if masks is not None:
+            given = {**self.masks, **self._fitting(masks)}
+            drawn: list[Tensor] | None = list(given.values())
+        elif self.segment.per_task:
+            assert self._draws is not None
+            drawn = self._draws.draw(self._position, self._held.originals())
+        else:
+            drawn = None
+        if drawn is not None and self.sparse:  # what the model has pruned stays so
+            drawn = [new & own for new, own in zip(drawn, self._held.values, strict=True)]
+        self._in_task, self._lent = True, drawn
+        self._drawing = masks is None and self.segment.per_task
+        try:
+            with nullcontext() if drawn is None else self._held.lent(drawn):
+                shown = self._held.values if drawn is None else drawn
+                yield dict(zip(self.masks, shown, strict=True))
+        finally:
+            self._in_task, self._lent, self._drawing = False, None, False
+
+    def more_task_masks(self, tasks: int) -> list[dict[str, Tensor]]:
+        """Draw for further tasks in a block of :meth:`task_masks`, for learners made together."""
+        if not self._drawing:
+            return []
+        assert self._draws is not None
+        names, weights = list(self.masks), self._held.originals()
+        drawn = [self._draws.draw(self._position, weights) for _ in range(tasks)]
+        return [{} if own is None else dict(zip(names, own, strict=True)) for own in drawn]
 
     @contextmanager
     def opened_masks(self) -> Iterator[None]:
@@ -279,6 +369,7 @@ class Pruner(ScheduledPruner):
         Holds only tensors and plain values, so ``torch.load(weights_only=True)`` reads it.
         """
         return {
+            **({} if self._draws is None else {"task_masks": self._draws.state_dict()}),
             "version": _STATE_VERSION,
             "schedule": self.schedule.to_dict(),
             "pattern": str(self._pattern),
@@ -302,6 +393,8 @@ class Pruner(ScheduledPruner):
         position = self.schedule.index(state["iteration"])
         in_order = {tensor.full_name: state["masks"][tensor.full_name] for tensor in self._tensors}
         self._choice.check(in_order, position, f"iteration {state['iteration']}'s")
+        if self._draws is not None:
+            self._draws.load_state_dict(state["task_masks"])
         self._iteration, self._position = state["iteration"], position
         self._held.set(list(self._restored(state["masks"]).values()))
         self._optimizers.resume(self._held.values, self._restored(state["regrown"]))
@@ -309,6 +402,8 @@ class Pruner(ScheduledPruner):
     # ---- inside -----------------------------------------------------------------------------
 
     def _end_iteration(self, entered: int | None) -> None:
+        if self._draws is not None:
+            self._draws.end_iteration()
         self.project()
         if entered is not None:
             self._put_masks(self._new_masks(entered, self._held.originals()))
@@ -320,6 +415,8 @@ class Pruner(ScheduledPruner):
     def _check_usable(self, *, thoroughly: bool = False, masks: bool = True) -> None:
         if self._finalized:
             raise RuntimeError("the Pruner was finalized: make a new one to prune again")
+        if self._in_task:
+            raise RuntimeError("this cannot be done within task_masks(): leave that block first")
         self._held.check_there()
         if masks:
             self._held.check_same(self._iteration, thoroughly=thoroughly)
@@ -327,7 +424,11 @@ class Pruner(ScheduledPruner):
     def _check_own_state(self, state: Any) -> None:
         """Refuse a state of another model or schedule: all but its counts."""
         keys = {"version", "schedule", "pattern", "iteration", "masks", "regrown"}
+        if self._draws is not None:
+            keys.add("task_masks")
         self._check_state(state, keys, _STATE_VERSION)
+        if self._draws is not None:
+            self._draws.check_state(state["task_masks"])
         pattern, tensors = str(self._pattern), {t.full_name: t for t in self._tensors}
         if state["pattern"] != pattern:
             raise ValueError(
@@ -348,6 +449,46 @@ class Pruner(ScheduledPruner):
                     raise ValueError(
                         f"the checkpoint's {called} of {name} does not fit its shape {tuple(shape)}"
                     )
+
+    def _task_draws(self, how: TaskMasks | None) -> TaskDraws | None:
+        if how is None:
+            if any(segment.per_task for segment in self.schedule.segments):
+                raise ValueError(
+                    "the schedule draws masks for each task: say how, with "
+                    "task_masks=TaskMasks(generator)"
+                )
+            return None
+        checks.of_type("task_masks", how, TaskMasks, "a TaskMasks")
+        for module in self.model.modules():
+            if isinstance(module, DistributedDataParallel) and module.broadcast_buffers:
+                raise ValueError(
+                    "DistributedDataParallel would give all ranks the first one's task masks: wrap "
+                    "the model with broadcast_buffers=False"
+                )
+        if self._global and how.pattern != UNSTRUCTURED:
+            raise ValueError(
+                'allocation="global" goes without a pattern of task_masks: that counts layer by '
+                "layer"
+            )
+        return TaskDraws(
+            how, self._tensors, self.schedule.segments, whole=self._global, group=self.group
+        )
+
+    def _fitting(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Masks that somebody gave by name, on the devices of the own ones.
+
+        Raises:
+            ValueError: If a name, shape or type does not fit.
+        """
+        own = self.masks
+        for name, mask in masks.items():
+            if name not in own:
+                raise ValueError(f"{name!r} is none of the pruned tensors: {', '.join(own)}")
+            if mask.dtype != torch.bool or mask.shape != own[name].shape:
+                raise ValueError(
+                    f"the mask of {name} must be boolean and of shape {tuple(own[name].shape)}"
+                )
+        return {name: mask.to(own[name].device) for name, mask in masks.items()}
 
     def _restored(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
         """Saved masks in the order of the tensors, each on the device of its weight."""

@@ -78,6 +78,11 @@ class ScheduledPruner(ABC):
         return {}
 
     @property
+    def learner_masks(self) -> dict[str, Tensor]:
+        """What a learner that is made now adapts under: no masks where nothing is pruned."""
+        return {}
+
+    @property
     @abstractmethod
     def sparse(self) -> bool:
         """Whether something is pruned now."""
@@ -156,6 +161,14 @@ class ScheduledPruner(ABC):
         """Resume from what :meth:`state_dict` gave, for the same model and schedule."""
 
     # ---- for learners that train on copies of the model --------------------------------------
+
+    def more_task_masks(self, tasks: int) -> list[dict[str, Tensor]]:
+        """Masks of further tasks, for learners that are made together in one block.
+
+        Returns:
+            Those of each task by dense name, or an empty list where tasks have none of their own.
+        """
+        return []
 
     def first_step_hook(self, model: nn.Module) -> StepPreHook | None:
         """What the optimizer of a copy must do before a step now, so that no weight jumps.

@@ -41,6 +41,9 @@ class Phases:
     rounds: int | None = setting(
         None, "Rounds of IHT, cycles of cyclic.", least=1, shown=_BY_METHOD
     )
+    task_share: float | None = setting(
+        None, "Share of the tasks that task masks prune, in (0, 1].", above=0, shown="all"
+    )
     scale: float = setting(1.0, "Factor on the meta-iterations; phases shrink alike.", above=0)
     published: bool = setting(
         False, "Start from the published settings (reptile, cavia, metaoptnet)."
@@ -139,6 +142,7 @@ class RunConfig:
         choices=("random", "gradient"),
         shown=_BY_METHOD,
     )
+    prune_head: bool = setting(True, "Prune the classifier, too.")
     structured: bool = setting(False, "Cut out whole channels instead (reptile only).")
     compile: bool = setting(
         False,
@@ -267,7 +271,7 @@ def make_config(algorithm: str, method: str, **settings: Any) -> RunConfig:
     paper = published_phases(method, data, channels) if phases.published else {}
     shape = {
         name: value
-        for name in ("sparsity", "pretrain", "retrain", "rounds")
+        for name in ("sparsity", "pretrain", "retrain", "rounds", "task_share")
         if (value := getattr(phases, name)) is not None
     }
     pruning = make_schedule(method, iterations, **(paper | shape))
@@ -308,6 +312,8 @@ def _name(kind: str, phases: dict[str, Any], settings: dict[str, Any]) -> str:
             parts.append(f"{phase} {100 * phases[phase]:g}%" if phases[phase] else f"no {phase}")
     if "rounds" in phases:
         parts.append(f"{phases['rounds']} rounds")
+    if "task_share" in phases:
+        parts.append(f"{100 * phases['task_share']:g}% of tasks")
     usual = {"criterion": "magnitude", "allocation": "layerwise", **method.settings}
     for name in ("criterion", "allocation"):
         if settings.get(name, usual[name]) != usual[name] and kind != "dense":

@@ -16,27 +16,27 @@ from l2l_prune.masking.layers import segment_counts
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.prunable import LayerTensor
 from l2l_prune.masking.topk import check_finite
-from l2l_prune.schedules.schedule import Schedule
+from l2l_prune.schedules.schedule import Segment
 
 
 class MaskChoice:
-    """How many weights stay in each segment of a schedule, and which of them.
+    """How many weights stay in each of some segments, and which of them.
 
     Args:
         tensors: The selected tensors.
-        schedule: When to prune, and how much.
+        segments: How much is pruned, by segment.
         criterion: Gives the scores.
         pattern: Where pruned weights may lie in each tensor, or ``None``: one ranking of all.
         group: Ranks whose scores are added up, so that all choose the same.
 
     Raises:
-        ValueError: If a number or name of the schedule does not fit the tensors.
+        ValueError: If a number or name of a segment does not fit the tensors.
     """
 
     def __init__(
         self,
         tensors: Sequence[LayerTensor],
-        schedule: Schedule,
+        segments: Sequence[Segment],
         criterion: Criterion,
         pattern: Pattern | None,
         group: dist.ProcessGroup | None = None,
@@ -47,7 +47,7 @@ class MaskChoice:
             [global_count(tensors, segment)]
             if pattern is None
             else segment_counts(tensors, segment, pattern)
-            for segment in schedule.segments
+            for segment in segments
         ]
 
     def kept(self, position: int) -> int:
@@ -96,7 +96,7 @@ class MaskChoice:
                         "clip gradients)"
                     )
         if self.kept(position) == sum(weight.numel() for weight in weights):  # nothing to choose
-            return [_all_true(weight) for weight in weights]
+            return [all_true(weight) for weight in weights]
         counts, pattern = self._counts[position], self._pattern
         if pattern is None:
             pairs = zip(self._tensors, weights, strict=True)
@@ -104,26 +104,34 @@ class MaskChoice:
         masks = []
         for tensor, weight, keep in zip(self._tensors, weights, counts, strict=True):
             if keep == weight.numel():
-                masks.append(_all_true(weight))
+                masks.append(all_true(weight))
                 continue
             scores = self._scores(tensor, weight, when)
-            with _named(tensor, when):
-                if pattern == UNSTRUCTURED:  # has no directions; ties go by the weight's own order
-                    masks.append(pattern.mask(scores, keep))
-                else:
-                    masks.append(tensor.swapped(pattern.mask(tensor.swapped(scores), keep)))
+            with named(tensor, when):
+                masks.append(arranged(tensor, scores, keep, pattern))
         return masks
 
     def _scores(self, tensor: LayerTensor, weight: Tensor, when: str) -> Tensor:
         """Finite scores of a tensor, of all ranks together."""
-        with ranks.failing_together(self._group, weight.device), _named(tensor, when):
-            scores = _scores(self._criterion, weight)
+        with ranks.failing_together(self._group, weight.device), named(tensor, when):
+            scores = checked_scores(self._criterion(weight), weight).to(weight.device)
             check_finite(scores)
         return ranks.total(scores, self._group)
 
 
+def arranged(tensor: LayerTensor, scores: Tensor, keep: int, pattern: Pattern) -> Tensor:
+    """The mask of a tensor that keeps ``keep`` of its weights where the pattern lets them be.
+
+    Raises:
+        ValueError: If ``scores`` hold NaN or infinity.
+    """
+    if pattern == UNSTRUCTURED:  # has no directions; ties go by the weight's own order
+        return pattern.mask(scores, keep)
+    return tensor.swapped(pattern.mask(tensor.swapped(scores), keep))
+
+
 @contextmanager
-def _named(tensor: LayerTensor, when: str) -> Iterator[None]:
+def named(tensor: LayerTensor, when: str) -> Iterator[None]:
     """Errors within tell whose scores they are about."""
     try:
         yield
@@ -132,14 +140,20 @@ def _named(tensor: LayerTensor, when: str) -> Iterator[None]:
         raise type(error)(f"{place} by the scores of criterion: {error}") from None
 
 
-def _scores(criterion: Criterion, weight: Tensor) -> Tensor:
-    scores = criterion(weight)
+def checked_scores(scores: object, weight: Tensor) -> Tensor:
+    """The scores that a criterion gave, if they are such.
+
+    Raises:
+        TypeError: If they are not real numbers.
+        ValueError: If there is not one for each entry of ``weight``.
+    """
     if not isinstance(scores, Tensor) or scores.shape != weight.shape:
         raise ValueError("it must give a score for each of its weights")
     if scores.dtype == torch.bool or scores.is_complex():
         raise TypeError(f"it must give real numbers as scores, got {scores.dtype}")
-    return scores.to(weight.device)
+    return scores
 
 
-def _all_true(weight: Tensor) -> Tensor:
+def all_true(weight: Tensor) -> Tensor:
+    """A mask that prunes nothing."""
     return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)

@@ -80,7 +80,8 @@ class Reptile(Algorithm):
     def _train(self, tasks: Sequence[Episode]) -> None:
         self._tasks = tasks
         for task in tasks:
-            learner = self._reptile.clone()
+            with self._reptile.task_masks():
+                learner = self._reptile.clone()
             for x, y in minibatches(
                 task.support_x,
                 task.support_y,
