@@ -4,14 +4,23 @@ DIST ?= dist
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-cuda test-peers support lint docs dist install
+.PHONY: demo test test-slow test-all test-cuda test-peers support lint docs dist install
 
 demo: install
 	$(BIN)/l2l-prune demo
 
-# A file of tests stays in one process; each takes one thread, so that two do not wait for each other.
+# Each process takes one thread, so that two do not wait for each other.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# A file of tests stays in one process.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) --dist loadfile -m "not slow"
+
+# Kills, whole commands, documents and every example.
+test-slow: install
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 # Every feature on a GPU against the CPU in float64; DEVICE=cpu runs the same code without one.
 test-cuda: install

@@ -47,8 +47,8 @@ class Pruner(ScheduledPruner):
         schedule: When to prune, and how much.
         optimizer: The optimizer (or several) whose momentum and second moments follow the masks.
             Without it the masks still hold; only the state is left alone.
-        layers: ``"all"`` convolution and linear weights, or ``"authors"``: without the first
-            convolution.
+        layers: ``"all"`` convolution, linear and attention weights, or ``"authors"``: without the
+            first convolution.
         only: Names, ``fnmatch`` patterns, module types or predicates ``(name, module) -> bool``
             that a tensor must match; see :func:`l2l_prune.masking.layers.select`.
         skip: The same, for tensors to leave dense.

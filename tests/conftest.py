@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 
 import hypothesis
@@ -45,7 +46,9 @@ def without_compiler():
 def _glyph_cache(tmp_path_factory):
     """One rendering for all tests and the commands that they start, apart from the user's own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("L2L_PRUNE_CACHE", str(tmp_path_factory.mktemp("glyphs")))
+        base = tmp_path_factory.getbasetemp()  # of one pytest-xdist worker: its parent is of all
+        base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+        patch.setenv("L2L_PRUNE_CACHE", str(base / "glyphs"))
         yield
 
 

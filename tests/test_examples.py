@@ -42,7 +42,16 @@ def test_all_are_here():
     }
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+QUICK = ("maml",)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(p, marks=() if p.stem in QUICK else pytest.mark.slow, id=p.stem)
+        for p in EXAMPLES
+    ],
+)
 def test_example(path, tmp_path):
     lines = path.read_text().splitlines()
     plain = [line for line in lines if MARK not in line]

@@ -21,16 +21,6 @@ MOVED = {
     "compiled": "reptile.compiled",
     "criteria": "masking.criteria",
     "data": "fewshot.data",
-    "data.benchmarks": "fewshot.data.benchmarks",
-    "data.cache": "fewshot.data.cache",
-    "data.episodes": "fewshot.data.episodes",
-    "data.glyphs": "fewshot.data.glyphs",
-    "data.images": "fewshot.data.images",
-    "data.minibatches": "fewshot.data.minibatches",
-    "data.rendering": "fewshot.data.rendering",
-    "data.safe_pickle": "fewshot.data.safe_pickle",
-    "data.sine": "fewshot.data.sine",
-    "data.tasksets": "fewshot.data.tasksets",
     "evaluation": "fewshot.evaluation",
     "experiments.algorithms.masks": "experiments.algorithms.pruning",
     "experiments.checkpoint": "experiments.running.checkpoint",
@@ -68,7 +58,7 @@ MOVED = {
     "structured": "channels.pruner",
     "theory": "fewshot.theory",
 }
-"""Old module to new, both below ``l2l_prune``."""
+"""Old module or package to new, both below ``l2l_prune``."""
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -80,19 +70,19 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         path: Sequence[str] | None = None,
         target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
-        package, _, old = fullname.partition(".")
-        if package != _PACKAGE or old not in MOVED:
+        new = _new_name(fullname)
+        if new is None:
             return None
-        return importlib.machinery.ModuleSpec(fullname, self)
+        return importlib.machinery.ModuleSpec(fullname, self, loader_state=new)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        old = spec.name.partition(".")[2]
-        new = f"{_PACKAGE}.{MOVED[old]}"
-        warnings.warn(
-            f"{spec.name} has moved to {new}; the old path goes in version 0.3",
-            DeprecationWarning,
-            stacklevel=_importing_frame(),
-        )
+        new = spec.loader_state
+        if spec.name.removeprefix(f"{_PACKAGE}.") in MOVED:  # else its package has warned
+            warnings.warn(
+                f"{spec.name} has moved to {new}; the old path goes in version 0.3",
+                DeprecationWarning,
+                stacklevel=2,  # the import statement, since frames of importlib do not count
+            )
         module = importlib.import_module(new)
         spec.loader_state = module.__spec__
         return module
@@ -103,17 +93,21 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__spec__ = module.__spec__.loader_state
 
 
-def _importing_frame() -> int:
-    """How many frames up the import statement is: those of importlib lie between."""
-    depth, frame = 1, sys._getframe(1)
-    while frame is not None and (
-        frame.f_code.co_filename.startswith("<frozen importlib") or frame.f_globals is globals()
-    ):
-        depth, frame = depth + 1, frame.f_back  # type: ignore[assignment]
-    return depth - 1
+def _new_name(fullname: str) -> str | None:
+    package, _, old = fullname.partition(".")
+    if package != _PACKAGE:
+        return None
+    if old in MOVED:
+        return f"{_PACKAGE}.{MOVED[old]}"
+    parent, _, child = old.rpartition(".")
+    return f"{_PACKAGE}.{MOVED[parent]}.{child}" if parent in MOVED else None
 
 
 def install() -> None:
-    """Let old import paths be found, after all that are there."""
+    """Let old import paths be found.
+
+    This finder comes first: a module of a package that has moved would else be found in the
+    package's folder, and executed a second time under its old name.
+    """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+        sys.meta_path.insert(0, _Finder())

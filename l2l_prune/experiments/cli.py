@@ -142,8 +142,10 @@ def sweep(
 
     with plain_errors(out):
         document = read_toml(file)
-        if not document.keys() <= {"base", "grid"}:
-            raise ValueError(f"{file} must hold the tables [base] and [grid], and nothing else")
+        if not document.keys() <= {"base", "grid", "comparison"}:
+            raise ValueError(
+                f"{file} must hold the tables [base], [grid] and [[comparison]], and nothing else"
+            )
         try:
             configs = expand(document.get("base", {}), document.get("grid", {}))
         except (TypeError, ValueError) as error:
@@ -220,12 +222,24 @@ def _run_all(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep, or of run --seeds.")],
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            help=r"TOML file of \[\[comparison]] tables to judge, a sweep's own or another."
+        ),
+    ] = None,
 ) -> None:
     """Write report.md and report.html: tables, curves and differences over seeds."""
+    from l2l_prune.experiments.report.comparisons import read_comparisons
     from l2l_prune.experiments.report.report import write_report
 
     with plain_errors(folder, hint="FOLDER"):
-        for path in write_report(folder):
+        tables = read_toml(plan).get("comparison", []) if plan else []
+        try:
+            stated = read_comparisons(tables)
+        except TypeError as error:
+            raise ValueError(f"{plan}: {error}") from None
+        for path in write_report(folder, stated):
             typer.echo(f"wrote {path}")
 
 

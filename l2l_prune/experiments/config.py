@@ -152,6 +152,11 @@ class RunConfig:
     bf16: bool = setting(
         False, "Inner steps in bfloat16 (reptile only): faster where the processor has it."
     )
+    label_noise: float = setting(
+        0.0,
+        "Probability that a label in training is replaced by another class of its task.",
+        share=True,
+    )
     tasks: int = setting(5, "Tasks in a meta-iteration.", least=1, shown=_BY_ALGORITHM)
     inner_steps: int = setting(5, "Inner steps in training.", least=1, shown=_BY_ALGORITHM)
     inner_batch: int = setting(10, "Examples in an inner step in training (reptile only).", least=1)
@@ -162,6 +167,11 @@ class RunConfig:
         1.0,
         "Reptile's first meta step, falling linearly to 0, or the outer learning rate.",
         shown=_BY_ALGORITHM,
+    )
+    annealing: str = setting(
+        "run",
+        "Whether the meta step falls to 0 once, over the run, or anew in each phase (reptile only)",
+        choices=("run", "phase"),
     )
     eval_steps: int = setting(5, "Inner steps at evaluation.", least=0, shown=_BY_ALGORITHM)
     eval_batch: int = setting(5, "Examples in an inner step at evaluation (reptile only).", least=1)
@@ -190,6 +200,8 @@ class RunConfig:
         check_settings(self)
         if self.split is not None and self.data != "glyphs":
             raise ValueError(f"split goes with glyphs only: {self.data} has splits of its own")
+        if self.annealing != "run" and self.algorithm != "reptile":
+            raise ValueError("annealing goes with the algorithm reptile only")
         special = ("dropout", "weight_decay", "structured", "compile", "bf16")
         if self.algorithm != "reptile" and any(getattr(self, name) for name in special):
             raise ValueError(

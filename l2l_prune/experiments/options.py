@@ -19,6 +19,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+OLD_NAMES = {"schedule": "method", "eval_tasks": "final_tasks"}
+"""What version 0.1 called a setting, and its name today; options and files take both."""
+
 _LARGEST_TOML = 1_000_000
 
 AlgorithmOption = Annotated[
@@ -94,8 +97,9 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(str(error)) from None
     known = {parameter.name for parameter in context.command.params} - {"config", "help"}
     values = {key.replace("-", "_"): value for key, value in values.items()}
-    if "schedule" in values:  # the old name of method
-        values["method"] = values.pop("schedule")
+    for old, new in OLD_NAMES.items():
+        if old in values:
+            values[new] = values.pop(old)
     if unknown := sorted(values.keys() - known):
         raise typer.BadParameter(
             f"{path} sets {', '.join(unknown)}; there are {', '.join(sorted(map(str, known)))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from l2l_prune._basics import checks
 from l2l_prune.fewshot.data.episodes import Episode, EpisodeSampler
 from l2l_prune.fewshot.data.minibatches import minibatches
+from l2l_prune.reptile.adapt_only import AdaptOnly
 from l2l_prune.reptile.batched import BatchedLearners
 from l2l_prune.reptile.reptile import PrunedReptile
 
@@ -171,6 +173,7 @@ def few_shot_accuracy(
     transductive: bool = True,
     generator: torch.Generator | None = None,
     tasks_at_once: int = 1,
+    adapt_only: AdaptOnly | None = None,
 ) -> Mean:
     """Adapt to each episode's support set and score its query set.
 
@@ -189,6 +192,8 @@ def few_shot_accuracy(
         tasks_at_once: Tasks of equal shape that are adapted together, >= 1; more than one for
             PrunedReptile only. The same numbers to rounding; see
             :class:`~l2l_prune.reptile.batched.BatchedLearners` for when it is faster.
+        adapt_only: What inner steps change, by default everything; for PrunedReptile only. See
+            :meth:`~l2l_prune.PrunedReptile.clone`.
 
     Returns:
         Accuracy per task, in [0, 1].
@@ -197,7 +202,7 @@ def few_shot_accuracy(
         TypeError: If ``algorithm`` has no ``clone()``, ``episodes`` does not end, or a number is no
             integer.
         ValueError: If there are no episodes, one has no queries, scores do not fit the queries, or
-            ``tasks_at_once`` does not go with the algorithm or with ``step``.
+            ``tasks_at_once`` or ``adapt_only`` does not go with the algorithm or with ``step``.
         FloatingPointError: If scores are not finite: they would count as chance.
     """
     if not callable(getattr(algorithm, "clone", None)):
@@ -205,6 +210,12 @@ def few_shot_accuracy(
             "algorithm must have clone() (PrunedReptile, MAML, ...), got "
             f"{checks.describe(algorithm)}"
         )
+
+    clone = algorithm.clone
+    if adapt_only is not None:
+        if not isinstance(algorithm, PrunedReptile):
+            raise ValueError(f"adapt_only needs a PrunedReptile, got {checks.describe(algorithm)}")
+        clone = functools.partial(algorithm.clone, adapt_only)
 
     def drawn(episode: Episode) -> Iterator[tuple[Tensor, Tensor]]:
         x, y = episode.support_x, episode.support_y
@@ -214,7 +225,7 @@ def few_shot_accuracy(
         learner.adapt(loss(learner(x), y))
 
     def scores(episode: Episode) -> Tensor:
-        learner = algorithm.clone()
+        learner = clone()
         for x, y in drawn(episode):
             (step or adapt)(learner, x, y)
         found = query_scores(learner, episode, transductive)
@@ -223,7 +234,7 @@ def few_shot_accuracy(
         return found
 
     def scores_together(reptile: PrunedReptile, episodes: Sequence[Episode]) -> Tensor:
-        learners = BatchedLearners(reptile, len(episodes))
+        learners = BatchedLearners(reptile, len(episodes), adapt_only)
         for batches in zip(*map(drawn, episodes), strict=True):
             x, y = (torch.stack(parts) for parts in zip(*batches, strict=True))
             learners.adapt(learners.each(lambda net, x, y: loss(net(x), y), x, y))

@@ -31,9 +31,10 @@ def select(
 
     Args:
         model: Any module, wrapped by learn2learn or not.
-        layers: ``"all"``: the weight of every convolution and linear layer of the network; not
-            what a learn2learn algorithm holds beside it (transforms). ``"authors"``: the same
-            without the first convolution, as the paper's program prunes.
+        layers: ``"all"``: the weight of every convolution and linear layer of the network, and the
+            projections that ``nn.MultiheadAttention`` holds itself (``in_proj_weight``); not what
+            a learn2learn algorithm holds beside the network (transforms). ``"authors"``: the
+            same without the first convolution, as the paper's program prunes.
         only: Names, ``fnmatch`` patterns, module types or predicates ``(name, module) -> bool``;
             a tensor must match one. With it, other modules can be chosen too: of those, every
             own parameter with two or more dimensions, or the one whose full name is given.
@@ -169,9 +170,19 @@ def _beside_the_network(model: nn.Module) -> set[nn.Module]:
 
 def _prunable_names(module: nn.Module, *, everything: bool) -> list[str]:
     own = [name for name, weight in module._parameters.items() if weight is not None]
-    if isinstance(module, (_CONV, nn.Linear)):  # a reparametrized weight is no parameter, yet meant
-        return list(dict.fromkeys(["weight", *own])) if everything else ["weight"]
-    return own if everything else []
+    weights = _weights(module)  # a reparametrized weight is no parameter, yet meant
+    return list(dict.fromkeys([*weights, *own])) if everything else weights
+
+
+def _weights(module: nn.Module) -> list[str]:
+    """Names of the weights that a layer of a known kind multiplies its input by."""
+    if isinstance(module, (_CONV, nn.Linear)):
+        return ["weight"]
+    if isinstance(module, nn.MultiheadAttention):  # its out_proj is a linear layer of its own
+        if module._qkv_same_embed_dim:
+            return ["in_proj_weight"]
+        return ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    return []
 
 
 def read_rules(argument: str, rules: Rule | Iterable[Rule] | None, model: nn.Module) -> list[Rule]:
@@ -217,8 +228,9 @@ def _matches_one(tensor: LayerTensor, rule: Rule) -> bool:
 
 def _is_weight(tensor: LayerTensor) -> bool:
     """Naming a whole module means its matrices and kernels, not its biases and scales."""
-    if isinstance(tensor.module, (_CONV, nn.Linear)):
-        return tensor.name == "weight"
+    weights = _weights(tensor.module)
+    if weights:
+        return tensor.name in weights
     weight = tensor.module._parameters[tensor.name]
     return weight is not None and weight.dim() > 1
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, optim
 from torch.func import functional_call, vmap
 
+from l2l_prune.reptile.adapt_only import AdaptOnly
 from l2l_prune.reptile.learner import copied_state
 from l2l_prune.reptile.reptile import PrunedReptile
 
@@ -38,14 +39,15 @@ class BatchedLearners:
     Args:
         reptile: Whose learners; it is left as it was.
         tasks: How many, >= 1.
+        adapt_only: As in :meth:`PrunedReptile.clone`, whole layers only.
 
     Attributes:
         weights: Parameters by name, ``[tasks, *shape]``.
         buffers: Buffers by name, likewise.
 
     Raises:
-        ValueError: If channels are cut out (``structured``), or the inner optimizer does not step
-            on each weight by itself.
+        ValueError: If channels are cut out (``structured``), the inner optimizer does not step
+            on each weight by itself, or ``adapt_only`` chooses channels or names what is not there.
 
     Examples:
         >>> from l2l_prune import DSDSchedule
@@ -57,11 +59,15 @@ class BatchedLearners:
         torch.Size([3, 10, 2])
     """
 
-    def __init__(self, reptile: PrunedReptile, tasks: int) -> None:
+    def __init__(
+        self, reptile: PrunedReptile, tasks: int, adapt_only: AdaptOnly | None = None
+    ) -> None:
         if reptile.structured:
             raise ValueError("structured learners adapt one at a time: set tasks_at_once=1")
-        self._reptile, self._learner = reptile, reptile.clone()
+        self._reptile, self._learner = reptile, reptile.clone(adapt_only)
         workspace = self._learner.workspace
+        if workspace.partly:
+            raise ValueError("chosen channels adapt one task at a time: set tasks_at_once=1")
         if type(workspace.optimizer) not in ELEMENTWISE:
             raise ValueError(
                 f"{type(workspace.optimizer).__name__} may step on several weights together: set "

@@ -93,8 +93,12 @@ class CompiledStep:
         reached = {name: p for name, p in weights.items() if p.grad is not None}
         optimizer = workspace.optimizer
         update = _functional(optimizer)
-        # A plain step makes the state of what has none yet.
-        if update is None or not all(optimizer.state.get(p) for p in reached.values()):
+        # A plain step makes the state of what has none yet, and knows of chosen channels.
+        if (
+            update is None
+            or workspace.partly
+            or not all(optimizer.state.get(p) for p in reached.values())
+        ):
             workspace.step()
         else:
             workspace.about_to_step()

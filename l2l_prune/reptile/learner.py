@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -121,6 +121,9 @@ class Workspace:
             raise ValueError("inner_optimizer must step on one loss; L-BFGS needs a closure")
         self._fresh = [copied_state(self.optimizer.state.get(p, {})) for p in self.parameters]
         self._by_name = dict(self.module.named_parameters())
+        self._trained = {name: p.requires_grad for name, p in self._by_name.items()}
+        self._narrowed = False  # whether not all of them adapt now
+        self.partly: list[tuple[Tensor, Tensor, Tensor]] = []  # weights, what adapts, the start
         self._first_step: RemovableHandle | None = None
         if hook := pruner.first_step_hook(self.module):
             self._first_step = self.optimizer.register_step_pre_hook(hook)
@@ -149,8 +152,31 @@ class Workspace:
         self._masked = [self._by_name[name].data for name in self.masks]
         self.project()  # the model's own weights are not pruned by a task's masks
         self.before_last = [p.detach().clone() for p in self.parameters] if self._foml else []
+        self._adapt_all()
         # Some optimizers (Adagrad in older torch) make their state when they are made.
         _restore_state(self.optimizer, self.parameters, state if any(state) else self._fresh)
+
+    def narrow(self, chosen: Mapping[str, Tensor | None]) -> None:
+        """Let only these parameters adapt, until :meth:`restore`.
+
+        Args:
+            chosen: By name, ``None`` or which entries adapt
+                (:func:`~l2l_prune.reptile.adapt_only.chosen_parameters`).
+        """
+        self._narrowed = True
+        for name, parameter in self._by_name.items():
+            parameter.requires_grad_(self._trained[name] and name in chosen)
+        self.partly = [
+            (self._by_name[name].data, keep, self._by_name[name].detach().clone())
+            for name, keep in chosen.items()
+            if keep is not None
+        ]
+
+    def _adapt_all(self) -> None:
+        if self._narrowed:
+            for name, parameter in self._by_name.items():
+                parameter.requires_grad_(self._trained[name])
+            self._narrowed, self.partly = False, []
 
     def adapt(self, loss: Tensor) -> None:
         """One step of the inner optimizer."""
@@ -178,6 +204,8 @@ class Workspace:
         self.about_to_step()
         self.optimizer.step()
         self.project()
+        for weight, adapts, start in self.partly:  # decay and momentum would move the others too
+            torch.where(adapts, weight, start, out=weight)
 
     def about_to_step(self) -> None:
         """Keep what first-order MAML subtracts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from l2l_prune.masking.layers import Layers, Rule
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.task_masks import TaskMasks
 from l2l_prune.pruner import Pruner
+from l2l_prune.reptile.adapt_only import AdaptOnly, chosen_parameters
 from l2l_prune.reptile.learner import Learner, OptimizerFactory, Workspace, adam, copied_state
 from l2l_prune.scheduled import ScheduledPruner
 from l2l_prune.schedules.schedule import Schedule
@@ -45,6 +46,9 @@ class PrunedReptile(nn.Module):
         inner_lr: Learning rate of the inner optimizer, > 0.
         meta_lr: Step towards the mean of the adapted weights at the start, >= 0.
         meta_lr_final: The same at the end of the schedule; linear in between.
+        annealing: ``"run"``: the meta step goes from the first to the last value once, over the
+            schedule, as in the paper; ``"phase"``: anew in each of its segments, so that what is
+            released has full steps to learn with.
         inner_optimizer: Called as ``inner_optimizer(parameters, lr=inner_lr)``: an optimizer
             class or a ``functools.partial`` of one. By default :func:`adam`, with betas (0, 0.999).
         carry_state: Carry the inner optimizer's state over from one collected task to the next,
@@ -87,6 +91,7 @@ class PrunedReptile(nn.Module):
         inner_lr: float = 1e-3,
         meta_lr: float = 1.0,
         meta_lr_final: float = 0.0,
+        annealing: Literal["run", "phase"] = "run",
         inner_optimizer: OptimizerFactory = adam,
         carry_state: bool = True,
         foml: bool = False,
@@ -105,6 +110,8 @@ class PrunedReptile(nn.Module):
         checks.number("meta_lr", meta_lr)
         checks.number("meta_lr_final", meta_lr_final)
         checks.number("inner_lr", inner_lr, above=0)
+        if annealing not in ("run", "phase"):
+            raise ValueError(f'annealing must be "run" or "phase", got {annealing!r}')
         checks.true_or_false("carry_state", carry_state)
         checks.true_or_false("foml", foml)
         if not callable(inner_optimizer):
@@ -150,6 +157,7 @@ class PrunedReptile(nn.Module):
         self.module = model
         self.inner_lr = inner_lr
         self.meta_lr_initial, self.meta_lr_final = meta_lr, meta_lr_final
+        self.annealing = annealing
         self.carry_state, self.foml = carry_state, foml
         self.inner_optimizer = inner_optimizer
         self._group = group
@@ -177,7 +185,11 @@ class PrunedReptile(nn.Module):
     @property
     def meta_lr(self) -> float:
         """The meta step size of the current iteration: linear from start to end."""
-        done = min(self.iteration / self.schedule.iterations, 1.0)
+        start, stop = 0, self.schedule.iterations
+        if self.annealing == "phase":
+            spans = self.schedule.spans()
+            start, stop, _ = next((s for s in spans if self.iteration < s[1]), spans[-1])
+        done = min((self.iteration - start) / (stop - start), 1.0)
         return (1 - done) * self.meta_lr_initial + done * self.meta_lr_final
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -185,18 +197,33 @@ class PrunedReptile(nn.Module):
         return self.module(*args, **kwargs)
 
     @torch.no_grad()
-    def clone(self) -> Learner:
+    def clone(self, adapt_only: AdaptOnly | None = None) -> Learner:
         """A learner that starts from the meta-parameters, for one task.
 
         Several may live at once. Dropping a learner without :meth:`collect` leaves no trace, so
         evaluation is ``clone``, ``adapt``, predict.
 
+        Args:
+            adapt_only: What inner steps change, by default everything: names of layers (or of
+                modules around them, or of parameters), ``fnmatch`` patterns, module types or
+                predicates ``(name, module) -> bool``; or a mapping from layers to the output
+                channels that adapt (``None``: all). The backward pass ends at the first layer
+                that adapts. Chosen channels cost as much time as their whole layers.
+
         Raises:
             RuntimeError: After :meth:`finalize`.
+            TypeError: If ``adapt_only`` is none of these.
+            ValueError: If it names a layer or channel that is not there, or nothing would adapt.
+
+        Source:
+            Only the head: ANIL (Raghu et al., ICLR 2020). Chosen layers and channels: p-Meta (Qu
+            et al., KDD 2022), TinyTrain (Kwon et al., ICML 2024).
         """
         self._check_usable()
         workspace = self._workspaces.pop() if self._workspaces else self._new_workspace()
         workspace.restore(self.module, self._inner_state if self.carry_state else [])
+        if adapt_only is not None:
+            workspace.narrow(chosen_parameters(workspace.module, adapt_only))
         return Learner(self, self.iteration, workspace)
 
     @contextmanager

@@ -276,7 +276,7 @@ LIGHTNING = [
 
 def metaoptnet():
     pytest.importorskip("learn2learn")
-    from l2l_prune.integrations import metaoptnet
+    from l2l_prune.metalearners import metaoptnet
 
     return metaoptnet
 

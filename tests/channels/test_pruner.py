@@ -279,7 +279,7 @@ def test_cavia_with_film():
 
 def test_resnet12_of_metaoptnet():
     pytest.importorskip("learn2learn")
-    from l2l_prune.integrations import metaoptnet
+    from l2l_prune.metalearners import metaoptnet
 
     net = metaoptnet.resnet12(32, 1, drop_block=False).eval()
     x = torch.randn(2, 1, 32, 32)

@@ -14,26 +14,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from l2l_prune import (
-    PrunedReptile,
-    Pruner,
-    batched,
-    compiled,
-    criteria,
-    cuts,
-    held_masks,
-    inner_loop,
-    mask_choice,
-    masks,
-    optimizer_state,
-    patterns,
-    regrowth,
-    reparam,
-    reptile,
-    rewinding,
-    sparse_maml,
-    structured,
-)
+from l2l_prune import PrunedReptile, Pruner, optimizer_state
+from l2l_prune.channels import pruner as channel_pruner
+from l2l_prune.channels import surgery
+from l2l_prune.masking import attached, criteria, masked_layer, patterns, plan, topk
+from l2l_prune.metalearners import sparse_maml
+from l2l_prune.methods import regrowth, rewinding
+from l2l_prune.reptile import batched, compiled, learner, reptile
 from tests.cuda import (
     moving_checks,
     pruner_checks,
@@ -129,9 +116,9 @@ def waiting(original):
 
 
 def always_compared(original):
-    def check_same(self, iteration):
+    def check_same(self, iteration, **options):
         self._seen = [(buffer, -1) for buffer, _ in self._seen]
-        original(self, iteration)
+        original(self, iteration, **options)
 
     return check_same
 
@@ -176,9 +163,10 @@ def last_of_equals(original):
 
 
 def without_masks(original):
-    return lambda update, settings, states, held, network: original(
-        update, settings, states, {}, network
-    )
+    def update(*given):
+        original(*given[:-1], {})
+
+    return update
 
 
 def masks_dropped(self):
@@ -190,15 +178,15 @@ def inner_state_dropped(self):
 
 
 def all_true(module, name, mask):
-    return reparam_set_mask(module, name, torch.ones_like(mask))
+    return original_set_mask(module, name, torch.ones_like(mask))
 
 
-reparam_set_mask = reparam.set_mask
+original_set_mask = masked_layer.set_mask
 NOT_CLEARED = Fault("momentum is not cleared", optimizer_state, "clear_momentum", nothing)
 NOT_LEVELLED = Fault("second moments stay", optimizer_state, "level_second_moment", nothing)
 NOT_RAISED = Fault("no look at gradients", optimizer_state, "raise_to_gradient", nothing)
 SCALED = Fault("scaled gradients", optimizer_state, "raise_to_gradient", gradient_times_1024)
-ALL_TRUE = Fault("masks are not put on", held_masks, "set_mask", lambda original: all_true)
+ALL_TRUE = Fault("masks are not put on", attached, "set_mask", lambda original: all_true)
 DEVICE_KEPT = Fault("the state stays where it was", reptile, "copied_state", left_where_it_was)
 MASKS_KEPT = Fault("masks stay where they were", Pruner, "_restored", clones)
 NO_REGROWN = Fault("what has regrown is forgotten", Pruner, "load_state_dict", forgotten("regrown"))
@@ -222,7 +210,7 @@ PLANTED: list[tuple[Check, Fault]] = [
     ),
     (
         pruner_checks.in_float32,
-        Fault("scores are coarse", mask_choice, "_scores", in_few_steps),
+        Fault("scores are coarse", plan, "_scores", in_few_steps),
     ),
     (
         pruner_checks.with_patterns,
@@ -236,7 +224,7 @@ PLANTED: list[tuple[Check, Fault]] = [
         pruner_checks.with_patterns,
         Fault(
             "ranked the other way",
-            mask_choice,
+            plan,
             "global_masks",
             lambda f: lambda scores, keep: f([-score for score in scores], keep),
         ),
@@ -277,11 +265,11 @@ PLANTED: list[tuple[Check, Fault]] = [
     ),
     (
         pruner_checks.masks_of_many_weights,
-        Fault("a byte too low", masks, "_bisected_threshold", changed(lambda t: t - 0.02)),
+        Fault("a byte too low", topk, "_bisected_threshold", changed(lambda t: t - 0.02)),
     ),
     (
         pruner_checks.masks_in_deterministic_mode,
-        Fault("an operation of chance", masks, "_threshold", refused_in_deterministic_mode),
+        Fault("an operation of chance", topk, "_threshold", refused_in_deterministic_mode),
     ),
     (pruner_checks.under_grad_scaler, SCALED),
     (pruner_checks.under_grad_scaler_fused, SCALED),
@@ -289,7 +277,7 @@ PLANTED: list[tuple[Check, Fault]] = [
     (pruner_checks.under_autocast, ALL_TRUE),
     (
         reptile_checks.with_reptile,
-        Fault("no projection", inner_loop.Workspace, "project", nothing),
+        Fault("no projection", learner.Workspace, "project", nothing),
     ),
     (
         reptile_checks.with_reptile,
@@ -298,7 +286,7 @@ PLANTED: list[tuple[Check, Fault]] = [
     (reptile_checks.with_reptile, NOT_CLEARED),
     (
         reptile_checks.with_compiled_steps,
-        Fault("masks are left out", compiled, "_optimizer_step", without_masks),
+        Fault("masks are left out", compiled, "_update", without_masks),
     ),
     (
         reptile_checks.with_batched_learners,
@@ -315,7 +303,7 @@ PLANTED: list[tuple[Check, Fault]] = [
     ),
     (
         reptile_checks.with_channels,
-        Fault("regrown readers are not 0", cuts.Cut, "put", without("zero_incoming")),
+        Fault("regrown readers are not 0", surgery.Cut, "put", without("zero_incoming")),
     ),
     (
         reptile_checks.with_channels,
@@ -323,7 +311,7 @@ PLANTED: list[tuple[Check, Fault]] = [
     ),
     (
         reptile_checks.with_channels_in_reptile,
-        Fault("the inner state is not cut", structured, "change_state", nothing),
+        Fault("the inner state is not cut", surgery, "_change_state", nothing),
     ),
     (moving_checks.checkpoints_of_a_pruner, NO_REGROWN),
     (
@@ -340,7 +328,7 @@ PLANTED: list[tuple[Check, Fault]] = [
         moving_checks.checkpoints_of_channels,
         Fault(
             "what has regrown is forgotten",
-            structured.ChannelPruner,
+            channel_pruner.ChannelPruner,
             "load_state_dict",
             forgotten("regrown"),
         ),
@@ -356,14 +344,14 @@ PLANTED: list[tuple[Check, Fault]] = [
         waiting_checks.steps_of_a_pruner,
         Fault(
             "a number is read",
-            held_masks.HeldMasks,
+            attached.HeldMasks,
             "project",
             after(lambda self: self.values[0].sum().item()),
         ),
     ),
     (
         waiting_checks.steps_of_a_pruner,
-        Fault("masks are compared", held_masks.HeldMasks, "check_same", always_compared),
+        Fault("masks are compared", attached.HeldMasks, "check_same", always_compared),
     ),
     (
         waiting_checks.steps_of_a_pruner,
@@ -377,14 +365,14 @@ PLANTED: list[tuple[Check, Fault]] = [
         waiting_checks.steps_of_reptile,
         Fault(
             "a search for NaN",
-            inner_loop.Workspace,
+            learner.Workspace,
             "about_to_step",
             after(lambda self: bool(self.parameters[0].isnan().any())),
         ),
     ),
     (
         ranks_checks.two_ranks,
-        Fault("each rank chooses", mask_choice.MaskChoice, "masks", a_choice_of_each_rank),
+        Fault("each rank chooses", plan.MaskChoice, "masks", a_choice_of_each_rank),
     ),
 ]
 

@@ -7,14 +7,13 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from l2l_prune import PrunedReptile, Pruner
 from tests.cuda.place import SCHEDULE, Place, assert_alike, loss_of, network, on_device
 from tests.cuda.pruner_checks import adam, sgd
+from tests.ranks import RANKS, on_two_ranks
 
-RANKS = 2
 # Carried state is averaged over ranks, so that only without it one process does the same.
 PLAIN = {"inner_optimizer": torch.optim.Adam}  # counts its steps on the CPU
 KINDS = {"adam": {}, "plain adam": PLAIN, "carried": {}, "carried plain": PLAIN}
@@ -74,15 +73,7 @@ def two_ranks(place: Place) -> None:
     kind = torch.device(place.device).type
     if kind == "cuda" and torch.cuda.device_count() < RANKS:
         pytest.skip("there is one GPU only")
-    # Forks of a process that has this module and nothing else: neither a GPU nor threads, which
-    # forks of this one might miss, and no import of torch for each rank and run.
-    multiprocessing.set_forkserver_preload([__name__])
-    multiprocessing.start_processes(
-        work,
-        (kind, str(place.folder), place.fault),
-        nprocs=RANKS,
-        start_method="forkserver",
-    )
+    on_two_ranks(work, kind, str(place.folder), place.fault)
 
     def saved(name):
         return [

@@ -149,7 +149,7 @@ def with_sparse_maml(place: Place) -> None:
 
 
 def channels_trace(pruner, net, optimizer, device):
-    trace = on_device(device, net.state_dict(), state_of(optimizer), pruner.regrown)
+    trace = on_device(device, net.state_dict(), state_of(optimizer), pruner.released)
     kept = {name: torch.tensor(places) for name, places in pruner.channels.items()}
     return trace | {f"kept {name}": places for name, places in kept.items()}
 

@@ -25,13 +25,13 @@ import numpy as np
 import torch
 
 from l2l_prune.channels.pruner import ChannelPruner
-from l2l_prune.experiments import run as run_module
-from l2l_prune.experiments import run_folder
 from l2l_prune.experiments.algorithms.outer_optimizer import WithOuterOptimizer
 from l2l_prune.experiments.algorithms.reptile import Reptile
 from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.report.report import write_report
 from l2l_prune.experiments.report.results import write_results
+from l2l_prune.experiments.running import run as run_module
+from l2l_prune.experiments.running import run_folder
 from l2l_prune.experiments.running.checkpoint import save_checkpoint
 from l2l_prune.fewshot.data import Glyphs
 from l2l_prune.pruner import Pruner

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from l2l_prune.experiments import algorithms
-from l2l_prune.experiments import run as run_module
 from l2l_prune.experiments.config import make_config
+from l2l_prune.experiments.running import run as run_module
 from l2l_prune.experiments.running.checkpoint import load_checkpoint, save_checkpoint
 from l2l_prune.experiments.running.run import Progress, run
 from l2l_prune.fewshot.data import EpisodeSampler

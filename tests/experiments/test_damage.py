@@ -183,6 +183,7 @@ def test_a_file_that_may_not_grow_is_told_and_leaves_the_one_before(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["200k", "32k"])
+@pytest.mark.slow
 def test_the_command_on_a_full_disk(tmp_path, size):
     """In results, then already in the checkpoint's folder: a line, no traceback."""
     arguments = ["run", "--iterations", "100", "--channels", "32", "--tasks", "1", "--eval-tasks"]

@@ -11,8 +11,8 @@ import warnings
 import pytest
 from rich.console import Console
 
-from l2l_prune.experiments import display as module
 from l2l_prune.experiments.config import make_config
+from l2l_prune.experiments.running import display as module
 from l2l_prune.experiments.running.display import Display
 from l2l_prune.experiments.running.processes import run_all
 from l2l_prune.experiments.running.run import Progress

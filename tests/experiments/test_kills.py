@@ -14,6 +14,7 @@ pytest.importorskip("torch_pruning")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are tried on forked processes")
+@pytest.mark.slow
 def test_killed_runs_end_bit_for_bit_as_if_they_never_were():
     """``L2L_PRUNE_KILLS=1000`` tries more, at other moments."""
     kills = os.environ.get("L2L_PRUNE_KILLS", "56")

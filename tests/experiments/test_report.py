@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from l2l_prune.experiments.side_by_side import RunFailed
 from rich.console import Console
 from scipy import stats
 
-from l2l_prune.experiments import results, studies
 from l2l_prune.experiments.config import RunConfig, make_config
+from l2l_prune.experiments.report import figures, results
 from l2l_prune.experiments.report.finished_runs import collect, schedule_rate
 from l2l_prune.experiments.report.report import write_report
 from l2l_prune.experiments.report.results import write_results
+from l2l_prune.experiments.running.processes import RunFailed
 from l2l_prune.experiments.running.run import Point, RunResult
 from l2l_prune.experiments.running.seeds_table import compare
 from l2l_prune.experiments.running.storage import finished_run, run_name
@@ -178,7 +178,7 @@ def test_ablations_and_the_lengths_of_phases(tmp_path):
     assert [(row[0], row[2]) for row in body if row[2] == "no"] == [("DSD 50%, no pretrain", "no")]
     runs = collect(tmp_path).runs
     drawn = {}
-    for label, family, value, alike in studies._STUDIES:
+    for label, family, value, alike in figures._STUDIES:
         mine = [run for run in runs if run.family == family]
         drawn[label] = {(alike(run), value(run)) for run in mine}
     assert {x for _, x in drawn["pre-training iterations"]} == {0, 12, 20}
@@ -195,6 +195,7 @@ def test_one_seed_has_no_interval(tmp_path):
     assert "+10.0 (one seed)" in text
 
 
+@pytest.mark.slow
 def test_bounds_stand_beside_the_measured_gap_of_real_runs(tmp_path):
     base = {"algorithm": "reptile", "iterations": 20, "channels": 4, "tasks": 1}
     base |= {"final_tasks": 2, "curve_tasks": 2}
@@ -203,7 +204,7 @@ def test_bounds_stand_beside_the_measured_gap_of_real_runs(tmp_path):
     assert any(path.name.startswith("bounds-") for path in write_report(tmp_path))
     dense = next(run for run in collect(tmp_path).runs if run.family == "dense")
     rates = np.array([0.0, 0.5, 0.9])
-    theorem, explicit, full = studies._bounds(dense, dense.folder / "dense.pt", rates)
+    theorem, explicit, full = figures._bounds(dense, dense.folder / "dense.pt", rates)
     total = sum(p.numel() for p in _net(dense).parameters())
     assert full[0] == pytest.approx([(total / 20) ** 0.5] * 3)  # M = 20 iterations x 1 task
     for values in (theorem[0], explicit[0]):
@@ -226,7 +227,9 @@ def test_bad_folders(tmp_path):
             write_report(tmp_path)
 
 
-OTHER = {  # of settings that are names
+OTHER = {  # of settings that are names, or nothing by default
+    "split": 3,
+    "annealing": "phase",
     "data": "omniglot",
     "data_root": "elsewhere",
     "layers": "all",
@@ -372,13 +375,13 @@ def test_numbers_of_seeds_stand_by_their_shots(tmp_path, no_curves):
 
 
 def test_the_lengths_of_phases_are_not_mixed_over_other_settings(tmp_path, monkeypatch):
-    drawn, line = {}, studies._line
+    drawn, line = {}, figures._line
 
     def noted(ax, xs, means, style, label):
         drawn[label] = xs, means
         line(ax, xs, means, style, label)
 
-    monkeypatch.setattr(studies, "_line", noted)
+    monkeypatch.setattr(figures, "_line", noted)
     for pretrain in (None, 0.0, 0.5):
         finish(tmp_path, "dsd", 0.9, 0.6, pretrain=pretrain)
         finish(tmp_path, "dsd", 0.9, 0.4, pretrain=pretrain, allocation="erk")
@@ -462,7 +465,7 @@ def test_the_folder_of_one_seed_has_a_report(tmp_path):
 
 def compared(folder, configs, tests):
     for config, test in zip(configs, tests, strict=True):
-        write(folder / config.slug, config, 0.9, test)
+        write(folder / run_name(config), config, 0.9, test)
     return compare(configs, folder, Console(file=io.StringIO()))
 
 
@@ -505,9 +508,9 @@ def test_a_failed_run_of_several_seeds_leaves_its_reason(tmp_path, no_curves):
     good = make_config("reptile", "dense", iterations=40)
     bad = dataclasses.replace(good, seed=1, shots=30)  # glyphs have 20 examples
     good = dataclasses.replace(bad, seed=0)
-    write(tmp_path / good.slug, good, 0.9, 0.7)
+    write(tmp_path / run_name(good), good, 0.9, 0.7)
     with pytest.raises(RunFailed, match="has only 20 examples"):
         compare([good, bad], tmp_path, Console(file=io.StringIO()))
     shown, accuracies = reported(tmp_path)
-    assert "has only 20 examples" in shown["dense-seed1"]["accuracy"]
+    assert "has only 20 examples" in shown[run_name(bad)]["accuracy"]
     assert accuracies["dense"]["seeds"] == "1"

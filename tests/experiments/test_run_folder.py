@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from l2l_prune._basics.files import replace_file
-from l2l_prune.experiments import run_folder
 from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.report.results import read_result
+from l2l_prune.experiments.running import run_folder
 from l2l_prune.experiments.running.checkpoint import (
     load_checkpoint,
     remove_checkpoint,

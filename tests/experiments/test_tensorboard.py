@@ -47,6 +47,7 @@ def test_a_stopped_and_resumed_run_logs_its_curve_once(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["run", "sweep"])
+@pytest.mark.slow
 def test_the_commands_write_them(tmp_path, command):
     pytest.importorskip("tensorboard")
     out = tmp_path / "out"

@@ -415,6 +415,7 @@ torch.save((pruning.pruner.masks, module.state_dict()), f"{folder}/{{fit.global_
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_ddp_on_two_processes(tmp_path):
     from pathlib import Path
 

@@ -46,6 +46,28 @@ def test_other_modules_can_be_chosen_by_type():
     assert names(select(model, only="rnn")) == ["rnn.weight_ih_l0", "rnn.weight_hh_l0"]
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ["self.in_proj_weight", "self.out_proj.weight"]),
+        ({"kdim": 5}, [f"self.{p}_proj_weight" for p in "qkv"] + ["self.out_proj.weight"]),
+        ({"add_bias_kv": True}, ["self.in_proj_weight", "self.out_proj.weight"]),
+    ],
+)
+def test_projections_of_attention(options, expected):
+    model = nn.ModuleDict({"self": nn.MultiheadAttention(8, 2, **options)})
+    assert names(select(model)) == expected
+    assert names(select(model, only=nn.MultiheadAttention)) == expected[:-1]  # no bias_k, bias_v
+    assert names(select(model, skip="self")) == expected[-1:]
+
+
+def test_an_attention_whose_projection_torch_prunes_is_refused():
+    attention = nn.MultiheadAttention(8, 2)
+    prune.l1_unstructured(attention, "in_proj_weight", 0.5)
+    with pytest.raises(ValueError, match="in_proj_weight is already pruned"):
+        select(attention)
+
+
 def test_counts_by_rate_pattern_and_explicit_k(net):
     tensors = select(net)  # 36, 144 and 48 weights
     assert segment_counts(tensors, Segment(1)) == [36, 144, 48]

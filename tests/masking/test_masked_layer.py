@@ -316,6 +316,83 @@ def test_multihead_attention_out_proj_follows_its_mask():
             attention.out_proj.weight_orig.add_(1)  # no forward of out_proj in between
 
 
+def dense_attention(values, masks, x, heads):
+    """Self-attention as its formula has it, on weights that are masked by hand."""
+    weights = {n: v * masks[n] if n in masks else v for n, v in values.items()}
+    pairs = zip(weights["in_proj_weight"].chunk(3), weights["in_proj_bias"].chunk(3), strict=True)
+    q, k, v = (F.linear(x, w, b).unflatten(-1, (heads, -1)).transpose(1, 2) for w, b in pairs)
+    joined = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v
+    return F.linear(
+        joined.transpose(1, 2).flatten(2), weights["out_proj.weight"], weights["out_proj.bias"]
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fast", [True, False])
+def test_multihead_attention_equals_its_formula(training, fast):
+    """In its fast path too, which is taken without gradients in evaluation mode."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).double().train(training)
+    pruner = Pruner(attention, SPARSE)
+    assert list(pruner.masks) == ["in_proj_weight", "out_proj.weight"]
+    values = {
+        n.removesuffix("_orig"): p.detach().clone().requires_grad_()
+        for n, p in attention.named_parameters()
+    }
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fast)
+    try:
+        expected = dense_attention(values, pruner.masks, x, heads=2)
+        with torch.no_grad():
+            assert torch.allclose(attention(x, x, x, need_weights=False)[0], expected, atol=1e-12)
+        out = attention(x, x, x)[0]
+        assert torch.allclose(out, expected, atol=1e-12)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    ours = torch.autograd.grad(out.square().sum(), list(attention.parameters()))
+    theirs = torch.autograd.grad(expected.square().sum(), list(values.values()))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-11)
+
+
+class Decoder(nn.Module):
+    """Self-attention in a layer of torch's own, then attention to something else."""
+
+    def __init__(self, kdim):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+        self.cross = nn.MultiheadAttention(8, 2, kdim=kdim, vdim=kdim, batch_first=True)
+
+    def forward(self, x, memory):
+        return self.cross(self.encoder(x), memory, memory)[0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kdim", [None, 6])
+def test_transformer_layers_equal_a_functional_call(training, kdim):
+    torch.manual_seed(0)
+    block = Decoder(kdim).double().train(training)
+    dense = copy.deepcopy(block)
+    pruner = Pruner(block, SPARSE)
+    assert "encoder.self_attn.in_proj_weight" in pruner.masks
+    assert ("cross.k_proj_weight" in pruner.masks) == (kdim is not None)
+    values = {n: p.detach().clone().requires_grad_() for n, p in dense.named_parameters()}
+    weights = {n: v * pruner.masks[n] if n in pruner.masks else v for n, v in values.items()}
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    memory = torch.randn(3, 4, kdim or 8, dtype=torch.float64)
+    expected = functional_call(dense, weights, (x, memory))
+    theirs = torch.autograd.grad(expected.square().sum(), list(values.values()))
+    copies = (block, copy.deepcopy(block), pickle.loads(pickle.dumps(block)))
+    for module in copies:
+        with torch.no_grad():
+            assert torch.allclose(module(x, memory), expected, atol=1e-12)
+        out = module(x, memory)
+        ours = torch.autograd.grad(out.square().sum(), list(module.parameters()))
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.allclose(a, b, atol=1e-11)
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_see_the_mask(kind):
     lstm = kind(3, 4, num_layers=2, bidirectional=True)

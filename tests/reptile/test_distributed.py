@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing as mp
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,6 +18,7 @@ from l2l_prune import DSDSchedule, PrunedReptile, Pruner, Schedule, Segment
 from l2l_prune.masking import criteria
 from l2l_prune.methods.regrowth import Regrowth
 from tests.conftest import SmallNet
+from tests.ranks import RANKS, on_two_ranks
 
 SCHEDULE = DSDSchedule(0.5, pretrain=2, prune=3, retrain=2)
 
@@ -29,8 +29,8 @@ def batch(iteration, rank):
     return x, torch.randint(0, 3, (4,), generator=generator)
 
 
-def train(rank, ranks, folder, attach):
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+def train(rank, folder, attach):
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
     torch.manual_seed(0)
     net = SmallNet().eval()  # running statistics are no part of this comparison
     model = None if attach == "before" else DistributedDataParallel(net)
@@ -44,7 +44,7 @@ def train(rank, ranks, folder, attach):
         optimizer.step()
         pruner.step()
         masks = torch.cat([m.flatten() for m in pruner.masks.values()]).int()
-        both = [torch.empty_like(masks) for _ in range(ranks)]
+        both = [torch.empty_like(masks) for _ in range(RANKS)]
         dist.all_gather(both, masks)
         assert all(torch.equal(m, masks) for m in both)
     torch.save(pruner.finalize().state_dict(), f"{folder}/{rank}.pt")
@@ -53,7 +53,7 @@ def train(rank, ranks, folder, attach):
 
 @pytest.mark.parametrize("attach", ["before", "after"])
 def test_two_ranks_equal_one_process(tmp_path, attach):
-    mp.spawn(train, args=(2, str(tmp_path), attach), nprocs=2)
+    on_two_ranks(train, str(tmp_path), attach)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(first[k], second[k]) for k in first)
     torch.manual_seed(0)
@@ -73,11 +73,11 @@ def test_two_ranks_equal_one_process(tmp_path, attach):
         assert torch.allclose(value, other, atol=1e-5), name
 
 
-def train_maml(rank, ranks, folder):
+def train_maml(rank, folder):
     """cherry's and learn2learn's distributed loops: each rank its tasks, gradients averaged."""
     import learn2learn as l2l
 
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
     torch.manual_seed(0)
     maml = l2l.algorithms.MAML(SmallNet().eval(), lr=0.1)
     optimizer = torch.optim.Adam(maml.parameters(), lr=0.01)
@@ -87,7 +87,7 @@ def train_maml(rank, ranks, folder):
         maml_loss(maml, batch(iteration, rank)).backward()
         for parameter in maml.parameters():
             dist.all_reduce(parameter.grad)
-            parameter.grad /= ranks
+            parameter.grad /= RANKS
         optimizer.step()
         pruner.step()
     torch.save(pruner.finalize().state_dict(), f"{folder}/{rank}.pt")
@@ -102,7 +102,7 @@ def maml_loss(maml, data):
 
 def test_distributed_meta_optimizer_loop(tmp_path):
     l2l = pytest.importorskip("learn2learn")
-    mp.spawn(train_maml, args=(2, str(tmp_path)), nprocs=2)
+    on_two_ranks(train_maml, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(first[k], second[k]) for k in first)
     torch.manual_seed(0)
@@ -135,13 +135,13 @@ def iterate(reptile, iteration, tasks):
     reptile.step()
 
 
-def reptile_on_ranks(rank, ranks, folder, carry_state):
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+def reptile_on_ranks(rank, folder, carry_state):
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
     torch.manual_seed(rank)  # the ranks need not agree on the start
     sparse_at_once = DSDSchedule(0.5, pretrain=0, prune=1, retrain=1)
     early = PrunedReptile(SmallNet(), sparse_at_once, group=dist.group.WORLD)
     mask = early.pruner.masks["fc.weight"].int()
-    both = [torch.empty_like(mask) for _ in range(ranks)]
+    both = [torch.empty_like(mask) for _ in range(RANKS)]
     dist.all_gather(both, mask)
     assert torch.equal(*both)
     reptile = PrunedReptile(
@@ -160,7 +160,7 @@ def reptile_on_ranks(rank, ranks, folder, carry_state):
 
 @pytest.mark.parametrize("carry_state", [False, True])
 def test_reptile_shares_its_tasks(tmp_path, carry_state):
-    mp.spawn(reptile_on_ranks, args=(2, str(tmp_path), carry_state), nprocs=2)
+    on_two_ranks(reptile_on_ranks, str(tmp_path), carry_state)
     alone = reptile_of(None, carry_state)
     for iteration in range(SCHEDULE.iterations):
         iterate(alone, iteration, range(4))
@@ -244,8 +244,8 @@ def masks_under_ddp(what, rank, attach):
     return found
 
 
-def ranks_on_own_data(rank, ranks, folder):
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+def ranks_on_own_data(rank, folder):
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
     found = {}
     for what in ON_OWN_DATA:
         data = [batch(9, rank)]
@@ -257,7 +257,7 @@ def ranks_on_own_data(rank, ranks, folder):
 
 
 def test_ranks_choose_together_what_differs_by_data_and_chance(tmp_path):
-    mp.spawn(ranks_on_own_data, args=(2, str(tmp_path)), nprocs=2)
+    on_two_ranks(ranks_on_own_data, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     differing = {
         f"{case}, step {step}, {name}": int((mask != second[case][step][name]).sum())
@@ -274,8 +274,8 @@ def test_ranks_choose_together_what_differs_by_data_and_chance(tmp_path):
         assert not torch.equal(masks[1]["fc.weight"], masks[5]["fc.weight"])
 
 
-def failing_ranks(rank, ranks, folder):
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+def failing_ranks(rank, folder):
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
     net = SmallNet()
     pruner = Pruner(net, SPARSE, group=dist.group.WORLD)
     before = pruner.masks
@@ -314,12 +314,12 @@ def failing_ranks(rank, ranks, folder):
 
 
 def test_ranks_that_disagree_fail_together(tmp_path):
-    mp.spawn(failing_ranks, args=(2, str(tmp_path)), nprocs=2)
+    on_two_ranks(failing_ranks, str(tmp_path))
 
 
-def without_group(rank, ranks, folder):
+def without_group(rank, folder):
     """DDP writes the first rank's masks into the others' buffers, and no version tells."""
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
     torch.manual_seed(0)
     net = SmallNet()
     scores = criteria.random(torch.Generator().manual_seed(rank))
@@ -336,7 +336,7 @@ def without_group(rank, ranks, folder):
 
 
 def test_masks_that_ddp_has_overwritten_are_noticed(tmp_path):
-    mp.spawn(without_group, args=(2, str(tmp_path)), nprocs=2)
+    on_two_ranks(without_group, str(tmp_path))
 
 
 def test_a_pruner_of_one_process_has_no_group(net):
@@ -373,6 +373,7 @@ PrunedReptile.step = dying_step
 """
 
 
+@pytest.mark.slow
 def test_a_run_with_a_killed_rank_goes_on_from_its_checkpoint(tmp_path):
     whole, killed = tmp_path / "whole.pt", tmp_path / "killed.pt"
     done = torchrun(tmp_path, whole)

@@ -526,3 +526,18 @@ def test_a_state_without_its_lists_is_refused(net, entry):
     state[entry] = None
     with pytest.raises(ValueError, match="not a PrunedReptile state dict"):
         reptile.set_extra_state(state)
+
+
+def test_the_meta_step_can_start_again_in_each_phase(net):
+    schedule = IHTSchedule(0.5, pretrain=4, prune=2, retrain=3, rounds=2)
+    reptile = PrunedReptile(net, schedule, meta_lr=1.0, meta_lr_final=0.2, annealing="phase")
+    found = []
+    for _ in range(schedule.iterations + 2):
+        found.append(reptile.meta_lr)
+        reptile.collect(reptile.clone())
+        reptile.step()
+    expected = [1 - 0.8 * k / n for n in (4, 2, 3, 2, 3) for k in range(n)]
+    assert found[: len(expected)] == pytest.approx(expected)
+    assert found[len(expected) :] == pytest.approx([0.2, 0.2])  # past the end
+    with pytest.raises(ValueError, match="annealing"):
+        PrunedReptile(SmallNet(), schedule, annealing="round")

@@ -45,6 +45,7 @@ class Reptile(Algorithm):
             self._masks.schedule,
             inner_lr=config.inner_lr,
             meta_lr=config.meta_lr,
+            annealing=config.annealing,  # type: ignore[arg-type]
             inner_optimizer=functools.partial(adam, weight_decay=config.weight_decay),
             **({"structured": structured} if config.structured else self._masks.options),
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from markdown_it import MarkdownIt
 
 from l2l_prune._basics.files import replace_file
+from l2l_prune.experiments.report.comparisons import Comparison, comparison_table, judge
 from l2l_prune.experiments.report.figures import (
     bounds_figure,
     hyperparameter_figure,
@@ -31,11 +33,12 @@ _STYLE = (
 )
 
 
-def write_report(folder: Path) -> list[Path]:
+def write_report(folder: Path, comparisons: Sequence[Comparison] = ()) -> list[Path]:
     """Write ``report.md``, ``report.html`` (one self-contained file) and the figures.
 
     Args:
         folder: What ``l2l-prune paper``, ``sweep`` or ``run`` filled; all runs in it count.
+        comparisons: What a plan states; the report then opens with it.
 
     Returns:
         The files.
@@ -45,7 +48,7 @@ def write_report(folder: Path) -> list[Path]:
             different results of the same settings and seed.
     """
     found = collect(folder)
-    parts, figures = ["# Runs", *_notes(found)], []
+    parts, figures = ["# Runs", *_stated(comparisons, found.runs), *_notes(found)], []
     names: set[str] = set()
     for (algorithm, data, ways), mine in grouped(found.runs, lambda run: run.problem).items():
         parts += [
@@ -71,6 +74,18 @@ def write_report(folder: Path) -> list[Path]:
     with replace_file(page) as temporary:
         temporary.write_text(_page(text, folder), encoding="utf-8")
     return [markdown, page, *figures]
+
+
+def _stated(comparisons: Sequence[Comparison], runs: list[FinishedRun]) -> list[str]:
+    if not comparisons:
+        return []
+    return [
+        "## Stated comparisons: test accuracy in points",
+        "Mean of the paired differences ± 95% confidence interval over replicates (seed and "
+        "split); p-values are of the paired t-test, then corrected by Holm within a family. *Could "
+        "be seen*: the true difference that as many replicates find in 80% of studies.",
+        comparison_table(judge(comparisons, runs)),
+    ]
 
 
 def _notes(found: Collection) -> list[str]:

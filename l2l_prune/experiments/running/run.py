@@ -186,6 +186,7 @@ def _training_tasks(data: Images, config: RunConfig) -> EpisodeSampler:
         ways=config.ways,
         shots=config.train_shots,
         queries=config.train_queries,
+        label_noise=config.label_noise,
         generator=stream(config.seed, "training tasks"),
     )
 

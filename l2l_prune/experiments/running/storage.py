@@ -63,8 +63,7 @@ def run_name(config: RunConfig) -> str:
     """A folder name that tells the run's settings apart from all others and says the main ones.
 
     Examples:
-        >>> from l2l_prune.experiments.report import same_settings
-    from l2l_prune.experiments.config import make_config
+        >>> from l2l_prune.experiments.config import make_config
         >>> run_name(make_config("reptile", "dsd"))[:-9]
         'reptile-dsd-50-64ch-1shot-seed0'
     """

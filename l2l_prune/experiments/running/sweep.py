@@ -74,7 +74,7 @@ def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]
 
 
 def _with_method(table: dict[str, Any]) -> dict[str, Any]:
-    """``schedule`` is the old name of ``method``."""
+    """A table in which ``method`` goes by its old name ``schedule``, with the new one."""
     if "schedule" not in table:
         return table
     if "method" in table:

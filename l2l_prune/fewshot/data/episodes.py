@@ -36,6 +36,8 @@ class EpisodeSampler:
         ways: Classes in a task, >= 1.
         shots: Support examples of each class, >= 1.
         queries: Query examples of each class, >= 0; never support examples.
+        label_noise: Probability, in [0, 1), that an example's label is replaced by another class of
+            its task, each alike.
         seed: Seed of the draws, >= 0.
         generator: Source of the draws in place of a new one with ``seed``.
 
@@ -59,6 +61,7 @@ class EpisodeSampler:
         ways: int,
         shots: int,
         queries: int,
+        label_noise: float = 0.0,
         seed: int = 0,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -73,6 +76,9 @@ class EpisodeSampler:
         for name, value, least in (("ways", ways, 1), ("shots", shots, 1), ("queries", queries, 0)):
             checks.whole_number(name, value, least)
         checks.whole_number("seed", seed)
+        self._label_noise = checks.fraction("label_noise", label_noise)
+        if self._label_noise and ways < 2:
+            raise ValueError("label_noise needs another class to mistake an example for: ways >= 2")
         classes, sizes = torch.unique(labels, return_counts=True)
         if ways > len(classes):
             raise ValueError(f"ways={ways}, but there are only {len(classes)} classes")
@@ -105,9 +111,9 @@ class EpisodeSampler:
         labels = torch.arange(self.ways)
         return Episode(
             self._gather(support),
-            labels.repeat_interleave(self.shots),
+            self._mistaken(labels.repeat_interleave(self.shots)),
             self._gather(query),
-            labels.repeat_interleave(self.queries),
+            self._mistaken(labels.repeat_interleave(self.queries)),
         )
 
     def __iter__(self) -> Iterator[Episode]:
@@ -128,6 +134,13 @@ class EpisodeSampler:
             self._generator.set_state(state["generator"])
         except (KeyError, TypeError, RuntimeError):
             raise ValueError("this is not a state dict of an EpisodeSampler") from None
+
+    def _mistaken(self, labels: Tensor) -> Tensor:
+        if not self._label_noise:
+            return labels
+        wrong = torch.rand(len(labels), generator=self._generator) < self._label_noise
+        others = torch.randint(1, self.ways, (len(labels),), generator=self._generator)
+        return torch.where(wrong, (labels + others) % self.ways, labels)
 
     def _gather(self, indices: Tensor) -> Tensor:
         images = self._images[indices.flatten()]

@@ -124,3 +124,26 @@ def test_minibatches_larger_than_the_task_and_none_at_all():
 def test_bad_minibatches(n, m, batch_size, steps):
     with pytest.raises(ValueError, match=r"x and y|batch_size|steps"):
         list(minibatches(torch.zeros(n), torch.zeros(m), batch_size=batch_size, steps=steps))
+
+
+def test_label_noise_replaces_labels_by_other_classes_of_the_task():
+    images = torch.arange(40.0).reshape(40, 1, 1, 1)
+    labels = torch.arange(4).repeat_interleave(10)
+    options = {"ways": 4, "shots": 5, "queries": 5, "seed": 3}
+    sampler = EpisodeSampler(images, labels, label_noise=0.4, **options)
+    counts = torch.zeros(4, 4)
+    for _ in range(500):
+        episode = sampler.sample()
+        x = torch.cat([episode.support_x, episode.query_x]).flatten()
+        true = torch.arange(4).repeat_interleave(5).repeat(2)
+        by_image = torch.div(x, 10, rounding_mode="floor").long().reshape(2, 4, 5)
+        assert (by_image == by_image[:, :, :1]).all()  # the images stay with their class
+        told = torch.cat([episode.support_y, episode.query_y])
+        counts += torch.zeros(16).index_add_(0, 4 * true + told, torch.ones(40)).reshape(4, 4)
+    shares = counts / counts.sum(1, keepdim=True)
+    expected = torch.full((4, 4), 0.4 / 3) + torch.eye(4) * (0.6 - 0.4 / 3)
+    assert torch.allclose(shares, expected, atol=0.015)
+    clean, plain = (EpisodeSampler(images, labels, label_noise=0.0, **options) for _ in range(2))
+    assert torch.equal(clean.sample().support_x, plain.sample().support_x)
+    with pytest.raises(ValueError, match="label_noise"):
+        EpisodeSampler(images, labels, label_noise=0.5, ways=1, shots=1, queries=1)

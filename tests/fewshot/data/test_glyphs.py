@@ -188,6 +188,7 @@ def render_once():
     return _load(None)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(tmp_path):
     """Both start without a cache; one renders, the other waits, both see the same."""
     code = (

@@ -1,0 +1,207 @@
+"""Stated comparisons over replicates: paired differences, corrected for how many were stated.
+
+A replicate is a seed together with a split of the classes. Intervals and tests are over replicates:
+tasks drawn with replacement from one pool would make them too narrow (arXiv 2409.02850).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy import stats
+
+from l2l_prune._basics import checks
+from l2l_prune.experiments.report.finished_runs import FinishedRun
+from l2l_prune.experiments.report.seed_statistics import OverSeeds, signed
+from l2l_prune.experiments.report.tables import markdown_table
+
+Replicate = tuple[int, int | None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is to be compared, as a plan states it before the runs.
+
+    Args:
+        family: The comparisons that are corrected together.
+        treatment: Settings by which the runs of one side are known, ``name`` among them.
+        control: The same of the other side.
+        margin: The difference that the hypothesis sets, in fractions of accuracy: 0 asks whether
+            the two differ; -0.02, whether the treatment is at most 2 points worse (one-sided).
+    """
+
+    family: str
+    treatment: Mapping[str, Any]
+    control: Mapping[str, Any]
+    margin: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """``"RigL, channels 64 minus dense, channels 20"``."""
+        return f"{_in_words(self.treatment)} minus {_in_words(self.control)}"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What came out of a comparison.
+
+    Attributes:
+        comparison: The comparison.
+        difference: Treatment minus control, one value a replicate.
+        p: Of the paired t-test, before the correction.
+        corrected: The same after Holm's correction over the family.
+        detectable: The smallest true difference that as many replicates find in 80% of studies,
+            at the strictest of the family's levels.
+    """
+
+    comparison: Comparison
+    difference: OverSeeds
+    p: float
+    corrected: float
+    detectable: float
+
+    @property
+    def verdict(self) -> str:
+        """``"better"``, ``"worse"``, ``"not worse by more than 2 points"`` or ``"not shown"``."""
+        if not self.corrected < 0.05:
+            return "not shown"
+        if self.comparison.margin:
+            return f"not worse by more than {-100 * self.comparison.margin:g} points"
+        return "better" if self.difference.mean > 0 else "worse"
+
+
+def read_comparisons(tables: Iterable[Mapping[str, Any]]) -> list[Comparison]:
+    """The ``[[comparison]]`` tables of a plan.
+
+    Raises:
+        TypeError: If an entry has the wrong type.
+        ValueError: If an entry is missing or unknown.
+    """
+    found = []
+    for table in tables:
+        if unknown := sorted(table.keys() - {"family", "treatment", "control", "margin"}):
+            raise ValueError(f"a comparison has no {', '.join(unknown)}")
+        if missing := sorted({"family", "treatment", "control"} - table.keys()):
+            raise ValueError(f"a comparison needs {', '.join(missing)}")
+        for side in ("treatment", "control"):
+            checks.of_type(side, table[side], dict, "a table of settings")
+        checks.of_type("family", table["family"], str, "a name")
+        if not isinstance(margin := table.get("margin", 0.0), (int, float)) or margin > 0:
+            raise ValueError(f"margin must be a number <= 0, got {margin!r}")
+        found.append(Comparison(**table))
+    return found
+
+
+def judge(
+    comparisons: Sequence[Comparison], runs: Sequence[FinishedRun], part: str = "test"
+) -> list[Judged]:
+    """Paired differences over replicates, with Holm's correction within each family.
+
+    Args:
+        comparisons: As the plan states them.
+        runs: The finished runs.
+        part: ``"test"`` or ``"train"`` accuracy.
+
+    Raises:
+        ImportError: If statsmodels is missing.
+        ValueError: If a side has no run or two of one replicate, or both share fewer than two
+            replicates.
+    """
+    try:
+        from statsmodels.stats.multitest import multipletests
+    except ImportError as error:
+        raise ImportError(f'{error}; this needs: pip install "l2l-prune[study]"') from None
+
+    differences = [_differences(comparison, runs, part) for comparison in comparisons]
+    raw = [_p_value(d, c.margin) for d, c in zip(differences, comparisons, strict=True)]
+    corrected = list(raw)
+    sizes = [0] * len(raw)
+    for family in dict.fromkeys(comparison.family for comparison in comparisons):
+        places = [i for i, comparison in enumerate(comparisons) if comparison.family == family]
+        adjusted = multipletests([raw[i] for i in places], method="holm")[1]
+        for place, value in zip(places, adjusted, strict=True):
+            corrected[place], sizes[place] = float(value), len(places)
+    return [
+        Judged(c, d, p, q, _detectable(d, size, one_sided=bool(c.margin)))
+        for c, d, p, q, size in zip(comparisons, differences, raw, corrected, sizes, strict=True)
+    ]
+
+
+def comparison_table(judged: Iterable[Judged]) -> str:
+    """The judged comparisons as Markdown."""
+    return markdown_table(
+        [
+            {
+                "family": one.comparison.family,
+                "comparison": one.comparison.title,
+                "replicates": str(len(one.difference.values)),
+                "difference": signed(one.difference),
+                "p": f"{one.p:.2g}",
+                "p (Holm)": f"{one.corrected:.2g}",
+                "verdict": one.verdict,
+                "could be seen": f"{100 * one.detectable:.1f}",
+            }
+            for one in judged
+        ]
+    )
+
+
+def _differences(comparison: Comparison, runs: Sequence[FinishedRun], part: str) -> OverSeeds:
+    treated = _by_replicate(comparison.treatment, runs)
+    control = _by_replicate(comparison.control, runs)
+    shared = sorted(treated.keys() & control.keys(), key=str)
+    if len(shared) < 2:
+        raise ValueError(f"{comparison.title} needs two replicates or more, got {len(shared)}")
+    return OverSeeds(
+        tuple(treated[one].entry[part]["mean"] - control[one].entry[part]["mean"] for one in shared)
+    )
+
+
+def _by_replicate(
+    wanted: Mapping[str, Any], runs: Sequence[FinishedRun]
+) -> dict[Replicate, FinishedRun]:
+    found: dict[Replicate, FinishedRun] = {}
+    for run in runs:
+        config = run.identity | {"seed": run.seed, "name": run.config["name"], "rate": run.rate}
+        if any(config.get(name, ...) != value for name, value in wanted.items()):
+            continue
+        replicate = (run.seed, run.config.get("split"))
+        if replicate in found:
+            raise ValueError(
+                f"{_in_words(wanted)} means both {found[replicate].folder} and {run.folder}: name "
+                "more settings"
+            )
+        found[replicate] = run
+    if not found:
+        raise ValueError(f"no run is {_in_words(wanted)}")
+    return found
+
+
+def _p_value(difference: OverSeeds, margin: float) -> float:
+    if len(set(difference.values)) == 1:  # no spread: the test is not defined
+        return 1.0 if difference.mean == margin else 0.0
+    alternative = "greater" if margin else "two-sided"
+    return float(stats.ttest_1samp(difference.values, margin, alternative=alternative).pvalue)
+
+
+def _detectable(difference: OverSeeds, family: int, *, one_sided: bool) -> float:
+    from statsmodels.stats.power import TTestPower
+
+    spread = float(stats.tstd(difference.values))
+    if spread == 0 or not math.isfinite(spread):
+        return 0.0
+    effect = TTestPower().solve_power(
+        nobs=len(difference.values),
+        alpha=0.05 / family,
+        power=0.8,
+        alternative="larger" if one_sided else "two-sided",
+    )
+    return float(effect) * spread
+
+
+def _in_words(settings: Mapping[str, Any]) -> str:
+    rest = [f"{name} {value}" for name, value in settings.items() if name != "name"]
+    return ", ".join([str(settings["name"])] * ("name" in settings) + rest)

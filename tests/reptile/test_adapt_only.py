@@ -1,0 +1,210 @@
+"""Learners of which only some parameters adapt, against the same steps made by hand."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from l2l_prune import DSDSchedule, PrunedReptile
+from l2l_prune.channels import Structured
+from l2l_prune.fewshot import EpisodeSampler, few_shot_accuracy
+from l2l_prune.reptile.batched import BatchedLearners
+from l2l_prune.reptile.compiled import CompiledStep
+from tests.conftest import SmallNet, without_compiler
+
+SPARSE = DSDSchedule(0.5, pretrain=0, prune=9, retrain=0)
+DENSE = DSDSchedule(0.5, pretrain=9, prune=0, retrain=0)
+CHANNELS = {"conv2": [0, 3], "fc": None}
+CHOICES = {
+    "head": ("fc", {"fc.weight", "fc.bias"}),
+    "one bias": ("conv1.bias", {"conv1.bias"}),
+    "pattern": ("conv*", {"conv1.weight", "conv1.bias", "conv2.weight"}),
+    "type": (nn.BatchNorm2d, {"norm.weight", "norm.bias"}),
+    "several": (["fc", "norm.bias"], {"fc.weight", "fc.bias", "norm.bias"}),
+    "predicate": (lambda name, module: name == "conv2", {"conv2.weight"}),
+}
+adamw = functools.partial(torch.optim.AdamW, betas=(0.5, 0.9), weight_decay=0.1)
+
+
+def steps(learner, batch, count=3):
+    x, y = batch
+    for _ in range(count):
+        learner.adapt(F.cross_entropy(learner(x), y))
+
+
+def by_hand(model, trained, batch, rows=None, count=3):
+    """The same on a copy in which everything else is put back after each step."""
+    twin = copy.deepcopy(model)
+    start = copy.deepcopy(dict(twin.named_parameters()))
+    zero = {n: p == 0 for n, p in start.items() if bool((p == 0).any()) and p.dim() > 1}
+    optimizer = adamw([p for n, p in twin.named_parameters() if n in trained], lr=0.01)
+    x, y = batch
+    for _ in range(count):
+        optimizer.zero_grad()
+        F.cross_entropy(twin(x), y).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for name, parameter in twin.named_parameters():
+                if name in zero:
+                    parameter[zero[name]] = 0
+                for row in range(len(parameter)):
+                    if name in (rows or {}) and row not in rows[name]:
+                        parameter[row] = start[name][row]
+    return dict(twin.named_parameters())
+
+
+@pytest.mark.parametrize("schedule", [DENSE, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_only_the_chosen_adapt(net, batch, choice, schedule):
+    rule, names = CHOICES[choice]
+    reptile = PrunedReptile(net, schedule, inner_lr=0.01, inner_optimizer=adamw)
+    learner = reptile.clone(adapt_only=rule)
+    expected = by_hand(learner.module, names, batch)
+    before = {n: p.detach().clone() for n, p in learner.module.named_parameters()}
+    steps(learner, batch)
+    for name, parameter in learner.module.named_parameters():
+        torch.testing.assert_close(parameter, expected[name])
+        assert torch.equal(parameter, before[name]) == (name not in names), name
+
+
+@pytest.mark.parametrize("schedule", [DENSE, SPARSE], ids=["dense", "sparse"])
+def test_chosen_channels(net, batch, schedule):
+    reptile = PrunedReptile(net, schedule, inner_lr=0.01, inner_optimizer=adamw)
+    learner = reptile.clone(adapt_only=CHANNELS)
+    names = {"conv2.weight", "fc.weight", "fc.bias"}
+    expected = by_hand(learner.module, names, batch, {"conv2.weight": [0, 3]})
+    before = learner.module.conv2.weight.detach().clone()
+    steps(learner, batch)
+    for name, parameter in learner.module.named_parameters():
+        torch.testing.assert_close(parameter, expected[name])
+    assert torch.equal(learner.module.conv2.weight[1:3], before[1:3])
+    assert not torch.equal(learner.module.conv2.weight[0], before[0])
+
+
+def test_the_next_learner_adapts_everything_again(net, batch):
+    reptile = PrunedReptile(net, SPARSE, inner_lr=0.01)
+    whole = reptile.clone()
+    steps(whole, batch)
+    for rule in ("fc", CHANNELS):
+        learner = reptile.clone(rule)
+        steps(learner, batch)
+        reptile.discard(learner)
+    again = reptile.clone()
+    steps(again, batch)
+    for one, other in zip(whole.module.parameters(), again.module.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_nothing_is_computed_for_what_comes_before(net, batch):
+    learner = PrunedReptile(net, DENSE).clone("fc")
+    loss = F.cross_entropy(learner(batch[0]), batch[1])
+    learner.adapt(loss)
+    reached = {n for n, p in learner.module.named_parameters() if p.grad is not None}
+    assert reached == {"fc.weight", "fc.bias"}
+
+
+def test_training_moves_the_chosen_alone(net, batch):
+    reptile = PrunedReptile(net, DENSE, inner_lr=0.01, meta_lr_final=1.0)
+    before = copy.deepcopy(net.state_dict())
+    for rule in ("fc", None):
+        for _ in range(2):
+            learner = reptile.clone(rule)
+            steps(learner, batch)
+            reptile.collect(learner)
+        reptile.step()
+        moved = {n for n, p in net.named_parameters() if not torch.equal(p, before[n])}
+        everything = {n for n, _ in net.named_parameters()}
+        expected = {n for n in everything if n.startswith("fc.")} if rule else everything
+        assert moved == expected
+
+
+def test_a_network_with_channels_cut_out(net, batch):
+    pytest.importorskip("torch_pruning")
+    reptile = PrunedReptile(net, SPARSE, structured=Structured(batch[0]))
+    learner = reptile.clone({"conv2": [1], "fc": None})
+    assert learner.module.conv2.weight.shape == (2, 2, 3, 3)
+    before = learner.module.conv2.weight.detach().clone()
+    steps(learner, batch)
+    same = (learner.module.conv2.weight == before).flatten(1).all(1)
+    assert same.tolist() == [True, False]
+
+
+def episodes():
+    images, labels = torch.rand(40, 1, 6, 6), torch.arange(40) // 10
+    sampler = EpisodeSampler(images, labels, ways=3, shots=2, queries=4)
+    return [sampler.sample() for _ in range(4)]
+
+
+def test_accuracies_one_by_one_and_together(net):
+    reptile = PrunedReptile(net, SPARSE, inner_lr=0.05)
+    found = [
+        few_shot_accuracy(
+            reptile,
+            tasks,
+            steps=5,
+            batch_size=4,
+            adapt_only=only,
+            tasks_at_once=together,
+            generator=torch.Generator().manual_seed(0),
+        ).values
+        for tasks in [episodes()]
+        for only in ("fc", None)
+        for together in (1, 4)
+    ]
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    assert found[0] != found[2]
+
+
+@pytest.mark.parametrize("rule", ["fc", CHANNELS], ids=["head", "channels"])
+def test_compiled_steps(net, batch, rule):
+    with without_compiler():
+        reptile = PrunedReptile(net, SPARSE, inner_lr=0.01)
+        plain, other = reptile.clone(rule), reptile.clone(rule)
+        step = CompiledStep(lambda learner, x, y: F.cross_entropy(learner(x), y))
+        for _ in range(3):
+            step(other, *batch)
+        steps(plain, batch)
+    for one, two in zip(plain.module.parameters(), other.module.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "words"),
+    [
+        ("head", ValueError, "adapt_only: no layer is called 'head'; there are: conv1, norm,"),
+        (3, TypeError, "adapt_only takes names"),
+        ([], ValueError, "adapt_only leaves no parameter"),
+        ({}, ValueError, "adapt_only names no layer"),
+        ({"conv9": [0]}, ValueError, "no layer is called 'conv9'"),
+        ({"conv2": [4]}, ValueError, r"adapt_only\['conv2'\] names channel 4 of 4"),
+        ({"conv2": [-1]}, ValueError, r"adapt_only\['conv2'\] must be >= 0"),
+        ({"conv2": []}, ValueError, "names no channel"),
+        ({"conv2": [0.5]}, TypeError, "must be an integer"),
+    ],
+)
+def test_what_cannot_adapt(net, rule, error, words):
+    reptile = PrunedReptile(net, DENSE)
+    with pytest.raises(error, match=words):
+        reptile.clone(rule)
+
+
+def test_what_does_not_go_together(net):
+    reptile = PrunedReptile(net, DENSE)
+    with pytest.raises(ValueError, match="chosen channels adapt one task at a time"):
+        BatchedLearners(reptile, 2, CHANNELS)
+
+    class Other:
+        def clone(self):
+            return SmallNet()
+
+    with pytest.raises(ValueError, match="adapt_only needs a PrunedReptile, got Other"):
+        few_shot_accuracy(Other(), episodes(), steps=1, batch_size=1, adapt_only="fc")
+    transposed = PrunedReptile(nn.Sequential(nn.ConvTranspose2d(2, 3, 3), nn.Linear(3, 2)), DENSE)
+    with pytest.raises(ValueError, match="cannot choose channels of 0, a ConvTranspose2d"):
+        transposed.clone({"0": [0]})
