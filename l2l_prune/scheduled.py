@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -161,6 +162,17 @@ class ScheduledPruner(ABC):
         """Resume from what :meth:`state_dict` gave, for the same model and schedule."""
 
     # ---- for learners that train on copies of the model --------------------------------------
+
+    @contextmanager
+    def task_masks(self, masks: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
+        """One task, with masks of its own; see :meth:`l2l_prune.Pruner.task_masks`.
+
+        Raises:
+            RuntimeError: If masks are given and this holds none.
+        """
+        if masks is not None:
+            raise RuntimeError(f"{type(self).__name__} holds no masks")
+        yield {}
 
     def more_task_masks(self, tasks: int) -> list[dict[str, Tensor]]:
         """Masks of further tasks, for learners that are made together in one block.

@@ -234,8 +234,6 @@ class PrunedReptile(nn.Module):
         moves them by nothing. See :meth:`l2l_prune.Pruner.task_masks`; arguments and errors are
         the same.
         """
-        if not isinstance(self.pruner, Pruner):
-            raise RuntimeError("structured has no masks of single tasks")
         with self.pruner.task_masks(masks) as held:
             yield held
 
