@@ -270,11 +270,7 @@ class Pruner(ScheduledPruner):
         """
         if self.segment.per_task and not self._finalized:
             assert self._draws is not None
-            if not self._draws.tasks:
-                raise RuntimeError(
-                    f"iteration {self._iteration} prunes in each task, but no task began: put each "
-                    "task's learner into a `with pruner.task_masks():` block"
-                )
+            self._draws.seeds.check_begun(self._iteration)
         super().step()
 
     @contextmanager
@@ -369,7 +365,7 @@ class Pruner(ScheduledPruner):
         Holds only tensors and plain values, so ``torch.load(weights_only=True)`` reads it.
         """
         return {
-            **({} if self._draws is None else {"task_masks": self._draws.state_dict()}),
+            **({} if self._draws is None else {"task_masks": self._draws.seeds.state_dict()}),
             "version": _STATE_VERSION,
             "schedule": self.schedule.to_dict(),
             "pattern": str(self._pattern),
@@ -394,7 +390,7 @@ class Pruner(ScheduledPruner):
         in_order = {tensor.full_name: state["masks"][tensor.full_name] for tensor in self._tensors}
         self._choice.check(in_order, position, f"iteration {state['iteration']}'s")
         if self._draws is not None:
-            self._draws.load_state_dict(state["task_masks"])
+            self._draws.seeds.load_state_dict(state["task_masks"])
         self._iteration, self._position = state["iteration"], position
         self._held.set(list(self._restored(state["masks"]).values()))
         self._optimizers.resume(self._held.values, self._restored(state["regrown"]))
@@ -403,7 +399,7 @@ class Pruner(ScheduledPruner):
 
     def _end_iteration(self, entered: int | None) -> None:
         if self._draws is not None:
-            self._draws.end_iteration()
+            self._draws.seeds.end_iteration()
         self.project()
         if entered is not None:
             self._put_masks(self._new_masks(entered, self._held.originals()))
@@ -428,7 +424,7 @@ class Pruner(ScheduledPruner):
             keys.add("task_masks")
         self._check_state(state, keys, _STATE_VERSION)
         if self._draws is not None:
-            self._draws.check_state(state["task_masks"])
+            self._draws.seeds.check_state(state["task_masks"])
         pattern, tensors = str(self._pattern), {t.full_name: t for t in self._tensors}
         if state["pattern"] != pattern:
             raise ValueError(

@@ -80,6 +80,78 @@ class TaskMasks:
         self.scores, self.pattern = scores, pattern
 
 
+class TaskSeeds:
+    """Gives each task chance of its own: by meta-iteration, rank and number of the task.
+
+    Args:
+        generator: Draws a seed for each meta-iteration.
+        group: Ranks that share the tasks of a meta-iteration.
+
+    Attributes:
+        tasks: Tasks of this meta-iteration that have begun.
+    """
+
+    def __init__(self, generator: torch.Generator, group: dist.ProcessGroup | None) -> None:
+        self._generator, self._group = generator, group
+        self._seed: int | None = None  # of this meta-iteration, once a task has begun
+        self.tasks = 0
+
+    def begin(self, share: float) -> torch.Generator | None:
+        """The generator of the next task, or ``None`` if it is not of the share."""
+        if self._seed is None:
+            self._seed = int(torch.randint(2**62, (), generator=self._generator))
+        rank = 0 if self._group is None else dist.get_rank(self._group)
+        seed = self._seed + (rank << 20) + self.tasks
+        self.tasks += 1
+        if share < 1 and Random(seed).random() >= share:
+            return None
+        return torch.Generator().manual_seed(seed)
+
+    def check_begun(self, iteration: int) -> None:
+        """Refuse to end a meta-iteration in which nothing was drawn.
+
+        Raises:
+            RuntimeError: Saying what to do.
+        """
+        if not self.tasks:
+            raise RuntimeError(
+                f"iteration {iteration} prunes in each task, but no task began: put each task's "
+                "learner into a `with pruner.task_masks():` block"
+            )
+
+    def end_iteration(self) -> None:
+        """The next task is the first of another meta-iteration."""
+        self._seed, self.tasks = None, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, and the generator's state."""
+        return {
+            "generator": self._generator.get_state(),
+            "seed": self._seed,
+            "tasks": self.tasks,
+        }
+
+    def check_state(self, state: Any) -> None:
+        """Refuse what no :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: Saying so.
+        """
+        try:
+            fits = set(state) == {"generator", "seed", "tasks"} and state["tasks"] >= 0
+            torch.Generator().set_state(state["generator"].cpu())
+            fits &= (state["seed"] is None) == (state["tasks"] == 0)
+        except (AttributeError, TypeError, KeyError, RuntimeError):
+            fits = False
+        if not fits:
+            raise ValueError("the checkpoint's task_masks are none of this version")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._generator.set_state(state["generator"].cpu())
+        self._seed, self.tasks = state["seed"], state["tasks"]
+
+
 class TaskDraws:
     """Draws what :class:`TaskMasks` says for the tensors of a Pruner, task after task.
 
@@ -103,7 +175,7 @@ class TaskDraws:
         whole: bool,
         group: dist.ProcessGroup | None,
     ) -> None:
-        self._how, self._tensors, self._group = how, tensors, group
+        self._how, self._tensors = how, tensors
         self._whole = whole
         self._counts: list[list[int]] = []  # by segment, empty where no masks are drawn
         for segment in segments:
@@ -114,13 +186,7 @@ class TaskDraws:
             else:
                 self._counts.append(segment_counts(tensors, segment, how.pattern))
         self._segments = segments
-        self._seed: int | None = None  # of this meta-iteration, once a task has begun
-        self._tasks = 0
-
-    @property
-    def tasks(self) -> int:
-        """Tasks of this meta-iteration that have begun."""
-        return self._tasks
+        self.seeds = TaskSeeds(how.generator, group)
 
     @torch.no_grad()
     def draw(self, position: int, weights: Sequence[Tensor]) -> list[Tensor] | None:
@@ -137,15 +203,9 @@ class TaskDraws:
             TypeError: If scores are not real numbers.
             ValueError: If scores are not finite or do not fit; the tensor is named.
         """
-        if self._seed is None:
-            self._seed = int(torch.randint(2**62, (), generator=self._how.generator))
-        rank = 0 if self._group is None else dist.get_rank(self._group)
-        seed = self._seed + (rank << 20) + self._tasks
-        self._tasks += 1
-        share = self._segments[position].share
-        if share < 1 and Random(seed).random() >= share:
+        generator = self.seeds.begin(self._segments[position].share)
+        if generator is None:
             return None
-        generator = torch.Generator().manual_seed(seed)
         counts = self._counts[position]
         if self._whole:
             pairs = zip(self._tensors, weights, strict=True)
@@ -157,38 +217,6 @@ class TaskDraws:
                 for tensor, weight, keep in zip(self._tensors, weights, counts, strict=True)
             ]
         return [mask.to(weight.device) for mask, weight in zip(masks, weights, strict=True)]
-
-    def end_iteration(self) -> None:
-        """The next task is the first of another meta-iteration."""
-        self._seed, self._tasks = None, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values, and the generator's state."""
-        return {
-            "generator": self._how.generator.get_state(),
-            "seed": self._seed,
-            "tasks": self._tasks,
-        }
-
-    def check_state(self, state: Any) -> None:
-        """Refuse what no :meth:`state_dict` gave.
-
-        Raises:
-            ValueError: Saying so.
-        """
-        try:
-            fits = set(state) == {"generator", "seed", "tasks"} and state["tasks"] >= 0
-            torch.Generator().set_state(state["generator"])
-            fits &= (state["seed"] is None) == (state["tasks"] == 0)
-        except (TypeError, KeyError, RuntimeError):
-            fits = False
-        if not fits:
-            raise ValueError("the checkpoint's task_masks are none of this version")
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._how.generator.set_state(state["generator"].cpu())
-        self._seed, self._tasks = state["seed"], state["tasks"]
 
     def _mask(
         self, tensor: LayerTensor, weight: Tensor, keep: int, generator: torch.Generator
