@@ -12,8 +12,7 @@ import torch
 from benchmarks.timing import interleaved, rows, show
 from benchmarks.workload import SPARSE, WAYS, colours, conv4, device
 from l2l_prune import PrunedReptile
-from l2l_prune.fewshot.data import Episode, EpisodeSampler
-from l2l_prune.fewshot.evaluation import few_shot_accuracy
+from l2l_prune.fewshot import Episode, EpisodeSampler, few_shot_accuracy
 
 TASKS = 20
 

@@ -38,10 +38,8 @@ from benchmarks.workload import (
     passes,
     plain_step,
 )
-from l2l_prune import PrunedReptile, Schedule
-from l2l_prune.channels.pruner import Structured
-from l2l_prune.fewshot.data import minibatches
-from l2l_prune.reptile.compiled import CompiledStep
+from l2l_prune import CompiledStep, PrunedReptile, Schedule, Structured
+from l2l_prune.fewshot import minibatches
 
 TASKS, SHOTS = 5, 15
 Draw = Callable[[], Iterator[Batches]]

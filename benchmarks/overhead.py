@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from benchmarks.timing import Times, interleaved, rows, show
 from benchmarks.workload import DENSE, SPARSE, device
 from l2l_prune import Pruner
-from l2l_prune.fewshot.models import Conv4
+from l2l_prune.fewshot import Conv4
 from l2l_prune.masking.topk import top_mask
 
 

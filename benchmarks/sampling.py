@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.timing import interleaved, rows, show
 from benchmarks.workload import BATCH, STEPS, WAYS, colours, conv4, device, passes
-from l2l_prune.fewshot.data import EpisodeSampler, Glyphs, minibatches
+from l2l_prune.fewshot import EpisodeSampler, Glyphs, minibatches
 
 TASKS, SHOTS = 5, 15
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2l_prune import PrunedReptile, Schedule, Segment
-from l2l_prune.fewshot.models import Conv4
-from l2l_prune.reptile.learner import Learner
+from l2l_prune.fewshot import Conv4
+from l2l_prune.reptile import Learner
 
 WAYS, STEPS, BATCH = 5, 8, 10
 DENSE = Schedule((Segment(10**6),))

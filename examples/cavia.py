@@ -9,9 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from l2l_prune import DSDSchedule, Pruner  # l2l_prune
-from l2l_prune.fewshot.data import EpisodeSampler, Glyphs
-from l2l_prune.fewshot.models import CaviaConv4
-from l2l_prune.metalearners.cavia import CAVIA
+from l2l_prune.fewshot import CaviaConv4, EpisodeSampler, Glyphs
+from l2l_prune.metalearners import CAVIA
 
 ITERATIONS = int(sys.argv[1]) if len(sys.argv) > 1 else 150
 WAYS, SHOTS, QUERIES, TASKS = 5, 1, 5, 4

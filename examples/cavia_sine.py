@@ -10,9 +10,8 @@ from torch.nn import functional as F
 
 from l2l_prune import IHTSchedule, Pruner  # l2l_prune
 from l2l_prune.experiments.defaults import PUBLISHED_SINE as SETTINGS
-from l2l_prune.fewshot.data import SineTasks
-from l2l_prune.fewshot.models import CaviaMLP
-from l2l_prune.metalearners.cavia import CAVIA
+from l2l_prune.fewshot import CaviaMLP, SineTasks
+from l2l_prune.metalearners import CAVIA
 
 ITERATIONS = int(sys.argv[1]) if len(sys.argv) > 1 else 500
 

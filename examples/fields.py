@@ -8,10 +8,10 @@ import sys
 import torch
 
 from l2l_prune import Pruner  # l2l_prune
-from l2l_prune.fewshot.data import Glyphs
+from l2l_prune.fewshot import Glyphs
 from l2l_prune.metalearners.field_files import export_field
 from l2l_prune.metalearners.fields import FieldMAML, ImageSignals, Siren, psnr
-from l2l_prune.schedules.common import metasparse  # l2l_prune
+from l2l_prune.schedules import metasparse  # l2l_prune
 
 ITERATIONS = int(sys.argv[1]) if len(sys.argv) > 1 else 500
 

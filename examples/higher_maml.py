@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from l2l_prune import DSDSchedule, Pruner  # l2l_prune
-from l2l_prune.fewshot.data import glyphs_tasksets
+from l2l_prune.fewshot import glyphs_tasksets
 
 ITERATIONS = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 WAYS, SHOTS, TASKS = 5, 1, 4

@@ -11,7 +11,7 @@ from learn2learn.algorithms.lightning import LightningMAML
 from torch.utils.data import DataLoader
 
 from l2l_prune import DSDSchedule  # l2l_prune
-from l2l_prune.fewshot.data import glyphs_tasksets
+from l2l_prune.fewshot import glyphs_tasksets
 from l2l_prune.integrations.lightning import PruningCallback  # l2l_prune
 
 ITERATIONS = int(sys.argv[1]) if len(sys.argv) > 1 else 60

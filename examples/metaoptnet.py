@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from l2l_prune import DSDSchedule, Pruner  # l2l_prune
-from l2l_prune.fewshot.data import EpisodeSampler, Glyphs
-from l2l_prune.fewshot.models import Conv4
+from l2l_prune.fewshot import Conv4, EpisodeSampler, Glyphs
 from l2l_prune.metalearners.metaoptnet import (
     MetaOptNet,
     published_lr_factor,

@@ -21,21 +21,14 @@ from l2l_prune.masking.prunable import LayerTensor
 class MaskedOptimizers:
     """Optimizers whose momentum and second moments follow the masks of some tensors.
 
-    Args:
-        model: Holds the tensors, and perhaps Meta-SGD's rates for them, whose state follows too.
-        tensors: What is pruned, before a mask is on it.
-        optimizer: One, several or none.
-        match: Whether second moments of released weights are raised, so that none jumps; see
-            :func:`level_second_moment`.
+    Made before masks are on the tensors. The state of Meta-SGD's rates for them, which ``model``
+    may hold, follows too. With ``match`` second moments of released weights are raised, so that
+    none jumps (:mod:`l2l_prune.optimizer_state`).
 
     Attributes:
         all: The optimizers.
-        regrown: Entries that were released, by dense name, until every optimizer that holds the
+        released: Entries that were released, by dense name, until every optimizer that holds the
             tensor has made a step on them. Steps that a gradient scaler skips do not count.
-
-    Raises:
-        TypeError: If ``optimizer`` is something else.
-        ValueError: If one holds none of the tensors.
     """
 
     def __init__(
@@ -50,7 +43,7 @@ class MaskedOptimizers:
         weights = [tensor.module._parameters[tensor.name] for tensor in tensors]
         for given in self.all:
             optimizer_state.check_holds(given, weights)
-        self.regrown: dict[str, Tensor] = {}
+        self.released: dict[str, Tensor] = {}
         self._masks: Sequence[Tensor] = []
         self._stepped: set[tuple[str, int, bool]] = set()  # name, which optimizer, whether rates
         self._tensors, self._rates = tensors, learning_rates(model, tensors)
@@ -58,17 +51,12 @@ class MaskedOptimizers:
         self._handles: list[RemovableHandle] = []
 
     def watch(self) -> None:
-        """Look at the gradients of each first step after a release from now on."""
+        """From now on look at the gradients of each first step after a release."""
         for optimizer in self.all:
             self._watch(optimizer)
 
     def add(self, optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
-        """Take one more, that holds some of ``weights``, the pruned ones.
-
-        Raises:
-            TypeError: If it is no optimizer.
-            ValueError: If it holds none of them, or follows already.
-        """
+        """Take one more, which must hold some of ``weights``, the pruned ones."""
         checks.of_type("optimizer", optimizer, Optimizer, "a torch Optimizer")
         optimizer_state.check_holds(optimizer, weights)
         if any(optimizer is held for held in self.all):
@@ -77,36 +65,29 @@ class MaskedOptimizers:
         self._watch(optimizer)
 
     def follow(self, old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
-        """Masks have changed: momentum of pruned entries goes, released ones get second moments.
+        """After a change of masks: clear momentum of pruned entries, level released ones.
 
-        Args:
-            old: The masks before; none at the start.
-            new: The masks now.
+        ``old`` is empty at the start.
         """
         self._masks = new
         for position, (tensor, mask) in enumerate(zip(self._tensors, new, strict=True)):
-            regrown = mask & ~old[position] if old else torch.zeros_like(mask)
-            waiting = self.regrown.pop(tensor.full_name, None)
+            released = mask & ~old[position] if old else torch.zeros_like(mask)
+            waiting = self.released.pop(tensor.full_name, None)
             if waiting is not None:  # for a step since the last change of masks
-                regrown |= waiting.to(mask.device) & mask
-            match = self._match and bool(regrown.any())
+                released |= waiting.to(mask.device) & mask
+            match = self._match and bool(released.any())
             for optimizer, parameter, _ in self._states(position):
                 optimizer_state.clear_momentum(optimizer, parameter, mask)
                 if match:
-                    kept = mask & ~regrown
-                    optimizer_state.level_second_moment(optimizer, parameter, kept, regrown)
+                    kept = mask & ~released
+                    optimizer_state.level_second_moment(optimizer, parameter, kept, released)
             if match and self.all:
-                self.regrown[tensor.full_name] = regrown
+                self.released[tensor.full_name] = released
                 self._stepped = {step for step in self._stepped if step[0] != tensor.full_name}
 
-    def resume(self, masks: Sequence[Tensor], regrown: Mapping[str, Tensor]) -> None:
-        """Go on with masks whose changes the optimizers' state has followed already.
-
-        Args:
-            masks: The masks now.
-            regrown: What :attr:`regrown` was.
-        """
-        self._masks, self.regrown, self._stepped = masks, dict(regrown), set()
+    def resume(self, masks: Sequence[Tensor], released: Mapping[str, Tensor]) -> None:
+        """Go on with masks that the state has followed already; ``released`` was saved."""
+        self._masks, self.released, self._stepped = masks, dict(released), set()
 
     def let_go(self) -> None:
         """Watch no more."""
@@ -115,7 +96,7 @@ class MaskedOptimizers:
         self._handles = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles: torch copies an optimizer without its hooks."""
+        """For copies and pickles: torch copies an optimizer without its hooks."""
         return {**self.__dict__, "_handles": [], "_watching": bool(self._handles)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -130,11 +111,11 @@ class MaskedOptimizers:
 
     @torch.no_grad()
     def _raise_to_gradients(self, optimizer: Optimizer) -> None:
-        if not self.regrown or skips_step(optimizer):
+        if not self.released or skips_step(optimizer):
             return
         for position, tensor in enumerate(self._tensors):
             name = tensor.full_name
-            if name not in self.regrown:
+            if name not in self.released:
                 continue
             waiting = False
             for held, parameter, step in self._states(position):
@@ -143,18 +124,18 @@ class MaskedOptimizers:
                 if held is not optimizer or parameter.grad is None:
                     waiting = True
                     continue
-                regrown, mask = (
-                    m.to(parameter.device) for m in (self.regrown[name], self._masks[position])
+                released, mask = (
+                    m.to(parameter.device) for m in (self.released[name], self._masks[position])
                 )
-                optimizer_state.raise_to_gradient(optimizer, parameter, mask & ~regrown, regrown)
+                optimizer_state.raise_to_gradient(optimizer, parameter, mask & ~released, released)
                 self._stepped.add(step)
             if not waiting:
-                del self.regrown[name]
+                del self.released[name]
 
     def _states(self, position: int) -> Iterator[tuple[Optimizer, Tensor, tuple[str, int, bool]]]:
         """Every optimizer with each parameter whose state follows the mask of a tensor.
 
-        Third is what tells the pair apart, in copies too.
+        Third comes a key for the pair, which is the same in copies.
         """
         tensor, rates = self._tensors[position], self._rates[position]
         original, _ = held_tensors(tensor.module, tensor.name)

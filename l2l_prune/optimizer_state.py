@@ -2,7 +2,7 @@
 
 While a weight is pruned its gradient is 0, so Adam's second moment decays towards 0 there; the
 first gradient after release would then be divided by almost nothing and the weight would jump by
-many learning rates. The rules here keep a regrown weight's first steps no larger than those of
+many learning rates. The rules here keep a released weight's first steps no larger than those of
 the weights that were kept.
 """
 
@@ -82,9 +82,9 @@ def clear_momentum(optimizer: Optimizer, parameter: Tensor, mask: Tensor) -> Non
 
 
 def level_second_moment(
-    optimizer: Optimizer, parameter: Tensor, kept: Tensor, regrown: Tensor
+    optimizer: Optimizer, parameter: Tensor, kept: Tensor, released: Tensor
 ) -> None:
-    """Give regrown entries the largest second moment that a kept entry of the tensor has.
+    """Give released entries the largest second moment that a kept entry of the tensor has.
 
     Rprop, which divides by nothing, gets the mean of the kept entries' step sizes there.
 
@@ -92,37 +92,37 @@ def level_second_moment(
         optimizer: Any torch optimizer.
         parameter: A parameter that the optimizer may hold.
         kept: Boolean tensor of the parameter's shape: entries that were trained all along, and
-            still are. Those that are pruned now are neither kept nor regrown.
-        regrown: Boolean tensor of the same shape: entries that are released now.
+            still are. Those that are pruned now are neither kept nor released.
+        released: Boolean tensor of the same shape: entries that are released now.
     """
-    level_state(optimizer.state.get(parameter, {}), parameter.shape, kept, regrown)
+    level_state(optimizer.state.get(parameter, {}), parameter.shape, kept, released)
 
 
-def level_state(state: dict[str, Any], shape: torch.Size, kept: Tensor, regrown: Tensor) -> None:
+def level_state(state: dict[str, Any], shape: torch.Size, kept: Tensor, released: Tensor) -> None:
     """The same for the state of one parameter, wherever it is held.
 
     Args:
         state: What an optimizer holds for a parameter.
         shape: The parameter's shape.
         kept: As in :func:`level_second_moment`.
-        regrown: As in :func:`level_second_moment`.
+        released: As in :func:`level_second_moment`.
     """
     for key, value in _per_entry(state, shape):
         if _divides(key):
             level = torch.where(kept, value, 0.0).max()
-            value.copy_(torch.where(regrown, torch.maximum(value, level), value))
+            value.copy_(torch.where(released, torch.maximum(value, level), value))
         elif key == _STEP_SIZE:
             mean = _mean(widened(value), kept).to(value.dtype)
-            value.copy_(torch.where(regrown & kept.any(), mean, value))
+            value.copy_(torch.where(released & kept.any(), mean, value))
 
 
 def raise_to_gradient(
-    optimizer: Optimizer, parameter: Tensor, kept: Tensor, regrown: Tensor
+    optimizer: Optimizer, parameter: Tensor, kept: Tensor, released: Tensor
 ) -> None:
     """Before the first step after release: a second moment that fits the gradient.
 
     Adam started afresh divides the first gradient by its own size, for a step of one learning
-    rate. This raises the second moment of regrown entries further, so that a gradient of this
+    rate. This raises the second moment of released entries further, so that a gradient of this
     size moves them by as much as the kept entries of the tensor moved on average in their last
     step (between a tenth of a learning rate and one), even where those have converged and their
     second moments are tiny. The surplus decays like all of Adam's memory. A step that a gradient
@@ -132,7 +132,7 @@ def raise_to_gradient(
         optimizer: Any torch optimizer, about to step with ``parameter.grad``.
         parameter: A parameter that the optimizer may hold.
         kept: As in :func:`level_second_moment`.
-        regrown: As in :func:`level_second_moment`.
+        released: As in :func:`level_second_moment`.
     """
     if parameter.grad is None:
         return
@@ -143,7 +143,7 @@ def raise_to_gradient(
         if key in _SQUARED:
             step = _mean_step(state.get("exp_avg"), value, correction, kept)
             floor = (gradient / step).square() * correction
-            value.copy_(torch.where(regrown, torch.maximum(value, floor.to(value.dtype)), value))
+            value.copy_(torch.where(released, torch.maximum(value, floor.to(value.dtype)), value))
 
 
 def gradient_hook(act: Callable[[Optimizer], None]) -> Callable[[Optimizer, Any, Any], Any]:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from l2l_prune import optimizer_state
 from l2l_prune._basics import checks, ranks
+from l2l_prune._basics.moved import renamed
 from l2l_prune.masked_optimizers import MaskedOptimizers
 from l2l_prune.masking.allocation import Allocation
 from l2l_prune.masking.attached import HeldMasks
 from l2l_prune.masking.criteria import Criterion, magnitude
 from l2l_prune.masking.layers import Layers, Rule, select
+from l2l_prune.masking.named_masks import check_saved, mask_table, updated
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.plan import MaskChoice
-from l2l_prune.masking.task_masks import TaskDraws, TaskMasks
+from l2l_prune.masking.task_masks import TaskBlocks, TaskMasks
 from l2l_prune.scheduled import ScheduledPruner
 from l2l_prune.schedules.schedule import Schedule
 
@@ -56,11 +56,13 @@ class Pruner(ScheduledPruner):
             magnitude; see :mod:`l2l_prune.masking.criteria`.
         pattern: Where pruned weights may lie: anywhere by default, ``NByM(2, 4)`` or
             ``Block(rows, columns)`` of :mod:`l2l_prune.masking.patterns`.
-        allocation: ``"layerwise"``: each tensor is pruned at the schedule's sparsity. ``"global"``:
-            all are ranked together, and layers lose as much as their scores say.
-        regrow_state: Second moments (Adam, RMSprop, ...) of weights that are released.
+        allocation: ``"layerwise"``: each tensor is pruned at the schedule's sparsity. ``"erk"``:
+            large tensors more than small ones (:func:`l2l_prune.masking.allocation.erk`), and all
+            together at that sparsity. ``"global"``: all are ranked together, and layers lose as
+            much as their scores say.
+        release_state: Second moments (Adam, RMSprop, ...) of weights that are released.
             ``"match"``: as large as the largest kept one of the tensor, and at the first step at
-            least as large as the gradient asks, so that regrown weights do not jump. ``"keep"``:
+            least as large as the gradient asks, so that released weights do not jump. ``"keep"``:
             as the optimizer left them.
         task_masks: How masks of single tasks are drawn, for schedules with sparse segments of
             ``masks="task"``; see :meth:`task_masks`.
@@ -73,6 +75,7 @@ class Pruner(ScheduledPruner):
             gradients by itself. Scores are added up over the ranks and each change of masks is
             compared, so that all prune the same; all must call what changes masks. Between changes
             nothing is sent.
+        regrow_state: Deprecated: the old name of ``release_state``.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -106,41 +109,28 @@ class Pruner(ScheduledPruner):
         criterion: Criterion = magnitude,
         pattern: Pattern = UNSTRUCTURED,
         allocation: Allocation = "layerwise",
-        regrow_state: Literal["match", "keep"] = "match",
+        release_state: Literal["match", "keep"] = "match",
         task_masks: TaskMasks | None = None,
         dense_keys: bool = False,
         group: dist.ProcessGroup | None = None,
+        regrow_state: Literal["match", "keep"] | None = None,
     ) -> None:
         super().__init__(model, schedule)
-        if regrow_state not in ("match", "keep"):
-            raise ValueError(f'regrow_state must be "match" or "keep", got {regrow_state!r}')
-        if not callable(criterion):
-            raise TypeError(
-                f"criterion must be a function of a weight, got {checks.describe(criterion)}"
-            )
-        checks.of_type("pattern", pattern, Pattern, "a Pattern")  # type: ignore[type-abstract]
+        release_state = renamed("regrow_state", regrow_state, "release_state", release_state)
+        if release_state not in ("match", "keep"):
+            raise ValueError(f'release_state must be "match" or "keep", got {release_state!r}')
         checks.true_or_false("dense_keys", dense_keys)
-        if allocation not in ("layerwise", "global"):
-            raise ValueError(f'allocation must be "layerwise" or "global", got {allocation!r}')
-        if allocation == "global" and pattern != UNSTRUCTURED:
-            raise ValueError('allocation="global" goes without pattern: that counts layer by layer')
         if group is not None:
             checks.of_type("group", group, dist.ProcessGroup, "a torch.distributed ProcessGroup")
         self.group = ranks.group_of(model) if group is None else group
-        self._pattern, self._global = pattern, allocation == "global"
+        self._pattern = pattern
         self._tensors = select(model, layers=layers, only=only, skip=skip)
         self._choice = MaskChoice(
-            self._tensors,
-            [s if s.held else replace(s, sparse=False) for s in schedule.segments],
-            criterion,
-            None if self._global else pattern,
-            self.group,
+            self._tensors, schedule, criterion, pattern, allocation, self.group
         )
-        self._draws = self._task_draws(task_masks)
-        self._lent: list[Tensor] | None = None  # the masks of the task that is running
-        self._in_task = self._drawing = False
+        self._tasks = TaskBlocks(task_masks, model, self._tensors, schedule, allocation, self.group)
         self._optimizers = MaskedOptimizers(
-            model, self._tensors, optimizer, match=regrow_state == "match"
+            model, self._tensors, optimizer, match=release_state == "match"
         )
 
         # Computed before anything is attached, so that a failure leaves the model untouched.
@@ -168,43 +158,28 @@ class Pruner(ScheduledPruner):
     @property
     def masks(self) -> dict[str, Tensor]:
         """Boolean mask of each selected tensor by its dense name; True stays."""
-        return {t.full_name: m for t, m in zip(self._tensors, self._held.values, strict=True)}
+        return self._named(self._held.values)
 
     @property
     def learner_masks(self) -> dict[str, Tensor]:
         """What a learner that is made now adapts under: no masks where nothing is pruned."""
-        if self._lent is not None:
-            return dict(zip((t.full_name for t in self._tensors), self._lent, strict=True))
+        if self._tasks.lent is not None:
+            return self._named(self._tasks.lent)
         return self.masks if self.sparse else {}
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """The stored parameter (``weight_orig``) of each selected tensor by its dense name."""
-        return dict(zip((t.full_name for t in self._tensors), self._held.originals(), strict=True))
+        return self._named(self._held.originals())
 
     @property
     def layerwise(self) -> bool:
         """Whether any mask with the right count of each tensor would do: no pattern, not global."""
-        return not self._global and self._pattern == UNSTRUCTURED
+        return self._choice.by_tensor
 
     def summary(self) -> str:
         """A table: shape, kept / total and sparsity per layer and for the whole model."""
-        from tabulate import tabulate
-
-        rows: list[tuple[str, str, str, str]] = []
-        pruned = 0
-        for tensor, mask in zip(self._tensors, self._held.values, strict=True):
-            kept, total = int(mask.sum()), mask.numel()
-            pruned += total - kept
-            rows.append(
-                (tensor.full_name, str(tuple(mask.shape)), f"{kept}/{total}", _share(kept, total))
-            )
-        selected = sum(mask.numel() for mask in self._held.values)
-        whole = sum(p.numel() for p in self.model.parameters())
-        for name, total in (("selected layers", selected), ("whole model", whole)):
-            rows.append((name, "", f"{total - pruned}/{total}", _share(total - pruned, total)))
-        table = tabulate(rows, headers=("tensor", "shape", "kept/total", "pruned"))
-        return f"{self._place()}\n{table}"
+        return f"{self._place()}\n{mask_table(self.masks, self.model)}"
 
     def __repr__(self) -> str:
         return (
@@ -248,30 +223,11 @@ class Pruner(ScheduledPruner):
         self._check_usable()
         if not self.sparse:
             raise RuntimeError("there are no masks to replace in a dense segment")
-        with ranks.failing_together(self.group, self._held.values[0].device):
-            new = {**self.masks, **self._fitting(masks)}
+        with ranks.failing_together(self.group, next(iter(self.masks.values())).device):
+            new = updated(self.masks, masks)
             self._choice.check(new, self._position, "replaced")
         ranks.check_same(new, self._iteration, self.group)
         self._put_masks(list(new.values()))
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """End a meta-iteration: call it after the (outer) optimizer's step.
-
-        Holds what is pruned and, where the schedule says so, enters the next segment. Past the end
-        of the schedule the last segment goes on.
-
-        Raises:
-            RuntimeError: After :meth:`finalize`, within :meth:`task_masks`, or if a mask was
-                changed by somebody else, masks differ between the ranks of a group, or the segment
-                draws masks for each task and no task began.
-            ValueError: If what is to be pruned cannot be chosen (weights are NaN or infinite,
-                say); nothing is changed then.
-        """
-        if self.segment.per_task and not self._finalized:
-            assert self._draws is not None
-            self._draws.seeds.check_begun(self._iteration)
-        super().step()
 
     @contextmanager
     def task_masks(self, masks: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
@@ -300,33 +256,14 @@ class Pruner(ScheduledPruner):
             ValueError: If a name, shape or type of ``masks`` does not fit.
         """
         self._check_usable()
-        if masks is not None:
-            given = {**self.masks, **self._fitting(masks)}
-            drawn: list[Tensor] | None = list(given.values())
-        elif self.segment.per_task:
-            assert self._draws is not None
-            drawn = self._draws.draw(self._position, self._held.originals())
-        else:
-            drawn = None
-        if drawn is not None and self.sparse:  # what the model has pruned stays so
-            drawn = [new & own for new, own in zip(drawn, self._held.values, strict=True)]
-        self._in_task, self._lent = True, drawn
-        self._drawing = masks is None and self.segment.per_task
-        try:
-            with nullcontext() if drawn is None else self._held.lent(drawn):
-                shown = self._held.values if drawn is None else drawn
-                yield dict(zip(self.masks, shown, strict=True))
-        finally:
-            self._in_task, self._lent, self._drawing = False, None, False
+        given = None if masks is None else list(updated(self.masks, masks).values())
+        with self._tasks.block(self._position, self._held, given) as held:
+            yield self._named(held)
 
     def more_task_masks(self, tasks: int) -> list[dict[str, Tensor]]:
         """Draw for further tasks in a block of :meth:`task_masks`, for learners made together."""
-        if not self._drawing:
-            return []
-        assert self._draws is not None
-        names, weights = list(self.masks), self._held.originals()
-        drawn = [self._draws.draw(self._position, weights) for _ in range(tasks)]
-        return [{} if own is None else dict(zip(names, own, strict=True)) for own in drawn]
+        drawn = self._tasks.more(tasks, self._held.originals())
+        return [{} if masks is None else self._named(masks) for masks in drawn]
 
     @contextmanager
     def opened_masks(self) -> Iterator[None]:
@@ -337,15 +274,6 @@ class Pruner(ScheduledPruner):
         moves. With ``m`` the mask, a (meta-)loss is ``L(phi_K)`` where ``phi_0 = w`` and
         ``phi_(t+1) = phi_t + m * step_t(phi_t)``; gradients within are ``dL / dw`` in all entries,
         through all steps. Take gradients within, but no steps of an outer optimizer.
-
-        Examples:
-            >>> from l2l_prune import DSDSchedule
-            >>> net = torch.nn.Linear(3, 1, bias=False)
-            >>> pruner = Pruner(net, DSDSchedule(0.5, pretrain=0, prune=1, retrain=1))
-            >>> with pruner.opened_masks():
-            ...     net(torch.ones(1, 3)).sum().backward()
-            >>> net.weight_orig.grad.tolist()
-            [[1.0, 1.0, 1.0]]
         """
         self._check_usable()
         with self._held.opened():
@@ -365,13 +293,13 @@ class Pruner(ScheduledPruner):
         Holds only tensors and plain values, so ``torch.load(weights_only=True)`` reads it.
         """
         return {
-            **({} if self._draws is None else {"task_masks": self._draws.seeds.state_dict()}),
+            **self._tasks.state_dict(),
             "version": _STATE_VERSION,
             "schedule": self.schedule.to_dict(),
             "pattern": str(self._pattern),
             "iteration": self._iteration,
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
-            "regrown": {name: mask.clone() for name, mask in self._optimizers.regrown.items()},
+            "regrown": {name: mask.clone() for name, mask in self._optimizers.released.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -385,12 +313,18 @@ class Pruner(ScheduledPruner):
             RuntimeError: After :meth:`finalize`.
         """
         self._check_usable(masks=False)
-        self._check_own_state(state)
+        keys = {"version", "schedule", "pattern", "iteration", "masks", "regrown"}
+        self._check_state(state, keys | set(self._tasks.state_dict()), _STATE_VERSION)
+        self._tasks.check_state(state)
+        if state["pattern"] != str(self._pattern):
+            raise ValueError(
+                f"the checkpoint has masks of {state['pattern']}, this Pruner {self._pattern}"
+            )
+        check_saved(state, {tensor.full_name: tensor.shape for tensor in self._tensors})
         position = self.schedule.index(state["iteration"])
         in_order = {tensor.full_name: state["masks"][tensor.full_name] for tensor in self._tensors}
         self._choice.check(in_order, position, f"iteration {state['iteration']}'s")
-        if self._draws is not None:
-            self._draws.seeds.load_state_dict(state["task_masks"])
+        self._tasks.load_state_dict(state)
         self._iteration, self._position = state["iteration"], position
         self._held.set(list(self._restored(state["masks"]).values()))
         self._optimizers.resume(self._held.values, self._restored(state["regrown"]))
@@ -398,11 +332,11 @@ class Pruner(ScheduledPruner):
     # ---- inside -----------------------------------------------------------------------------
 
     def _end_iteration(self, entered: int | None) -> None:
-        if self._draws is not None:
-            self._draws.seeds.end_iteration()
+        self._tasks.check_begun(self._position, self._iteration)
         self.project()
         if entered is not None:
             self._put_masks(self._new_masks(entered, self._held.originals()))
+        self._tasks.end_iteration()
 
     def _let_go(self) -> None:
         self._held.take_off()
@@ -411,80 +345,11 @@ class Pruner(ScheduledPruner):
     def _check_usable(self, *, thoroughly: bool = False, masks: bool = True) -> None:
         if self._finalized:
             raise RuntimeError("the Pruner was finalized: make a new one to prune again")
-        if self._in_task:
+        if self._tasks.inside:
             raise RuntimeError("this cannot be done within task_masks(): leave that block first")
         self._held.check_there()
         if masks:
             self._held.check_same(self._iteration, thoroughly=thoroughly)
-
-    def _check_own_state(self, state: Any) -> None:
-        """Refuse a state of another model or schedule: all but its counts."""
-        keys = {"version", "schedule", "pattern", "iteration", "masks", "regrown"}
-        if self._draws is not None:
-            keys.add("task_masks")
-        self._check_state(state, keys, _STATE_VERSION)
-        if self._draws is not None:
-            self._draws.seeds.check_state(state["task_masks"])
-        pattern, tensors = str(self._pattern), {t.full_name: t for t in self._tensors}
-        if state["pattern"] != pattern:
-            raise ValueError(
-                f"the checkpoint has masks of {state['pattern']}, this Pruner {pattern}"
-            )
-        for entry in ("masks", "regrown"):
-            if not isinstance(state[entry], dict):
-                raise ValueError(f"the checkpoint's {entry} must be masks by name")
-        if unknown := sorted(set(state["regrown"]) - set(tensors)):
-            raise ValueError(f"the checkpoint's regrown weights are of other tensors: {unknown}")
-        if set(state["masks"]) != set(tensors):
-            differing = sorted(set(state["masks"]) ^ set(tensors))
-            raise ValueError(f"the checkpoint prunes other tensors; they differ in {differing}")
-        for entry, called in (("masks", "mask"), ("regrown", "regrown mask")):
-            for name, mask in state[entry].items():
-                shape = tensors[name].shape
-                if not isinstance(mask, Tensor) or mask.shape != shape or mask.dtype != torch.bool:
-                    raise ValueError(
-                        f"the checkpoint's {called} of {name} does not fit its shape {tuple(shape)}"
-                    )
-
-    def _task_draws(self, how: TaskMasks | None) -> TaskDraws | None:
-        if how is None:
-            if any(segment.per_task for segment in self.schedule.segments):
-                raise ValueError(
-                    "the schedule draws masks for each task: say how, with "
-                    "task_masks=TaskMasks(generator)"
-                )
-            return None
-        checks.of_type("task_masks", how, TaskMasks, "a TaskMasks")
-        for module in self.model.modules():
-            if isinstance(module, DistributedDataParallel) and module.broadcast_buffers:
-                raise ValueError(
-                    "DistributedDataParallel would give all ranks the first one's task masks: wrap "
-                    "the model with broadcast_buffers=False"
-                )
-        if self._global and how.pattern != UNSTRUCTURED:
-            raise ValueError(
-                'allocation="global" goes without a pattern of task_masks: that counts layer by '
-                "layer"
-            )
-        return TaskDraws(
-            how, self._tensors, self.schedule.segments, whole=self._global, group=self.group
-        )
-
-    def _fitting(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Masks that somebody gave by name, on the devices of the own ones.
-
-        Raises:
-            ValueError: If a name, shape or type does not fit.
-        """
-        own = self.masks
-        for name, mask in masks.items():
-            if name not in own:
-                raise ValueError(f"{name!r} is none of the pruned tensors: {', '.join(own)}")
-            if mask.dtype != torch.bool or mask.shape != own[name].shape:
-                raise ValueError(
-                    f"the mask of {name} must be boolean and of shape {tuple(own[name].shape)}"
-                )
-        return {name: mask.to(own[name].device) for name, mask in masks.items()}
 
     def _restored(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
         """Saved masks in the order of the tensors, each on the device of its weight."""
@@ -493,6 +358,9 @@ class Pruner(ScheduledPruner):
             for name, weight in self.weights.items()
             if name in saved
         }
+
+    def _named(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+        return dict(zip((t.full_name for t in self._tensors), tensors, strict=True))
 
     def _new_masks(self, position: int, weights: list[Tensor]) -> list[Tensor]:
         masks = self._choice.masks(position, weights, f"at iteration {self._iteration}")
@@ -505,7 +373,3 @@ class Pruner(ScheduledPruner):
         old = self._held.values
         self._held.set(masks)
         self._optimizers.follow(old, masks)
-
-
-def _share(kept: int, total: int) -> str:
-    return f"{100 * (total - kept) / total:.1f}%"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias
@@ -15,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from l2l_prune._basics import checks
+from l2l_prune._basics.hooks import Hooks
 from l2l_prune.schedules.schedule import Schedule, Segment
 
 StepPreHook: TypeAlias = Callable[[Optimizer, Any, Any], Any]
@@ -43,8 +43,7 @@ class ScheduledPruner(ABC):
         self._iteration = 0
         self._position = schedule.index(0)
         self._finalized = False
-        self._step_pre_hooks: dict[int, Callable[[Any], None]] = OrderedDict()
-        self._step_hooks: dict[int, Callable[[Any], None]] = OrderedDict()
+        self._step_pre_hooks, self._step_hooks = Hooks(), Hooks()
 
     # ---- where it is ------------------------------------------------------------------------
 
@@ -109,14 +108,12 @@ class ScheduledPruner(ABC):
                 say); nothing is changed then.
         """
         self._check_usable(thoroughly=self.mask_due)
-        for hook in list(self._step_pre_hooks.values()):
-            hook(self)
+        self._step_pre_hooks.call(self)
         following = self.schedule.index(self._iteration + 1)
         self._end_iteration(following if following != self._position else None)
         self._position = following
         self._iteration += 1
-        for hook in list(self._step_hooks.values()):
-            hook(self)
+        self._step_hooks.call(self)
 
     @torch.no_grad()
     def finalize(self) -> nn.Module:
@@ -136,20 +133,12 @@ class ScheduledPruner(ABC):
         return self.model
 
     def register_step_pre_hook(self, hook: Callable[[Self], None]) -> RemovableHandle:
-        """Call ``hook(pruner)`` at the start of each :meth:`step`, before anything changes.
-
-        Returns:
-            A handle; its ``remove()`` takes the hook off.
-        """
-        return _register(hook, self._step_pre_hooks)
+        """Call ``hook(pruner)`` at the start of each :meth:`step`; ``remove()`` takes it off."""
+        return self._step_pre_hooks.register(hook)
 
     def register_step_hook(self, hook: Callable[[Self], None]) -> RemovableHandle:
-        """Call ``hook(pruner)`` at the end of each :meth:`step`, as torch's optimizers do.
-
-        Returns:
-            A handle; its ``remove()`` takes the hook off.
-        """
-        return _register(hook, self._step_hooks)
+        """Call ``hook(pruner)`` at the end of each :meth:`step`; ``remove()`` takes it off."""
+        return self._step_hooks.register(hook)
 
     # ---- saving and resuming ------------------------------------------------------------------
 
@@ -183,22 +172,14 @@ class ScheduledPruner(ABC):
         return []
 
     def first_step_hook(self, model: nn.Module) -> StepPreHook | None:
-        """What the optimizer of a copy must do before a step now, so that no weight jumps.
+        """A step pre-hook for the optimizer of a copy ``model``, so that no released weight jumps.
 
-        Args:
-            model: The copy.
-
-        Returns:
-            A step pre-hook, or ``None`` where nothing was just released.
+        ``None`` where nothing was just released.
         """
         return None
 
     def follow_states(self, states: Callable[[], States]) -> None:  # noqa: B027 - none by default
-        """Let optimizer state that no optimizer holds follow, too.
-
-        Args:
-            states: Gives each parameter of the model with its state.
-        """
+        """Let optimizer state follow that no optimizer holds: ``states`` gives it by parameter."""
 
     # ---- what a pruner adds -------------------------------------------------------------------
 
@@ -215,11 +196,7 @@ class ScheduledPruner(ABC):
         """Refuse to go on after :meth:`finalize`, or where somebody else changed something."""
 
     def _check_state(self, state: Any, keys: set[str], version: int) -> None:
-        """Refuse a state dict of another kind, version or schedule.
-
-        Raises:
-            ValueError: Naming what does not fit.
-        """
+        """Refuse a state dict of another kind, version or schedule."""
         kind = type(self).__name__
         if not isinstance(state, dict) or set(state) != keys or state["version"] != version:
             raise ValueError(f"this is not a {kind} state dict of this version")
@@ -235,9 +212,3 @@ class ScheduledPruner(ABC):
         """The place in words, as the head of a summary."""
         done = f"iteration {self._iteration} of {self.schedule.iterations}"
         return f"{done}, phase {self.segment.label}"
-
-
-def _register(hook: Any, hooks: dict[int, Any]) -> RemovableHandle:
-    handle = RemovableHandle(hooks)
-    hooks[handle.id] = hook
-    return handle

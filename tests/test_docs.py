@@ -119,4 +119,4 @@ def test_the_site_builds_strictly(tmp_path):
     pages = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("index.html")}
     assert {"index.html", "guides/maml/index.html", "api/core/index.html"} <= pages
     shown = (tmp_path / "api/core/index.html").read_text()
-    assert "regrow_state" in shown
+    assert "release_state" in shown

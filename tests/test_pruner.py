@@ -103,7 +103,7 @@ def test_equals_a_dense_model_masked_by_hand(net, name):
     layers = ["conv1.weight", "conv2.weight", "fc.weight"]
     ours, theirs = OPTIMIZERS[name](net.parameters()), OPTIMIZERS[name](dense.parameters())
     schedule = Schedule((Segment(2), Segment(3, sparse=True, sparsity=0.5), Segment(3)))
-    pruner = Pruner(net, schedule, ours, regrow_state="keep")
+    pruner = Pruner(net, schedule, ours, release_state="keep")
     masks = None
     parameters = dict(dense.named_parameters())
     for iteration, (x, y) in enumerate(batches(8, torch.float64)):
@@ -219,7 +219,7 @@ def test_finalize_gives_back_the_plain_model(net, batch):
 # ---- regrown weights ------------------------------------------------------------------------
 
 
-def first_steps_after_release(noise, beta1, regrow_state, sparse_steps=3000, steps=20):
+def first_steps_after_release(noise, beta1, release_state, sparse_steps=3000, steps=20):
     """Linear regression whose target needs all weights; returns step sizes in learning rates."""
     generator = torch.Generator().manual_seed(0)
     lr = 1e-3
@@ -230,7 +230,7 @@ def first_steps_after_release(noise, beta1, regrow_state, sparse_steps=3000, ste
         layer,
         DSDSchedule(0.5, pretrain=10, prune=sparse_steps, retrain=steps),
         optimizer,
-        regrow_state=regrow_state,
+        release_state=release_state,
     )
     fixed = torch.randn(64, 20, generator=generator)
     kept_steps, regrown_steps = [], []
@@ -479,8 +479,8 @@ SCHEDULE = DSDSchedule(0.5, pretrain=1, prune=1, retrain=1)
 def test_bad_arguments(net, arguments, error, message):
     with pytest.raises(error, match=message):
         Pruner(*arguments(net))
-    with pytest.raises(ValueError, match="regrow_state"):
-        Pruner(net, SCHEDULE, regrow_state="fast")
+    with pytest.raises(ValueError, match="release_state"):
+        Pruner(net, SCHEDULE, release_state="fast")
     assert type(net.conv1) is nn.Conv2d
 
 
@@ -520,3 +520,10 @@ def test_old_masks_survive_for_a_pending_backward(net, batch):
     net.fc._buffers["weight_mask"] = torch.ones_like(net.fc.weight_mask)
     loss.backward()
     assert (net.fc.weight_orig.grad[~mask] == 0).all()
+
+
+def test_the_old_name_of_release_state_works_with_a_warning(net):
+    with pytest.warns(DeprecationWarning, match="regrow_state is now called release_state") as seen:
+        pruner = Pruner(net, SCHEDULE, regrow_state="keep")
+    assert seen[0].filename == __file__
+    assert not pruner._optimizers._match

@@ -157,7 +157,7 @@ class Training(RuleBasedStateMachine):
     @rule(segments=SCHEDULES)
     def attach(self, segments):
         self.pruner = Pruner(
-            self.net, Schedule(tuple(segments)), self.optimizer, regrow_state="keep"
+            self.net, Schedule(tuple(segments)), self.optimizer, release_state="keep"
         )
         self.oracle.attach(segments)
 
@@ -241,7 +241,7 @@ class Training(RuleBasedStateMachine):
         states = torch.load(file, weights_only=True)
         self.net = self.make_net().double()
         self.optimizer = self.make_optimizer(self.net.parameters())
-        self.pruner = Pruner(self.net, self.pruner.schedule, self.optimizer, regrow_state="keep")
+        self.pruner = Pruner(self.net, self.pruner.schedule, self.optimizer, release_state="keep")
         for part, state in zip((self.net, self.optimizer, self.pruner), states, strict=True):
             part.load_state_dict(state)
         self.identities = [id(p) for p in self.net.parameters()]

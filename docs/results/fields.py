@@ -20,7 +20,7 @@ from l2l_prune import Pruner, Schedule
 from l2l_prune._basics.tensor_files import load_tensors, save_tensors
 from l2l_prune.experiments.report.seed_statistics import OverSeeds
 from l2l_prune.fewshot.data import Glyphs
-from l2l_prune.fewshot.evaluation import paired_difference
+from l2l_prune.fewshot.evaluation import PSNR, paired_difference
 from l2l_prune.metalearners.field_files import export_field, read_field
 from l2l_prune.metalearners.fields import FieldMAML, ImageSignals, Siren, psnr
 from l2l_prune.schedules.common import metasparse
@@ -226,7 +226,8 @@ def finished(out: Path) -> tuple[Rows, dict[int, Tensor]]:
 
 def over_seeds(by_seed: dict[int, dict[str, Any]], steps: str) -> OverSeeds:
     """Mean over the unseen signals of each seed."""
-    return OverSeeds(tuple(sum(row[steps]) / len(row[steps]) for _, row in sorted(by_seed.items())))
+    means = (sum(row[steps]) / len(row[steps]) for _, row in sorted(by_seed.items()))
+    return OverSeeds(tuple(means), PSNR)
 
 
 def told(mean: OverSeeds) -> str:
@@ -268,6 +269,47 @@ def tables(rows: Rows) -> str:
     first = tabulate(lines, heads, "github", disable_numparse=True)
     heads = ("weights", "magnitude minus", "2 steps [dB]", "100 steps [dB]")
     return f"{first}\n\n{tabulate(apart, heads, 'github', disable_numparse=True)}"
+
+
+def stated(rows: Rows) -> str:
+    """The plan's comparisons, each family corrected by Holm for how many it states."""
+    from scipy import stats
+    from statsmodels.stats.multitest import multipletests
+    from tabulate import tabulate
+
+    small = (25, 10, 5)
+    families = {
+        "1": [("magnitude", "narrow", n, steps) for n in (10, 5) for steps in ("2", "100")],
+        "2": [("magnitude", "random", n, steps) for n in small for steps in ("2", "100")],
+        "3": [("magnitude", a, n, "100") for a in ("one-shot", "no meta-learning") for n in small],
+        "4": [("magnitude", "dense", 50, "2")],
+        "5": [("layerwise", "magnitude", n, s) for n in (50, *small) for s in ("2", "100")],
+    }
+    lines = []
+    for family, comparisons in families.items():
+        judged = []
+        for arm, rival, level, steps in comparisons:
+            a, b = rows.get((arm, level), {}), rows.get((rival, 100 if rival == "dense" else level))
+            if not a or not b or (both := a.keys() & b.keys()) == set():
+                continue
+            pair = [over_seeds({s: r[s] for s in both}, steps) for r in (a, b)]
+            apart = paired_difference(*pair)
+            # Hypothesis 4 sets a bound of 1 dB, to one side.
+            bound, side = (-1.0, "greater") if family == "4" else (0.0, "two-sided")
+            p = float(stats.ttest_1samp(apart.values, bound, alternative=side).pvalue)
+            judged.append(((f"{arm} - {rival}", f"{level}%", steps), apart, p))
+        if not judged:
+            continue
+        corrected = multipletests([p for *_, p in judged], method="holm")[1]
+        for (what, apart, p), after in zip(judged, corrected, strict=True):
+            shown = "not shown"
+            if after < 0.05:
+                better = "loses less than 1 dB" if family == "4" else "better"
+                shown = better if family == "4" or apart.mean > 0 else "worse"
+            width = f"{apart.mean:+.1f} ± {apart.ci95:.1f}"
+            lines.append((family, *what, width, f"{p:.2g}", f"{after:.2g}", shown))
+    heads = ("hypothesis", "comparison", "weights", "steps", "dB", "p", "p (Holm)", "verdict")
+    return tabulate(lines, heads, "github", disable_numparse=True)
 
 
 def sizes(rows: Rows, shown: dict[int, Tensor]) -> str:
@@ -323,7 +365,14 @@ def curve(rows: Rows, name: str) -> None:
                 x, y, width = zip(*points, strict=True)
                 style = {"fmt": "o-" if len(x) > 1 else "s", "ms": 4, "capsize": 2}
                 ax.errorbar(x, y, width, color=f"C{place}", label=arm, **style)
+        counts = {
+            next(iter(rows["magnitude", level].values()))["parameters"]
+            for level in LEVELS
+            if ("magnitude", level) in rows
+        }
         ax.set(xscale="log", xlabel="parameters", ylabel="PSNR [dB]", title=f"{steps} steps")
+        ax.set_xticks(sorted(counts), [f"{count:,}" for count in sorted(counts)])
+        ax.set_xticks([], minor=True)
         ax.spines[["top", "right"]].set_visible(False)
     axes[1].legend(frameon=False, fontsize=8)
     fig.savefig(HERE.parent / "img" / f"{name}-psnr.png", dpi=120)
@@ -360,6 +409,8 @@ def report(out: Path) -> None:
     for level in (25, 10, 5):
         pictures(rows, shown, level, name)
     print(tables(rows))
+    print()
+    print(stated(rows))
     print()
     print(sizes(rows, shown))
 

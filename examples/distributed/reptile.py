@@ -20,8 +20,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from l2l_prune import DSDSchedule, PrunedReptile
-from l2l_prune.fewshot.data import EpisodeSampler, Glyphs, minibatches
-from l2l_prune.fewshot.models import Conv4
+from l2l_prune.fewshot import Conv4, EpisodeSampler, Glyphs, minibatches
 
 CHECKPOINT = Path(sys.argv[1] if len(sys.argv) > 1 else "checkpoint.pt")
 ITERATIONS = int(sys.argv[2]) if len(sys.argv) > 2 else 40

@@ -1,4 +1,4 @@
-"""Import paths of version 0.1, which go on working with a warning until 0.3."""
+"""Old import paths and names of arguments, which work with a warning until version 0.3."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 _PACKAGE = "l2l_prune"
 
@@ -24,10 +25,10 @@ MOVED = {
     "evaluation": "fewshot.evaluation",
     "experiments.algorithms.masks": "experiments.algorithms.pruning",
     "experiments.checkpoint": "experiments.running.checkpoint",
-    "experiments.compare": "experiments.running.seeds_table",
+    "experiments.compare": "experiments.running.compare_seeds",
     "experiments.finished": "experiments.report.finished_runs",
     "experiments.models": "fewshot.models",
-    "experiments.one_seed": "experiments.running.one_seed_table",
+    "experiments.one_seed": "experiments.running.compare_one_seed",
     "experiments.over_seeds": "experiments.report.seed_statistics",
     "experiments.paper_numbers": "experiments.report.paper_numbers",
     "experiments.plots": "experiments.report.plots",
@@ -111,3 +112,22 @@ def install() -> None:
     """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+def renamed(old: str, value: Any, new: str, current: Any) -> Any:
+    """What is given under an old name, which goes on working with a warning.
+
+    Args:
+        old: The old name.
+        value: What was given under it, or ``None``.
+        new: The new name.
+        current: What was given under that.
+    """
+    if value is None:
+        return current
+    warnings.warn(
+        f"{old} is now called {new}; the old name goes in version 0.3",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return value

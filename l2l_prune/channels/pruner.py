@@ -75,7 +75,7 @@ class ChannelPruner(ScheduledPruner):
     On entering a sparse segment the least important channels are cut out of every tensor that
     holds them (through normalisation, FiLM, residual sums, concatenation, grouped and depthwise
     convolutions, channel shuffles, attention heads), so the network is small and fast with no
-    masks at all. On leaving it the network gets its full shapes back. Weights that read a regrown
+    masks at all. On leaving it the network gets its full shapes back. Weights that read a restored
     channel are 0, so the function is unchanged and they learn at once; the filters that make it
     are as they were when they were cut, since a filter of zeros behind a ReLU would never get a
     gradient again.
@@ -88,7 +88,7 @@ class ChannelPruner(ScheduledPruner):
     Args:
         model: The network, or a wrapper that can run ``example_inputs``.
         schedule: When to prune, and what fraction of the channels.
-        optimizer: The optimizer (or several) whose state is cut and regrown too.
+        optimizer: The optimizer (or several) whose state is cut and restored too.
         example_inputs: Inputs of a forward pass: a tensor, a tuple or list, or a dict.
         importance: ``"l1"``, ``"l2"`` (of all weights of a channel), ``"taylor"`` (needs
             gradients), ``"bn_scale"``, or a function of torch-pruning's group.
@@ -204,7 +204,7 @@ class ChannelPruner(ScheduledPruner):
         return self._raising_hook(model) if self.released else None
 
     def follow_states(self, states: Callable[[], States]) -> None:
-        """Let optimizer state that no optimizer holds be cut and regrown, too.
+        """Let optimizer state that no optimizer holds be cut and restored too.
 
         Args:
             states: Gives each parameter of the model with its state.

@@ -147,7 +147,7 @@ class Surgery:
         Returns:
             Where each parameter has grown, by name; boolean.
         """
-        regrown = {}
+        released = {}
         for name, cut in self.plan(kept).items():
             small = cut.get().detach().clone()
             full = whole[name].to(device=small.device, dtype=small.dtype)
@@ -157,9 +157,9 @@ class Surgery:
                 _change_state(state, small.shape, partial(cut.put_into_zeros, full=full))
                 optimizer_state.level_state(state, full.shape, there, ~there)
             if isinstance(cut.get(), nn.Parameter):
-                regrown[name] = ~there
+                released[name] = ~there
         self._tell_sizes(torch.ones_like(kept))
-        return regrown
+        return released
 
     def _of_heads(self, group: ChannelGroup) -> list[tuple[nn.Module, str, int, ChannelGroup]]:
         """Attributes of attention layers that count their heads, or what those are wide."""
@@ -191,7 +191,7 @@ class Surgery:
 def _change_state(
     state: dict[str, Any], shape: torch.Size, change: Callable[[Tensor], Tensor]
 ) -> None:
-    """Cut or regrow the optimizer's state of one parameter: its tensors of the given shape."""
+    """Cut or restore the optimizer's state of one parameter: its tensors of the given shape."""
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == shape:
             state[key] = change(value)

@@ -61,7 +61,7 @@ def demo(
     iterations: Annotated[int, typer.Option(min=20, help="Meta-iterations of each run.")] = 400,
     sparsity: Annotated[float, typer.Option(help="Fraction pruned in the sparse phases.")] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and tasks.")] = 0,
-    eval_tasks: Annotated[int, typer.Option(min=2, help="Tasks behind each accuracy.")] = 200,
+    eval_tasks: Annotated[int, typer.Option(min=2, help="tasks behind each score.")] = 200,
 ) -> None:
     """Train dense, DSD and IHT Reptile side by side on rendered characters."""
     from l2l_prune.experiments.demo import run_demo
@@ -105,8 +105,8 @@ def run(
 
     A stopped command can be repeated: runs go on from their checkpoints, finished ones are kept.
     """
-    from l2l_prune.experiments.running.one_seed_table import run_and_report
-    from l2l_prune.experiments.running.seeds_table import compare
+    from l2l_prune.experiments.running.compare_one_seed import compare_one_seed
+    from l2l_prune.experiments.running.compare_seeds import compare_seeds
 
     check_sparsity(settings["sparsity"])
     out = out or Path("runs") / "-".join((algorithm, *method))
@@ -117,11 +117,11 @@ def run(
             for number in range(seed, seed + seeds)
             for kind in sorted(set(method), key=baseline_first)
         ]
-        check_files(data, data_root, download=download)
+        check_files(data, **configs[0].data_options, download=download)
         if seeds == 1:
-            run_and_report(configs, out, Console(), jobs, tensorboard)
+            compare_one_seed(configs, out, Console(), jobs, tensorboard)
         else:
-            typer.echo(compare(configs, out, Console(), jobs, tensorboard))
+            typer.echo(compare_seeds(configs, out, Console(), jobs, tensorboard))
 
 
 @app.command()
@@ -150,7 +150,7 @@ def sweep(
             configs = expand(document.get("base", {}), document.get("grid", {}))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from None
-        check_files(configs[0].data, configs[0].data_root)
+        check_files(configs[0].data, **configs[0].data_options)
         _run_all(configs, out, jobs, cluster, tensorboard)
 
 
@@ -177,7 +177,7 @@ def paper(
     train_classes: Annotated[int | None, typer.Option(min=2, help="Classes to train on.")] = None,
     eval_tasks: Annotated[
         int | None,
-        typer.Option(min=2, help="Tasks behind each accuracy.", show_default="by algorithm"),
+        typer.Option(min=2, help="tasks behind each score.", show_default="by algorithm"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for runs and report.", show_default="runs/NAME")
@@ -200,7 +200,7 @@ def paper(
         base |= {"scale": scale, "train_classes": train_classes, "final_tasks": eval_tasks}
         base["data_root"] = str(data_root) if data_root else None
         configs = expand(base, [{**grid, "shots": shots, "seeds": seeds} for grid in grids])
-        check_files(configs[0].data, data_root, download=download)
+        check_files(configs[0].data, **configs[0].data_options, download=download)
         _run_all(configs, out, jobs, cluster, tensorboard)
         for path in write_report(out):
             typer.echo(f"wrote {path}")
@@ -217,6 +217,33 @@ def _run_all(
     if failed:
         typer.echo(f"{len(failed)} of {len(outcomes)} runs failed: see error.txt in their folders")
         raise typer.Exit(1)
+
+
+@app.command()
+def data(
+    folder: Annotated[Path, typer.Argument(help="Folder of your images.")],
+    split: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Seed that divides the classes.", show_default="as the folder does, or 0"
+        ),
+    ] = None,
+    sheet: Annotated[Path, typer.Option(help="The contact sheet, a PNG file.")] = Path(
+        "contact-sheet.png"
+    ),
+) -> None:
+    """Show what `--data folder` finds: classes, counts, sizes, splits, and a contact sheet.
+
+    Heads of the files are read; a file that breaks off later is found when it is decoded.
+    """
+    from l2l_prune.fewshot.data.overview import contact_sheet, look, split_lines
+
+    with plain_errors(sheet.absolute().parent, hint="--sheet"):
+        found = look(folder)
+        for line in [*found.lines(), *split_lines(found.source, split)]:
+            typer.echo(line)
+        drawn = contact_sheet(folder, sheet)
+        typer.echo(f"wrote {sheet}: the first pictures of {drawn} classes")
 
 
 @app.command()

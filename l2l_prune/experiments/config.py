@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from l2l_prune._basics import checks
-from l2l_prune.experiments.defaults import DEFAULTS, INSTANCES, PUBLISHED
+from l2l_prune.experiments.defaults import DEFAULTS, INSTANCES, PICTURE_TASKS, PUBLISHED, measure_of
 from l2l_prune.experiments.methods import METHODS, make_schedule, published_phases
 from l2l_prune.experiments.settings import check_settings, setting, settings_of
-from l2l_prune.fewshot.data import DATA_SETS
+from l2l_prune.fewshot.data.images import DATA_SETS, OWN_SPLITS
+from l2l_prune.fewshot.evaluation import Measure
 from l2l_prune.masking.layers import Layers
 from l2l_prune.schedules.paper import Schedule
 
@@ -29,7 +30,7 @@ class Phases:
         None,
         "Fraction pruned in the sparse phases, in (0, 1).",
         share=True,
-        shown="0.5, or the paper's with --published",
+        shown="0.5, 0.95 of metasparse, or the paper's with --published",
         panel="What",
     )
     pretrain: float | None = setting(
@@ -46,7 +47,7 @@ class Phases:
     )
     scale: float = setting(1.0, "Factor on the meta-iterations; phases shrink alike.", above=0)
     published: bool = setting(
-        False, "Start from the published settings (reptile, cavia, metaoptnet)."
+        False, "Start from the published settings (reptile, cavia, metaoptnet, field)."
     )
 
     def __post_init__(self) -> None:
@@ -80,14 +81,26 @@ class RunConfig:
     )
     split: int | None = setting(
         None,
-        "Split the characters of glyphs into training, validation and test at random by this seed.",
+        "Split characters of glyphs, pictures, or the classes of a folder into training, "
+        "validation and test at random by this seed.",
         least=0,
-        shown="by script",
+        shown="by script, or as the folder does; 0 of pictures",
     )
-    ways: int = setting(5, "Classes of a task.", least=2)
+    skip_damaged: bool = setting(
+        False, "Leave out pictures of a folder that cannot be read.", panel="What"
+    )
+    image_size: int | None = setting(
+        None,
+        "Pixels of a side: glyphs are drawn finer (16 to 128), pictures and images of a folder are "
+        "cut to squares and resampled.",
+        least=1,
+        panel="What",
+        shown="28 of glyphs, 64 of pictures, as they are in a folder",
+    )
+    ways: int = setting(5, "Classes of a task (field has none).", least=1, shown="5, 1 of field")
     shots: int = setting(1, "Support examples of a class at evaluation.", least=1)
     queries: int = setting(
-        5, "Query examples of a class at evaluation.", least=1, shown=_BY_ALGORITHM
+        5, "Query examples of a class at evaluation.", least=0, shown=_BY_ALGORITHM
     )
     train_shots: int = setting(
         10, "Support examples of a class in training.", least=1, shown=_BY_ALGORITHM
@@ -96,17 +109,25 @@ class RunConfig:
         0, "Query examples of a class in training (reptile has none).", least=0, shown=_BY_ALGORITHM
     )
     train_classes: int | None = setting(
-        30, "Classes to train on.", least=1, shown="30 of glyphs, all of other data"
+        30,
+        "Classes, or pictures, to train on.",
+        least=1,
+        shown="30 of glyphs, all of other data and for field",
     )
     backbone: str = setting(
         "conv4",
-        "Network (resnet12: metaoptnet only)",
-        choices=("conv4", "resnet12"),
+        "Network (resnet12: metaoptnet only; siren, fourier: field only)",
+        choices=("conv4", "resnet12", "siren", "fourier"),
         shown=_BY_ALGORITHM,
     )
     channels: int = setting(
-        64, "Channels of each convolution of conv4.", least=1, shown=_BY_ALGORITHM
+        64,
+        "Channels of each convolution of conv4, neurons of each layer of a field.",
+        least=1,
+        shown=_BY_ALGORITHM,
     )
+    depth: int = setting(3, "Hidden layers (field only).", least=1)
+    omega: float = setting(30.0, "Frequency of the sines of siren.", above=0)
     drop_block: bool | None = setting(
         None,
         "DropBlock in resnet12: pruning replaces it, as in the paper.",
@@ -132,6 +153,7 @@ class RunConfig:
         "layerwise",
         "How layers share what is pruned",
         choices=("layerwise", "erk", "global"),
+        shown="layerwise; global for metasparse",
     )
     rewind: int | None = setting(
         None, "Restart sparse phases from the weights of this iteration.", least=0, shown=_BY_METHOD
@@ -190,7 +212,7 @@ class RunConfig:
         12, "Tasks for each point of the curves.", least=1, shown=_BY_ALGORITHM
     )
     final_tasks: int = setting(
-        200, "Tasks behind each accuracy at the end.", least=2, shown=_BY_ALGORITHM
+        200, "Tasks behind each score at the end.", least=2, shown=_BY_ALGORITHM
     )
 
     def __post_init__(self) -> None:
@@ -198,8 +220,8 @@ class RunConfig:
         if not checks.of_type("name", self.name, str, "a string"):
             raise ValueError("name must not be empty: tables and files are called by it")
         check_settings(self)
-        if self.split is not None and self.data != "glyphs":
-            raise ValueError(f"split goes with glyphs only: {self.data} has splits of its own")
+        self._check_data()
+        self._check_tasks()
         if self.annealing != "run" and self.algorithm != "reptile":
             raise ValueError("annealing goes with the algorithm reptile only")
         special = ("dropout", "weight_decay", "structured", "compile", "bf16")
@@ -220,6 +242,67 @@ class RunConfig:
             raise ValueError("regrow counts layer by layer: it goes without allocation global")
         if self.backbone == "resnet12" and self.algorithm != "metaoptnet":
             raise ValueError("backbone resnet12 goes with the algorithm metaoptnet only")
+
+    def _check_data(self) -> None:
+        if self.split is not None and self.data in OWN_SPLITS:
+            raise ValueError(
+                f"split goes with glyphs, pictures and folder only: {self.data} has splits of its "
+                "own"
+            )
+        if self.image_size is not None and self.data in OWN_SPLITS:
+            raise ValueError(
+                f"image_size goes with glyphs, pictures and folder only: {self.data} has its own"
+            )
+        if self.skip_damaged and self.data != "folder":
+            raise ValueError("skip_damaged goes with the data folder only")
+        if self.data == "pictures" and self.algorithm not in PICTURE_TASKS:
+            raise ValueError(
+                f"pictures have no classes, which {self.algorithm} learns: data pictures goes with "
+                f"the algorithm {', '.join(PICTURE_TASKS)} only"
+            )
+
+    def _check_tasks(self) -> None:
+        """A task is one picture, or few examples of classes, and the network is made for it."""
+        fields = ("siren", "fourier")
+        if not self.picture_tasks:
+            checks.whole_number("ways", self.ways, least=2)
+            checks.whole_number("queries", self.queries, least=1)
+            if self.backbone in fields:
+                raise ValueError(f"backbone {self.backbone} goes with the algorithm field only")
+            if (self.depth, self.omega) != (RunConfig.depth, RunConfig.omega):
+                raise ValueError("depth and omega go with the algorithm field only")
+            return
+        one = {"ways": 1, "shots": 1, "train_shots": 1, "queries": 0, "train_queries": 0}
+        if wrong := [name for name, value in one.items() if getattr(self, name) != value]:
+            raise ValueError(
+                f"a task of {self.algorithm} is one picture: leave {', '.join(wrong)} out"
+            )
+        if self.backbone not in fields:
+            raise ValueError(f"{self.algorithm} needs a backbone of {', '.join(fields)}")
+        if self.label_noise:
+            raise ValueError(f"{self.algorithm} has no labels: leave label_noise out")
+        if self.backbone != "siren" and self.omega != RunConfig.omega:
+            raise ValueError("omega goes with the backbone siren only")
+
+    @property
+    def picture_tasks(self) -> bool:
+        """Whether a task is one picture instead of few examples of classes."""
+        return self.algorithm in PICTURE_TASKS
+
+    @property
+    def measure(self) -> Measure:
+        """What the run's scores are."""
+        return measure_of(self.algorithm)
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """The arguments of ``load_images`` that are settings, but for the split and its classes."""
+        return {
+            "root": self.data_root,
+            "split_seed": self.split,
+            "image_size": self.image_size,
+            "skip_damaged": self.skip_damaged,
+        }
 
     @property
     def with_drop_block(self) -> bool:

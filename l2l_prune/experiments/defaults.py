@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from l2l_prune.fewshot.evaluation import ACCURACY, PSNR, Measure
+
+PICTURE_TASKS = ("field",)
+"""Algorithms whose task is one picture: without ways and shots, and measured in PSNR."""
+
+
+def measure_of(algorithm: str) -> Measure:
+    """What an algorithm's scores are."""
+    return PSNR if algorithm in PICTURE_TASKS else ACCURACY
+
+
 _LEARN2LEARN: dict[str, Any] = {
     "train_shots": 1,
     "train_queries": 5,
@@ -40,6 +51,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "curve_tasks": 4,
         "final_tasks": 100,
     },
+    "field": {
+        "backbone": "siren",
+        "ways": 1,
+        "queries": 0,
+        "train_shots": 1,
+        "train_classes": None,
+        "layers": "all",
+        "tasks": 3,
+        "inner_steps": 2,
+        "inner_lr": 0.01,
+        "meta_lr": 1e-3,
+        "eval_steps": 2,
+        "final_tasks": 100,
+    },
 }
 """What each algorithm sets differently from
 :class:`~l2l_prune.experiments.config.RunConfig`, for short runs on glyphs."""
@@ -71,9 +96,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "tasks": 8,
         "final_tasks": 1_000,
     },
+    "field": {
+        "iterations": 570_000,
+        "channels": 256,
+        "depth": 4,
+        "omega": 200.0,
+        "meta_lr": 1e-5,
+    },
 }
 """The published settings on mini-ImageNet, beside :data:`DEFAULTS`: the pruning paper's Section
-5.1, and the defaults of the authors' scripts of CAVIA and MetaOptNet."""
+5.1, and the defaults of the authors' scripts of CAVIA and MetaOptNet; for fields those of
+Meta-SparseINR on CelebA, with as many iterations as its rounds take down to 5% of the weights."""
 
 PUBLISHED_SINE: dict[str, Any] = {
     "iterations": 50_000,

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from l2l_prune.experiments.config import RunConfig, make_config
-from l2l_prune.experiments.running.one_seed_table import run_and_report
+from l2l_prune.experiments.running.compare_one_seed import compare_one_seed
 from l2l_prune.experiments.running.run import RunResult
 from l2l_prune.fewshot.data import Glyphs
 
@@ -55,4 +55,4 @@ def run_demo(
     configs = demo_configs(iterations, sparsity, seed, eval_tasks)
     with console.status("rendering glyphs (first time only)"):
         Glyphs("train")
-    return run_and_report(configs, folder, console)
+    return compare_one_seed(configs, folder, console)

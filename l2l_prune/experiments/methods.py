@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from l2l_prune._basics import checks
-from l2l_prune.schedules.common import cubic, cyclic, one_shot
+from l2l_prune.schedules.common import cubic, cyclic, metasparse, one_shot
 from l2l_prune.schedules.paper import DSDSchedule, IHTSchedule, Schedule, Segment
 
 
@@ -21,12 +21,14 @@ class Method:
         make: Its schedule from iterations, sparsity and those phases that it takes.
         takes: The arguments of :func:`make_schedule` that have a meaning for it.
         settings: What else it sets in :class:`~l2l_prune.experiments.config.RunConfig`.
+        sparsity: What it prunes where nothing is given.
     """
 
     title: str
     make: Callable[..., Schedule]
     takes: tuple[str, ...] = ("pretrain",)
     settings: dict[str, Any] = field(default_factory=dict)
+    sparsity: float = 0.5
 
 
 def _dense(iterations: int, sparsity: float) -> Schedule:
@@ -84,6 +86,19 @@ def _cyclic(iterations: int, sparsity: float, pretrain: float = 0.2, rounds: int
     )
 
 
+def _metasparse(iterations: int, sparsity: float, pretrain: float | None = None) -> Schedule:
+    """Rounds of a fifth of what is left; the dense start is as long as five, as published."""
+    rounds = len(metasparse(sparsity, pretrain=0, interval=1).segments) - 1
+    dense = _dense_start(iterations, 5 / (5 + rounds) if pretrain is None else pretrain)
+    interval = (iterations - dense) // rounds
+    if interval < 1:
+        raise ValueError(
+            f"{iterations} iterations have no room for the {rounds} rounds down to "
+            f"{100 * (1 - sparsity):g}% of the weights: make the run longer"
+        )
+    return metasparse(sparsity, pretrain=iterations - rounds * interval, interval=interval)
+
+
 def _dense_start(iterations: int, pretrain: float) -> int:
     dense = round(pretrain * iterations)
     if dense >= iterations:
@@ -120,6 +135,9 @@ METHODS: dict[str, Method] = {
     "set": Method("SET", _FROM_SCRATCH, settings={"criterion": "random", "regrow": "random"}),
     "task-masks": Method("task masks", _task_masks, ("pretrain", "retrain", "task_share")),
     "rigl": Method("RigL", _FROM_SCRATCH, settings={"criterion": "random", "regrow": "gradient"}),
+    "metasparse": Method(
+        "Meta-SparseINR", _metasparse, settings={"allocation": "global"}, sparsity=0.95
+    ),
 }
 """The paper's three first; what the others are is told in docs/methods.md."""
 
@@ -127,7 +145,7 @@ METHODS: dict[str, Method] = {
 def make_schedule(
     kind: str,
     iterations: int,
-    sparsity: float = 0.5,
+    sparsity: float | None = None,
     *,
     pretrain: float | None = None,
     retrain: float | None = None,
@@ -139,9 +157,11 @@ def make_schedule(
     Args:
         kind: A key of :data:`METHODS`.
         iterations: Meta-iterations in all, >= 1.
-        sparsity: Fraction pruned in the sparse phases, in (0, 1).
+        sparsity: Fraction pruned in the sparse phases (metasparse: in the last), in (0, 1); 0.5
+            by default, 0.95 of metasparse.
         pretrain: Pre-training as a fraction of the run: 0.3 (DSD, one-shot), 0.2 (IHT, cubic,
-            cyclic), 0.5 (lottery) or 0 (SET, RigL, task masks) by default.
+            cyclic), 0.5 (lottery), 0 (SET, RigL, task masks) or the length of five rounds
+            (metasparse) by default.
         retrain: Retraining as a fraction of the run (DSD, default 0.1) or of each round (IHT,
             default 0.25; task masks, default 0); what is left over is sparse.
         rounds: Rounds of IHT, or cycles of cyclic, >= 1, 4 by default.
@@ -156,6 +176,7 @@ def make_schedule(
     method = METHODS[kind]
     if kind == "dense":
         return method.make(iterations, 0.0)
+    sparsity = method.sparsity if sparsity is None else sparsity
     if checks.fraction("sparsity", sparsity) == 0:
         raise ValueError(f"sparsity must be in (0, 1), got {sparsity}")
     given = {

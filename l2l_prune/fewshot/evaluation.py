@@ -29,11 +29,50 @@ class ClonesLearners(Protocol):
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What is measured on a task, and how people read it.
+
+    Args:
+        name: Its name in tables and on axes.
+        unit: The unit there.
+        factor: What a value is multiplied by to be in that unit.
+
+    Examples:
+        >>> str(ACCURACY), str(PSNR)
+        ('accuracy [%]', 'PSNR [dB]')
+    """
+
+    name: str
+    unit: str
+    factor: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.name} [{self.unit}]"
+
+    def read(self, value: float) -> float:
+        """A value in the unit."""
+        return self.factor * value
+
+    @property
+    def ending(self) -> str:
+        """The unit after a number, with a space; per cent goes without saying."""
+        return "" if self.unit == "%" else f" {self.unit}"
+
+
+ACCURACY = Measure("accuracy", "%", 100.0)
+"""The fraction of queries that are classified right, read as per cent."""
+
+PSNR = Measure("PSNR", "dB")
+"""Peak signal-to-noise ratio, see :func:`~l2l_prune.metalearners.fields.psnr`."""
+
+
+@dataclass(frozen=True)
 class Mean:
     """A mean over tasks with its 95% confidence interval (the paper's 1.96 std / sqrt(n)).
 
     Args:
-        values: One value per task, in fractions (0.5 is 50%).
+        values: One value per task; accuracies are fractions (0.5 is 50%).
+        measure: What they measure.
 
     Raises:
         ValueError: If there are none.
@@ -41,9 +80,12 @@ class Mean:
     Examples:
         >>> str(Mean((0.4, 0.6)))
         '50.0 ± 19.6'
+        >>> str(Mean((20.0, 22.0), PSNR))
+        '21.0 ± 2.0'
     """
 
     values: tuple[float, ...]
+    measure: Measure = ACCURACY
 
     def __post_init__(self) -> None:
         if not self.values:
@@ -69,7 +111,8 @@ class Mean:
         return abs(self.mean) > self.ci95
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.1f} ± {100 * self.ci95:.1f}"
+        mean, width = map(self.measure.read, (self.mean, self.ci95))
+        return f"{mean:.1f} ± {width:.1f}"
 
 
 MeanT = TypeVar("MeanT", bound=Mean)
@@ -79,11 +122,13 @@ def paired_difference(a: MeanT, b: MeanT) -> MeanT:
     """``a - b`` pair by pair, for two methods evaluated on the same tasks (or seeds).
 
     Raises:
-        ValueError: If they have different numbers of tasks.
+        ValueError: If they have different numbers of tasks, or measures.
     """
+    if a.measure != b.measure:
+        raise ValueError(f"not the same measure: {a.measure} and {b.measure}")
     if len(a.values) != len(b.values):
         raise ValueError(f"not the same tasks: {len(a.values)} and {len(b.values)}")
-    return type(a)(tuple(x - y for x, y in zip(a.values, b.values, strict=True)))
+    return type(a)(tuple(x - y for x, y in zip(a.values, b.values, strict=True)), a.measure)
 
 
 def unpaired_difference(a: Mean, b: Mean) -> tuple[float, float]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from l2l_prune._basics import checks
+from l2l_prune._basics.moved import renamed
 from l2l_prune.masking.layers import Layers, Rule, segment_counts, select
 from l2l_prune.schedules.schedule import Schedule, Segment
 
 
 @dataclass(frozen=True)
-class Setting:
+class Assumptions:
     """What the bounds assume of the meta-learning problem.
 
     Args:
@@ -55,7 +57,15 @@ class Setting:
         return self.lipschitz * (1 + self.inner_lr * self.smoothness)
 
 
-def sparse_gap_bound(kept: int, total: int, setting: Setting, constant: float = 1.0) -> float:
+def __getattr__(name: str) -> Any:
+    if name == "Setting":
+        return renamed("theory.Setting", Assumptions, "theory.Assumptions", None)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def sparse_gap_bound(
+    kept: int, total: int, assumptions: Assumptions, constant: float = 1.0
+) -> float:
     """Theorem 1: bound on the gap between training and population risk of sparse networks.
 
     ``constant * B sqrt((k log(p sqrt(M) G R (1 + eta H) / (B k)) + log(1 / delta)) / M)``, for all
@@ -65,7 +75,7 @@ def sparse_gap_bound(kept: int, total: int, setting: Setting, constant: float = 
     Args:
         kept: ``k``, in 1 .. ``total``.
         total: ``p``, the number of parameters.
-        setting: The problem.
+        assumptions: What is assumed of the problem.
         constant: Factor in front, > 0.
 
     Returns:
@@ -78,14 +88,14 @@ def sparse_gap_bound(kept: int, total: int, setting: Setting, constant: float = 
     """
     _check_counts(kept, total)
     checks.number("constant", constant, above=0)
-    s = setting
+    s = assumptions
     ratio = total * math.sqrt(s.tasks) * s.radius * s.meta_lipschitz / (s.loss_bound * kept)
     entropy = kept * max(0.0, math.log(ratio))
     return constant * s.loss_bound * math.sqrt((entropy - math.log(s.delta)) / s.tasks)
 
 
 def margin_risk_bound(
-    training_risk: float, kept: int, total: int, setting: Setting, constant: float = 1.0
+    training_risk: float, kept: int, total: int, assumptions: Assumptions, constant: float = 1.0
 ) -> float:
     """Corollary 1: bound on the population error from the training risk of a margin loss.
 
@@ -93,27 +103,27 @@ def margin_risk_bound(
         training_risk: Mean margin loss over the training tasks, >= 0.
         kept: As in :func:`sparse_gap_bound`, likewise the others.
         total: See ``kept``.
-        setting: See ``kept``.
+        assumptions: See ``kept``.
         constant: See ``kept``.
     """
     checks.number("training_risk", training_risk)
-    return training_risk + sparse_gap_bound(kept, total, setting, constant)
+    return training_risk + sparse_gap_bound(kept, total, assumptions, constant)
 
 
-def dense_gap_bound(total: int, setting: Setting, constant: float = 1.0) -> float:
+def dense_gap_bound(total: int, assumptions: Assumptions, constant: float = 1.0) -> float:
     """The dense networks' ``constant * B sqrt(p / M)`` that the paper compares with (Lemma 1).
 
     Args:
         total: ``p``, the number of parameters, >= 1.
-        setting: The problem.
+        assumptions: What is assumed of the problem.
         constant: Factor in front, > 0.
     """
     _check_counts(total, total)
     checks.number("constant", constant, above=0)
-    return constant * setting.loss_bound * math.sqrt(total / setting.tasks)
+    return constant * assumptions.loss_bound * math.sqrt(total / assumptions.tasks)
 
 
-def covering_gap_bound(kept: int, total: int, setting: Setting) -> float:
+def covering_gap_bound(kept: int, total: int, assumptions: Assumptions) -> float:
     """Theorem 1 with every constant, by a covering argument; holds as it stands.
 
     Each choice of ``k`` entries spans a ball of radius ``R`` that ``(3R / e)^k`` points cover
@@ -127,10 +137,10 @@ def covering_gap_bound(kept: int, total: int, setting: Setting) -> float:
     Args:
         kept: ``k``, in 1 .. ``total``.
         total: ``p``, the number of parameters.
-        setting: The problem.
+        assumptions: What is assumed of the problem.
     """
     _check_counts(kept, total)
-    s = setting
+    s = assumptions
     mesh = min(s.radius, s.loss_bound * math.sqrt(kept / s.tasks) / (2 * s.meta_lipschitz))
     entropy = kept * math.log(3 * math.e * total * s.radius / (mesh * kept))
     spread = math.sqrt((entropy + math.log(2 / s.delta)) / (2 * s.tasks))

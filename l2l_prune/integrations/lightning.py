@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from l2l_prune._basics import checks
+from l2l_prune._basics.moved import renamed
 from l2l_prune._basics.tensor_files import save_tensors
 from l2l_prune.masking.allocation import Allocation
 from l2l_prune.masking.criteria import Criterion, magnitude
@@ -54,15 +55,16 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
     Args:
         schedule: When to prune, and how much, in optimizer steps.
         layers: As in :class:`~l2l_prune.Pruner`, likewise ``only``, ``skip``,
-            ``criterion``, ``pattern``, ``allocation``, ``regrow_state`` and ``task_masks``; names
+            ``criterion``, ``pattern``, ``allocation``, ``release_state`` and ``task_masks``; names
             start at the LightningModule.
         only: See ``layers``.
         skip: See ``layers``.
         criterion: See ``layers``.
         pattern: See ``layers``.
         allocation: See ``layers``.
-        regrow_state: See ``layers``.
+        release_state: See ``layers``.
         task_masks: See ``layers``.
+        regrow_state: Deprecated: the old name of ``release_state``.
         dense_weights: If given, at the end of the fit the weights are written to this file under
             dense keys, as ``torch.save`` of a state dict.
 
@@ -87,11 +89,13 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         criterion: Criterion = magnitude,
         pattern: Pattern = UNSTRUCTURED,
         allocation: Allocation = "layerwise",
-        regrow_state: Literal["match", "keep"] = "match",
+        release_state: Literal["match", "keep"] = "match",
         task_masks: TaskMasks | None = None,
+        regrow_state: Literal["match", "keep"] | None = None,
         dense_weights: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
+        release_state = renamed("regrow_state", regrow_state, "release_state", release_state)
         self.schedule = checks.of_type("schedule", schedule, Schedule, "a Schedule")
         if dense_weights is not None:
             checks.of_type("dense_weights", dense_weights, (str, os.PathLike), "a path")  # type: ignore[arg-type]
@@ -103,7 +107,7 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
             "criterion": criterion,
             "pattern": pattern,
             "allocation": allocation,
-            "regrow_state": regrow_state,
+            "release_state": release_state,
             "task_masks": task_masks,
         }
         self._dense_weights = dense_weights

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from math import prod
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from l2l_prune._basics import checks
-from l2l_prune.masking.layers import Layers, Rule, select
+from l2l_prune.masking.layers import Layers, Rule, segment_counts, select
+from l2l_prune.masking.patterns import Pattern
 from l2l_prune.masking.prunable import LayerTensor
 from l2l_prune.masking.topk import kept_count, top_mask
 from l2l_prune.schedules.schedule import Segment
 
-Allocation: TypeAlias = Literal["layerwise", "global"]
-"""``"layerwise"``: each tensor keeps its own number of weights, as in the paper. ``"global"``: the
-scores of all selected tensors are ranked together."""
+Allocation: TypeAlias = Literal["layerwise", "erk", "global"]
+"""``"layerwise"``: each tensor is pruned at the schedule's sparsity, as in the paper. ``"erk"``:
+large tensors are pruned more than small ones (:func:`erk`), and all together at that sparsity.
+``"global"``: the scores of all tensors are ranked together."""
+ALLOCATIONS = get_args(Allocation)
 
 
 def erk(
@@ -41,7 +45,8 @@ def erk(
         skip: See ``layers``.
 
     Returns:
-        Sparsity by tensor name: the ``sparsity=`` of a schedule.
+        Sparsity by tensor name: the ``sparsity=`` of a schedule. A Pruner with
+        ``allocation="erk"`` computes the same for each of its segments.
 
     Raises:
         TypeError: If ``model`` is no module, or ``sparsity`` no number.
@@ -58,15 +63,49 @@ def erk(
         adaptive sparse connectivity*, Nature Communications 2018, Equation 1.
     """
     checks.of_type("model", model, nn.Module, "a torch.nn.Module")
-    density = 1 - checks.fraction("sparsity", sparsity)
-    tensors = select(model, layers=layers, only=only, skip=skip)
+    checks.fraction("sparsity", sparsity)
+    return _erk_rates(select(model, layers=layers, only=only, skip=skip), sparsity)
+
+
+def kept_counts(
+    tensors: Sequence[LayerTensor], segment: Segment, allocation: Allocation, pattern: Pattern
+) -> list[int]:
+    """How many weights each tensor keeps in ``segment``, or all together with ``"global"``.
+
+    Args:
+        tensors: The selected tensors.
+        segment: A segment of a schedule; dense ones keep everything.
+        allocation: How what is pruned is shared.
+        pattern: Where pruned weights may lie.
+
+    Returns:
+        One count per tensor, or a single one with ``"global"``.
+
+    Raises:
+        ValueError: If the segment does not fit the tensors or the allocation.
+    """
+    by_layer = segment.keep is not None or isinstance(segment.sparsity, tuple)
+    if allocation != "layerwise" and segment.sparse and by_layer:
+        raise ValueError(
+            f'allocation="{allocation}" shares one sparsity among the layers: the schedule must '
+            "not give sparsities or counts by layer"
+        )
+    if allocation == "global":
+        return [_global_count(tensors, segment)]
+    if allocation == "erk" and segment.sparse:
+        rates = _erk_rates(tensors, float(segment.sparsity))  # type: ignore[arg-type]
+        segment = dataclasses.replace(segment, sparsity=rates)
+    return segment_counts(tensors, segment, pattern)
+
+
+def _erk_rates(tensors: Sequence[LayerTensor], sparsity: float) -> dict[str, float]:
     shapes = {t.full_name: t.shape for t in tensors}
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     shares = {name: sum(shape) / prod(shape) for name, shape in shapes.items()}
     dense: set[str] = set()
     while True:
         others = [name for name in shapes if name not in dense]
-        budget = density * sum(sizes.values()) - sum(sizes[name] for name in dense)
+        budget = (1 - sparsity) * sum(sizes.values()) - sum(sizes[name] for name in dense)
         scale = budget / sum(shares[name] * sizes[name] for name in others) if others else 0.0
         full = {name for name in others if scale * shares[name] >= 1}
         if not full:
@@ -75,19 +114,9 @@ def erk(
     return {name: 0.0 if name in dense else 1 - scale * shares[name] for name in shapes}
 
 
-def global_count(tensors: Sequence[LayerTensor], segment: Segment) -> int:
-    """How many weights all tensors together keep in ``segment``.
-
-    Raises:
-        ValueError: If the segment gives sparsities or counts by layer, or keeps less than a weight
-            for each.
-    """
+def _global_count(tensors: Sequence[LayerTensor], segment: Segment) -> int:
     total = sum(tensor.shape.numel() for tensor in tensors)
-    if not segment.sparse:
-        return total
-    if segment.keep is not None or isinstance(segment.sparsity, tuple):
-        raise ValueError('allocation="global" takes one sparsity for all layers, none by layer')
-    keep = kept_count(total, float(segment.sparsity))  # type: ignore[arg-type]
+    keep = kept_count(total, float(segment.sparsity)) if segment.sparse else total  # type: ignore[arg-type]
     if keep < len(tensors):
         raise ValueError(
             f"sparsity {segment.sparsity} leaves {keep} weights for {len(tensors)} layers: lower it"

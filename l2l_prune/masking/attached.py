@@ -22,14 +22,10 @@ from l2l_prune.masking.prunable import LayerTensor
 
 
 class HeldMasks:
-    """Puts all tensors under masks, which hold nothing back until they are :meth:`set`.
-
-    Args:
-        tensors: What is pruned.
-        dense_keys: As in :class:`~l2l_prune.Pruner`.
+    """The masks of all pruned tensors: of ones at first, until others are :meth:`set`.
 
     Attributes:
-        values: Boolean mask of each tensor; True stays.
+        values: Boolean mask of each tensor, as they were set; True stays.
     """
 
     def __init__(self, tensors: Sequence[LayerTensor], *, dense_keys: bool) -> None:
@@ -86,11 +82,7 @@ class HeldMasks:
             detach(tensor.module, tensor.name)
 
     def check_there(self) -> None:
-        """Refuse to go on where a mask is gone.
-
-        Raises:
-            RuntimeError: Naming the tensor.
-        """
+        """Raise a RuntimeError that names the tensor, where a mask is gone."""
         for tensor in self._tensors:
             if tensor.name not in held_names(tensor.module):
                 raise RuntimeError(
@@ -99,15 +91,11 @@ class HeldMasks:
                 )
 
     def check_same(self, iteration: int, *, thoroughly: bool = False) -> None:
-        """Masks in the model may be moved, cast or reloaded, but must say the same.
+        """Raise a RuntimeError that names the tensor, where the model holds another mask.
 
-        Args:
-            iteration: Whose masks they must be, for the error.
-            thoroughly: Look also at buffers that nobody is known to have written to: DDP's
-                broadcasts leave no trace.
-
-        Raises:
-            RuntimeError: Naming the tensor whose mask differs.
+        Masks in the model may be moved, cast or reloaded, but must prune the same entries. With
+        ``thoroughly`` even buffers are compared that show no sign of having been written to:
+        DDP's broadcasts leave none. ``iteration`` is for the message.
         """
         for position, tensor in enumerate(self._tensors):
             buffer = _buffer(tensor)

@@ -17,6 +17,21 @@ tensor of the same shape; in each tensor the entries with the largest scores are
 without gradients being recorded, each time a mask is due."""
 
 
+def scores_of(weight: Tensor, criterion: Criterion) -> Tensor:
+    """The scores of a weight, on its device.
+
+    Raises:
+        TypeError: If they are not real numbers.
+        ValueError: If they do not fit the weight.
+    """
+    scores = criterion(weight)
+    if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+        raise ValueError("it must give a score for each of its weights")
+    if scores.dtype == torch.bool or scores.is_complex():
+        raise TypeError(f"it must give real numbers as scores, got {scores.dtype}")
+    return scores.to(weight.device)
+
+
 def magnitude(weight: Tensor) -> Tensor:
     """The paper's criterion: the absolute value (Section 4.1).
 

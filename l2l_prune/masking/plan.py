@@ -4,69 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from l2l_prune._basics import ranks
-from l2l_prune.masking.allocation import global_count, global_masks
-from l2l_prune.masking.criteria import Criterion
-from l2l_prune.masking.layers import segment_counts
+from l2l_prune._basics.checks import describe, of_type
+from l2l_prune.masking.allocation import ALLOCATIONS, Allocation, global_masks, kept_counts
+from l2l_prune.masking.criteria import Criterion, scores_of
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.prunable import LayerTensor
 from l2l_prune.masking.topk import check_finite
-from l2l_prune.schedules.schedule import Segment
+from l2l_prune.schedules.schedule import Schedule
 
 
 class MaskChoice:
-    """How many weights stay in each of some segments, and which of them.
+    """How many weights stay in each segment of a schedule, and which of them.
 
     Args:
         tensors: The selected tensors.
-        segments: How much is pruned, by segment.
+        schedule: When to prune, and how much; segments without a mask of their own are dense here.
         criterion: Gives the scores.
-        pattern: Where pruned weights may lie in each tensor, or ``None``: one ranking of all.
+        pattern: Where pruned weights may lie in each tensor.
+        allocation: How what is pruned is shared among the tensors.
         group: Ranks whose scores are added up, so that all choose the same.
 
     Raises:
-        ValueError: If a number or name of a segment does not fit the tensors.
+        TypeError: If ``criterion`` or ``pattern`` is something else.
+        ValueError: If a number or name of the schedule does not fit the tensors, or
+            ``allocation`` is unknown or goes without the pattern.
     """
 
     def __init__(
         self,
         tensors: Sequence[LayerTensor],
-        segments: Sequence[Segment],
+        schedule: Schedule,
         criterion: Criterion,
-        pattern: Pattern | None,
+        pattern: Pattern,
+        allocation: Allocation,
         group: dist.ProcessGroup | None = None,
     ) -> None:
+        if not callable(criterion):
+            raise TypeError(f"criterion must be a function of a weight, got {describe(criterion)}")
+        of_type("pattern", pattern, Pattern, "a Pattern")  # type: ignore[type-abstract]
+        if allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation must be one of {ALLOCATIONS}, got {allocation!r}")
+        self._global = allocation == "global"
+        if self._global and pattern != UNSTRUCTURED:
+            raise ValueError('allocation="global" goes without pattern: that counts layer by layer')
         self._group = group
         self._tensors, self._criterion, self._pattern = tensors, criterion, pattern
         self._counts = [  # by segment: what each tensor keeps, or what all keep together
-            [global_count(tensors, segment)]
-            if pattern is None
-            else segment_counts(tensors, segment, pattern)
-            for segment in segments
+            kept_counts(tensors, s if s.held else replace(s, sparse=False), allocation, pattern)
+            for s in schedule.segments
         ]
+
+    @property
+    def by_tensor(self) -> bool:
+        """Whether any mask with the right count of each tensor would do: no pattern, not global."""
+        return not self._global and self._pattern == UNSTRUCTURED
 
     def kept(self, position: int) -> int:
         """How many weights all tensors together keep in the segment at ``position``."""
         return sum(self._counts[position])
 
     def check(self, masks: Mapping[str, Tensor], position: int, whose: str) -> None:
-        """Refuse masks that keep more or less than the schedule says.
-
-        Args:
-            masks: By dense name, in the order of the tensors.
-            position: Of the segment.
-            whose: For the error.
+        """Refuse masks, by dense name in the tensors' order, that keep other numbers of weights.
 
         Raises:
-            ValueError: Naming the first that does not fit.
+            ValueError: Naming the first that does not fit, and ``whose`` it is.
         """
         kept = {name: int(mask.sum()) for name, mask in masks.items()}
-        if self._pattern is None:
+        if self._global:
             kept = {"all tensors": sum(kept.values())}
         for (name, found), keep in zip(kept.items(), self._counts[position], strict=True):
             if found != keep:
@@ -75,17 +86,12 @@ class MaskChoice:
                 )
 
     def masks(self, position: int, weights: Sequence[Tensor], when: str) -> list[Tensor]:
-        """A boolean mask for each tensor; True stays.
-
-        Args:
-            position: Of the segment that begins.
-            weights: The weights of the tensors.
-            when: The time in words, for errors.
+        """A boolean mask for each tensor in the segment at ``position``; True stays.
 
         Raises:
             TypeError: If scores are not real numbers.
-            ValueError: If weights or scores are not finite, or scores do not fit; the tensor is
-                named.
+            ValueError: If weights or scores are not finite, or scores do not fit. The message
+                names the tensor, and says ``when``.
         """
         with ranks.failing_together(self._group, weights[0].device):
             for tensor, weight in zip(self._tensors, weights, strict=True):
@@ -98,7 +104,7 @@ class MaskChoice:
         if self.kept(position) == sum(weight.numel() for weight in weights):  # nothing to choose
             return [all_true(weight) for weight in weights]
         counts, pattern = self._counts[position], self._pattern
-        if pattern is None:
+        if self._global:
             pairs = zip(self._tensors, weights, strict=True)
             return global_masks([self._scores(t, weight, when) for t, weight in pairs], *counts)
         masks = []
@@ -114,7 +120,7 @@ class MaskChoice:
     def _scores(self, tensor: LayerTensor, weight: Tensor, when: str) -> Tensor:
         """Finite scores of a tensor, of all ranks together."""
         with ranks.failing_together(self._group, weight.device), named(tensor, when):
-            scores = checked_scores(self._criterion(weight), weight).to(weight.device)
+            scores = scores_of(weight, self._criterion)
             check_finite(scores)
         return ranks.total(scores, self._group)
 
@@ -132,26 +138,12 @@ def arranged(tensor: LayerTensor, scores: Tensor, keep: int, pattern: Pattern) -
 
 @contextmanager
 def named(tensor: LayerTensor, when: str) -> Iterator[None]:
-    """Errors within tell whose scores they are about."""
+    """Errors within name the tensor whose scores they are about."""
     try:
         yield
     except (TypeError, ValueError) as error:
         place = f"cannot prune {tensor.full_name} {when}"
         raise type(error)(f"{place} by the scores of criterion: {error}") from None
-
-
-def checked_scores(scores: object, weight: Tensor) -> Tensor:
-    """The scores that a criterion gave, if they are such.
-
-    Raises:
-        TypeError: If they are not real numbers.
-        ValueError: If there is not one for each entry of ``weight``.
-    """
-    if not isinstance(scores, Tensor) or scores.shape != weight.shape:
-        raise ValueError("it must give a score for each of its weights")
-    if scores.dtype == torch.bool or scores.is_complex():
-        raise TypeError(f"it must give real numbers as scores, got {scores.dtype}")
-    return scores
 
 
 def all_true(weight: Tensor) -> Tensor:

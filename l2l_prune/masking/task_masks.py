@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from random import Random
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from l2l_prune._basics import checks
-from l2l_prune.masking.allocation import global_count, global_masks
-from l2l_prune.masking.layers import segment_counts
+from l2l_prune.masking.allocation import Allocation, global_masks, kept_counts
+from l2l_prune.masking.attached import HeldMasks
+from l2l_prune.masking.criteria import scores_of
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
-from l2l_prune.masking.plan import all_true, arranged, checked_scores, named
+from l2l_prune.masking.plan import all_true, arranged, named
 from l2l_prune.masking.prunable import LayerTensor
-from l2l_prune.schedules.schedule import Segment
+from l2l_prune.schedules.schedule import Schedule
 
 TaskScores: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
 """Gets one weight, as the parameter that it is, and a generator on the CPU of this task alone;
@@ -107,18 +110,6 @@ class TaskSeeds:
             return None
         return torch.Generator().manual_seed(seed)
 
-    def check_begun(self, iteration: int) -> None:
-        """Refuse to end a meta-iteration in which nothing was drawn.
-
-        Raises:
-            RuntimeError: Saying what to do.
-        """
-        if not self.tasks:
-            raise RuntimeError(
-                f"iteration {iteration} prunes in each task, but no task began: put each task's "
-                "learner into a `with pruner.task_masks():` block"
-            )
-
     def end_iteration(self) -> None:
         """The next task is the first of another meta-iteration."""
         self._seed, self.tasks = None, 0
@@ -152,71 +143,138 @@ class TaskSeeds:
         self._seed, self.tasks = state["seed"], state["tasks"]
 
 
-class TaskDraws:
-    """Draws what :class:`TaskMasks` says for the tensors of a Pruner, task after task.
+class TaskBlocks:
+    """The tasks of a Pruner, one after the other: what each is masked by, and whether one is on.
 
     Args:
-        how: Scores, pattern and generator.
+        how: Scores, pattern and generator, or ``None`` where no segment has masks for each task.
+        model: What is pruned.
         tensors: The selected tensors.
-        segments: Of the schedule.
-        whole: Rank the scores of all tensors together.
+        schedule: When to prune, and how much.
+        allocation: How what is pruned is shared among the tensors.
         group: Ranks that share the tasks of a meta-iteration.
 
+    Attributes:
+        inside: Whether a task is on.
+        lent: The masks of that task, or ``None`` where it is not pruned.
+
     Raises:
-        ValueError: If a number or name of the schedule, or the pattern, does not fit the tensors.
+        TypeError: If ``how`` is something else.
+        ValueError: If a number or name of the schedule, or the pattern, does not fit the tensors,
+            the schedule asks for masks that nobody said how to draw, or DistributedDataParallel
+            would overwrite them.
     """
 
     def __init__(
         self,
-        how: TaskMasks,
+        how: TaskMasks | None,
+        model: nn.Module,
         tensors: Sequence[LayerTensor],
-        segments: Sequence[Segment],
-        *,
-        whole: bool,
+        schedule: Schedule,
+        allocation: Allocation,
         group: dist.ProcessGroup | None,
     ) -> None:
-        self._how, self._tensors = how, tensors
-        self._whole = whole
-        self._counts: list[list[int]] = []  # by segment, empty where no masks are drawn
-        for segment in segments:
-            if not segment.per_task:
-                self._counts.append([])
-            elif whole:
-                self._counts.append([global_count(tensors, segment)])
-            else:
-                self._counts.append(segment_counts(tensors, segment, how.pattern))
-        self._segments = segments
-        self.seeds = TaskSeeds(how.generator, group)
+        self._how, self._tensors, self._segments = how, tensors, schedule.segments
+        self._global = allocation == "global"
+        self.inside, self.lent = False, None  # type: bool, list[Tensor] | None
+        self._drawing: int | None = None  # the segment's place, in a block that has drawn
+        if how is None:
+            if any(segment.per_task for segment in schedule.segments):
+                raise ValueError(
+                    "the schedule draws masks for each task: say how, with "
+                    "task_masks=TaskMasks(generator)"
+                )
+            return
+        checks.of_type("task_masks", how, TaskMasks, "a TaskMasks")
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel) and module.broadcast_buffers:
+                raise ValueError(
+                    "DistributedDataParallel would give all ranks the first one's task masks: wrap "
+                    "the model with broadcast_buffers=False"
+                )
+        if self._global and how.pattern != UNSTRUCTURED:
+            raise ValueError(
+                'allocation="global" goes without a pattern of task_masks: that counts layer by '
+                "layer"
+            )
+        self._counts = [  # by segment, empty where no masks are drawn
+            kept_counts(tensors, segment, allocation, how.pattern) if segment.per_task else []
+            for segment in schedule.segments
+        ]
+        self._seeds = TaskSeeds(how.generator, group)
 
-    @torch.no_grad()
-    def draw(self, position: int, weights: Sequence[Tensor]) -> list[Tensor] | None:
-        """The masks of the next task; True stays.
+    @contextmanager
+    def block(
+        self, position: int, held: HeldMasks, given: list[Tensor] | None
+    ) -> Iterator[list[Tensor]]:
+        """One task, in the segment at ``position``, under drawn or ``given`` masks."""
+        drawing = given is None and self._segments[position].per_task
+        masks = self._draw(position, held.originals()) if drawing else given
+        if masks is not None and self._segments[position].held:  # what the model has pruned stays
+            masks = [new & own for new, own in zip(masks, held.values, strict=True)]
+        self.inside, self.lent, self._drawing = True, masks, position if drawing else None
+        try:
+            with nullcontext() if masks is None else held.lent(masks):
+                yield held.values if masks is None else masks
+        finally:
+            self.inside, self.lent, self._drawing = False, None, None
 
-        Args:
-            position: Of the segment, one with masks for each task.
-            weights: The weights of the tensors.
+    def more(self, tasks: int, weights: Sequence[Tensor]) -> list[list[Tensor] | None]:
+        """Masks of further tasks in a block that has drawn; an empty list in another."""
+        if self._drawing is None:
+            return []
+        return [self._draw(self._drawing, weights) for _ in range(tasks)]
 
-        Returns:
-            A boolean tensor for each, or ``None`` for a task that stays dense.
+    def check_begun(self, position: int, iteration: int) -> None:
+        """Refuse to end a meta-iteration that should have drawn and has not.
 
         Raises:
-            TypeError: If scores are not real numbers.
-            ValueError: If scores are not finite or do not fit; the tensor is named.
+            RuntimeError: Saying what to do.
         """
-        generator = self.seeds.begin(self._segments[position].share)
+        if self._segments[position].per_task and not self._seeds.tasks:
+            raise RuntimeError(
+                f"iteration {iteration} prunes in each task, but no task began: put each task's "
+                "learner into a `with pruner.task_masks():` block"
+            )
+
+    def end_iteration(self) -> None:
+        """The next task is the first of another meta-iteration."""
+        if self._how is not None:
+            self._seeds.end_iteration()
+
+    def state_dict(self) -> dict[str, Any]:
+        """An entry of the Pruner's state, or none where nothing is drawn."""
+        return {} if self._how is None else {"task_masks": self._seeds.state_dict()}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse a Pruner's state whose entry does not fit.
+
+        Raises:
+            ValueError: Saying so.
+        """
+        if self._how is not None:
+            self._seeds.check_state(state["task_masks"])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a Pruner's state."""
+        if self._how is not None:
+            self._seeds.load_state_dict(state["task_masks"])
+
+    @torch.no_grad()
+    def _draw(self, position: int, weights: Sequence[Tensor]) -> list[Tensor] | None:
+        """A boolean tensor for each weight, or ``None`` for a task that stays dense."""
+        assert self._how is not None
+        generator = self._seeds.begin(self._segments[position].share)
         if generator is None:
             return None
         counts = self._counts[position]
-        if self._whole:
-            pairs = zip(self._tensors, weights, strict=True)
-            scores = [self._scores(tensor, weight, generator) for tensor, weight in pairs]
-            masks = global_masks(scores, *counts)
-        else:
-            masks = [
-                self._mask(tensor, weight, keep, generator)
-                for tensor, weight, keep in zip(self._tensors, weights, counts, strict=True)
-            ]
-        return [mask.to(weight.device) for mask, weight in zip(masks, weights, strict=True)]
+        pairs = zip(self._tensors, weights, strict=True)
+        if self._global:
+            return global_masks([self._scores(t, w, generator) for t, w in pairs], *counts)
+        return [
+            self._mask(tensor, weight, keep, generator)
+            for (tensor, weight), keep in zip(pairs, counts, strict=True)
+        ]
 
     def _mask(
         self, tensor: LayerTensor, weight: Tensor, keep: int, generator: torch.Generator
@@ -225,8 +283,10 @@ class TaskDraws:
             return all_true(weight)
         scores = self._scores(tensor, weight, generator)
         with named(tensor, "for a task"):
-            return arranged(tensor, scores, keep, self._how.pattern)
+            return arranged(tensor, scores, keep, self._how.pattern)  # type: ignore[union-attr]
 
     def _scores(self, tensor: LayerTensor, weight: Tensor, generator: torch.Generator) -> Tensor:
+        how = self._how
+        assert how is not None
         with named(tensor, "for a task"):
-            return checked_scores(self._how.scores(weight, generator), weight)
+            return scores_of(weight, lambda w: how.scores(w, generator))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from l2l_prune._basics import checks, ranks
+from l2l_prune._basics.hooks import Hooks
 from l2l_prune.channels.pruner import ChannelPruner, Structured
 from l2l_prune.masking.allocation import Allocation
 from l2l_prune.masking.criteria import Criterion, magnitude
@@ -165,7 +165,7 @@ class PrunedReptile(nn.Module):
         self._inner_state: list[dict[str, Any]] = []
         self._collected: list[Tensor] = []  # sum over tasks, one tensor a parameter
         self._tasks = 0
-        self._step_pre_hooks: dict[int, StepPreHook] = OrderedDict()
+        self._step_pre_hooks = Hooks()
 
     @property
     def schedule(self) -> Schedule:
@@ -246,7 +246,7 @@ class PrunedReptile(nn.Module):
                 the last :meth:`step`; or after :meth:`finalize`.
         """
         self._check_usable()
-        workspace = self._released(learner)
+        workspace = self._taken_back(learner)
         if self._collects_moves:
             start = workspace.before_last if self.foml else self.module.parameters()
             moved = workspace.moves(start)
@@ -270,7 +270,7 @@ class PrunedReptile(nn.Module):
         Raises:
             RuntimeError: As for :meth:`collect`.
         """
-        self._workspaces.append(self._released(learner))
+        self._workspaces.append(self._taken_back(learner))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -299,8 +299,7 @@ class PrunedReptile(nn.Module):
         try:
             if observed:
                 self._show_gradients(mean)
-                for hook in list(self._step_pre_hooks.values()):
-                    hook(self, (), {})
+                self._step_pre_hooks.call(self, (), {})
             if self._collects_moves:
                 torch._foreach_add_([p.detach() for p in parameters], mean, alpha=self.meta_lr)
             else:
@@ -328,9 +327,7 @@ class PrunedReptile(nn.Module):
         Returns:
             A handle; its ``remove()`` takes the hook off.
         """
-        handle = RemovableHandle(self._step_pre_hooks)
-        self._step_pre_hooks[handle.id] = hook
-        return handle
+        return self._step_pre_hooks.register(hook)
 
     def forget_inner_state(self) -> None:
         """Start the inner optimizer's carried state afresh."""
@@ -393,7 +390,7 @@ class PrunedReptile(nn.Module):
         """Whether learners give differences, so that what none has moved stays bit for bit."""
         return self.foml or self.pruner.segment.per_task
 
-    def _released(self, learner: Learner) -> Workspace:
+    def _taken_back(self, learner: Learner) -> Workspace:
         if not isinstance(learner, Learner):
             raise TypeError(f"this takes a learner made by clone(), got {checks.describe(learner)}")
         return learner.release(self, self.iteration)

@@ -1,7 +1,16 @@
 """When to prune, and how much: frozen values that import no torch."""
 
-from l2l_prune.schedules.common import cubic, cyclic, one_shot
+from l2l_prune.schedules.common import cubic, cyclic, metasparse, one_shot
 from l2l_prune.schedules.paper import DSDSchedule, IHTSchedule
 from l2l_prune.schedules.schedule import Schedule, Segment
 
-__all__ = ["DSDSchedule", "IHTSchedule", "Schedule", "Segment", "cubic", "cyclic", "one_shot"]
+__all__ = [
+    "DSDSchedule",
+    "IHTSchedule",
+    "Schedule",
+    "Segment",
+    "cubic",
+    "cyclic",
+    "metasparse",
+    "one_shot",
+]

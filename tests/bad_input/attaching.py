@@ -221,7 +221,7 @@ ARGUMENTS = [
     option("a pattern in words", "pattern .*'2:4'", TypeError, pattern="2:4"),
     option("the class of a pattern", "pattern .*the class NByM", TypeError, pattern=NByM),
     option("a pattern that does not fit", r"conv1.weight .*NByM.*skip=", pattern=NByM(2, 4)),
-    option("an unknown regrow state", "regrow_state .*'zero'", regrow_state="zero"),
+    option("an unknown regrow state", "release_state .*'zero'", release_state="zero"),
     option("dense keys in words", "dense_keys .*'no'", TypeError, dense_keys="no"),
     Case(
         "a rate for a layer that is not there",

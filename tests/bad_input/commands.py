@@ -13,8 +13,8 @@ from tests.bad_input.case import Case
 
 WORK = (
     "l2l_prune.experiments.demo.run_demo",
-    "l2l_prune.experiments.running.one_seed_table.run_and_report",
-    "l2l_prune.experiments.running.seeds_table.compare",
+    "l2l_prune.experiments.running.compare_one_seed.compare_one_seed",
+    "l2l_prune.experiments.running.compare_seeds.compare_seeds",
     "l2l_prune.experiments.running.sweep.sweep",
     "l2l_prune.fewshot.data.glyphs.render_glyphs",
 )
@@ -87,7 +87,7 @@ CASES = [
     told("--seeds 0", "--seeds", "run --seeds 0"),
     told("--seed -1", "--seed", "run --seed -1"),
     told("--jobs 0", "--jobs", "run --jobs 0"),
-    told("--ways 1", "--ways", "run --ways 1"),
+    told("--ways 1", "ways must be >= 2", "run --ways 1"),
     told("--inner-lr -1", "inner_lr .*-1", "run --inner-lr -1"),
     told("--meta-lr nan", "meta_lr .*nan", "run --meta-lr nan"),
     told("--scale 0", "scale .*0", "run --scale 0"),
@@ -111,7 +111,7 @@ CASES = [
     config("config with words for a number", "--iterations", 'iterations = "many"'),
     config("config with a list for a number", "--ways", "ways = [2, 3]"),
     config("config with half a seed", "--seeds", "seeds = 1.5"),
-    config("config with a yes for a number", "--ways", "ways = true"),
+    config("config with a yes for a number", "ways must be >= 2", "ways = true"),
     config("config with a word for yes", "--transductive", 'transductive = "maybe"'),
     config("config with a number for a name", "algorithm.*5", "algorithm = 5"),
     config("config with an unknown schedule", "method .*'sdd'", 'schedule = "sdd"'),
@@ -125,6 +125,25 @@ CASES = [
     sweep("sweep with no values", "sparsity .*empty", GRID + "sparsity = []"),
     sweep("sweep with listed seeds", "seeds .*seed = ", GRID + "seeds = [0, 1]"),
     sweep("sweep with words for a number", "ways .*'five'", GRID + 'ways = ["five"]'),
+    told("a folder without --data-root", "folder needs .*--data-root", "run --data folder"),
+    told(
+        "a folder without classes",
+        "neither class folders nor pictures",
+        "run --data folder --data-root .",
+    ),
+    told(
+        "--image-size of a benchmark",
+        "image_size .*folder only: fc100",
+        "run --image-size 28 --data fc100",
+    ),
+    told("--skip-damaged of glyphs", "skip_damaged .*folder only", "run --skip-damaged"),
+    told(
+        "--split of a benchmark",
+        "split goes with glyphs, pictures and folder",
+        "run --split 1 --data fc100",
+    ),
+    told("data of no folder", "there is no folder nowhere", "data nowhere"),
+    told("data of an empty folder", "neither class folders nor pictures", "data ."),
     sweep("sweep over unknown data", "data .*'cub'", GRID + 'data = ["glyphs", "cub"]'),
     told(
         "an unknown cluster",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
+
 import torch
+from PIL import Image
 from torch import nn
 
 from l2l_prune import PrunedReptile
@@ -10,6 +13,7 @@ from l2l_prune.fewshot.data import (
     EpisodeSampler,
     Glyphs,
     SineTasks,
+    load_folder,
     load_images,
     minibatches,
 )
@@ -17,6 +21,7 @@ from l2l_prune.fewshot.evaluation import Mean, accuracy, few_shot_accuracy, pair
 from tests.bad_input.attaching import NOW
 from tests.bad_input.case import Case
 from tests.conftest import SmallNet
+from tests.fewshot.data.picture_files import picture, write, write_classes
 
 IMAGES = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, 6, 6)
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2])
@@ -114,6 +119,131 @@ SETS = [
 ]
 
 
+def classes(number=4, **options):
+    def scene(folder):
+        write_classes(folder / "own", [f"c{i}" for i in range(number)], **options)
+        return {"root": folder / "own"}
+
+    return scene
+
+
+def also(make, after):
+    """A good folder, and what spoils it."""
+
+    def scene(folder):
+        made = make(folder)
+        after(made["root"])
+        return made
+
+    return scene
+
+
+def of_texts(folder):
+    for name in ("a", "b"):
+        (folder / "own" / name).mkdir(parents=True)
+        (folder / "own" / name / "read.txt").write_text("words")
+    return {"root": folder / "own"}
+
+
+def empty(folder):
+    (folder / "own").mkdir()
+    return {"root": folder / "own"}
+
+
+def one_file(folder):
+    (folder / "own").write_text("words")
+    return {"root": folder / "own"}
+
+
+def loose(folder):
+    write(folder / "own" / "a.png", picture(0, 0))
+    return {"root": folder / "own"}
+
+
+def listed(text):
+    def scene(folder):
+        write(folder / "own" / "images" / "a.png", picture(0, 0))
+        (folder / "own" / "train.csv").write_bytes(text)
+        return {"root": folder / "own"}
+
+    return scene
+
+
+def a_huge_picture(root):
+    """Its head says 100,000 x 100,000 pixels: 10 GB and more."""
+    Image.new("1", (100_000, 1)).save(root / "c0" / "0.png")
+    content = bytearray((root / "c0" / "0.png").read_bytes())
+    content[20:24] = (100_000).to_bytes(4, "big")
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    (root / "c0" / "0.png").write_bytes(content)
+
+
+def own(name, words, scene, error=ValueError, split="train", **options):
+    return Case(name, lambda s: load_folder(s.root, split, **options), error, words, scene)
+
+
+FOLDERS = [
+    own("no folder", "there is no folder", lambda f: {"root": f / "gone"}, FileNotFoundError),
+    own("a file for a folder", "is a file, not a folder", one_file, NotADirectoryError),
+    own("an empty folder", "neither class folders nor pictures.*class/picture", empty),
+    own("pictures without classes", "pictures, but no class folders.*class/picture", loose),
+    own("a folder of text files", r"own/a is no picture among its 1 files.*\.png", of_texts),
+    own(
+        "an empty class",
+        "class folder .*own/c9 is empty",
+        also(classes(), lambda root: (root / "c9").mkdir()),
+    ),
+    own("one class", "train .*has 0 of its 1 classes: .*at least 2", classes(1)),
+    own("two classes for three splits", "train .*has 1 of its 2 classes", classes(2)),
+    own("an unknown split of a folder", "split .*'val'", classes(), split="val"),
+    own("an image size of 0", "image_size .*0", classes(), image_size=0),
+    own("an image size in words", "image_size .*'28'", classes(), TypeError, image_size="28"),
+    own("a split seed below 0", "split_seed .*-1", classes(), split_seed=-1),
+    own(
+        "too few images", r"tasks need 9 .*2 classes: c. \(3\), c. \(3\)", classes(), least_images=9
+    ),
+    own(
+        "mixed sizes",
+        r"c0/9\.png has 9 x 8 pixels, .*8 x 8: give image_size",
+        also(classes(), lambda root: write(root / "c0" / "9.png", picture(0, 0, (8, 9)))),
+    ),
+    own(
+        "a folder that is linked in a circle",
+        "own/c9 and .*own are one folder",
+        also(classes(), lambda root: (root / "c9").symlink_to(root)),
+    ),
+    own(
+        "folders within a class",
+        "c0/more is a folder within a class",
+        also(classes(), lambda root: (root / "c0" / "more").mkdir()),
+    ),
+    own(
+        "a damaged picture",
+        r"1 damaged: .*c1/0\.png .*no known format.*skip_damaged",
+        also(classes(), lambda root: (root / "c1" / "0.png").write_bytes(b"\x89PNG")),
+    ),
+    own(
+        "a picture of 10 GB",
+        r"c0/0\.png cannot .*100000 x 100000|exceeds limit of",
+        also(classes(), a_huge_picture),
+    ),
+    own("a list without its heads", r"train\.csv: its first line", listed(b"a.png,c0\n")),
+    own(
+        "a list of a file that is not there",
+        r"train\.csv, line 2: there is no file .*b\.png",
+        listed(b"filename,label\nb.png,c0\n"),
+        FileNotFoundError,
+    ),
+    own(
+        "a list with a gap",
+        r"train\.csv: line 2 has no file name or no label",
+        listed(b"filename,label\na.png\n"),
+    ),
+    own("an empty list", "holds no train at all", listed(b"filename,label\n")),
+    own("a list of bytes", r"train\.csv: ", listed(b"\x00\xff\n")),
+]
+
+
 def scored(
     name,
     words,
@@ -182,4 +312,4 @@ EVALUATION = [
     ),
 ]
 
-CASES = EPISODES + SETS + EVALUATION
+CASES = EPISODES + SETS + FOLDERS + EVALUATION

@@ -8,7 +8,7 @@ from torch import nn
 from l2l_prune import DSDSchedule, IHTSchedule, Schedule, Segment
 from l2l_prune.fewshot.evaluation import Mean
 from l2l_prune.fewshot.theory import (
-    Setting,
+    Assumptions,
     dense_gap_bound,
     estimate_smoothness,
     margin_risk_bound,
@@ -30,7 +30,7 @@ def iht(**changes):
 
 def setting(**changes):
     usual = {"tasks": 10, "loss_bound": 1.0, "lipschitz": 1.0, "smoothness": 1.0}
-    return Setting(**{**usual, "radius": 1.0, "inner_lr": 0.1, **changes})
+    return Assumptions(**{**usual, "radius": 1.0, "inner_lr": 0.1, **changes})
 
 
 def layer(folder):

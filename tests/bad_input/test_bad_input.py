@@ -83,7 +83,7 @@ def test_one_schedule_in_a_config_file_needs_no_list(tmp_path):
     (tmp_path / "run.toml").write_text('schedule = "iht"\niterations = 100\n')
     line = ["run", "--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "out")]
     with (
-        mock.patch("l2l_prune.experiments.running.one_seed_table.run_and_report") as started,
+        mock.patch("l2l_prune.experiments.running.compare_one_seed.compare_one_seed") as started,
         mock.patch("l2l_prune.experiments.cli.check_files"),
     ):
         result = CliRunner().invoke(app, line)

@@ -210,7 +210,7 @@ PLANTED: list[tuple[Check, Fault]] = [
     ),
     (
         pruner_checks.in_float32,
-        Fault("scores are coarse", plan, "_scores", in_few_steps),
+        Fault("scores are coarse", plan, "scores_of", in_few_steps),
     ),
     (
         pruner_checks.with_patterns,

@@ -22,8 +22,8 @@ from l2l_prune import PrunedReptile, Pruner
 from l2l_prune._basics import ranks
 from l2l_prune.masking import attached as held_masks
 from l2l_prune.masking import masked_layer as reparam
-from l2l_prune.masking.criteria import Movement
-from l2l_prune.masking.plan import MaskChoice, _scores
+from l2l_prune.masking.criteria import Movement, scores_of
+from l2l_prune.masking.plan import MaskChoice
 from l2l_prune.masking.topk import _threshold
 from l2l_prune.methods.rewinding import Rewind
 from tests.cuda.place import SCHEDULE, on_device
@@ -182,7 +182,7 @@ def test_reptile_goes_on_with_the_state_of_another_device(there, here, optimizer
 
 def test_scores_may_come_from_the_cpu():
     weight = torch.rand(4, 3, device="cuda")
-    assert _scores(lambda w: torch.ones(w.shape), weight).device == weight.device
+    assert scores_of(weight, lambda w: torch.ones(w.shape)).device == weight.device
 
 
 class DeterministicMode(TorchDispatchMode):

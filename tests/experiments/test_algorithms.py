@@ -17,18 +17,22 @@ from tests.conftest import without_compiler
 pytest.importorskip("learn2learn")
 
 
-def sampler(size=28, seed=0):
-    """Noise: what is learnt of it is learnt by heart."""
+def sampler(size=28, seed=0, pictures=False):
+    """Noise: what is learnt of it is learnt by heart; ``pictures``: tasks of one picture."""
     generator = torch.Generator().manual_seed(5)
     labels = torch.arange(8).repeat_interleave(12)
     images = torch.rand(len(labels), 1, size, size, generator=generator)
-    return EpisodeSampler(images, labels, ways=3, shots=2, queries=4, seed=seed)
+    ways, shots, queries = (1, 1, 0) if pictures else (3, 2, 4)
+    return EpisodeSampler(images, labels, ways=ways, shots=shots, queries=queries, seed=seed)
 
 
 def small(algorithm, schedule="dsd", **options):
     settings = {"channels": 8, "ways": 3, "tasks": 2, "eval_steps": 3, **options}
     if algorithm == "metaoptnet":
         settings.setdefault("backbone", "conv4")
+    if algorithm == "field":
+        del settings["ways"]
+        settings["meta_lr"] = 0.01
     return make_config(algorithm, schedule, iterations=20, sparsity=0.4, **settings)
 
 
@@ -40,7 +44,7 @@ def start(config, size=28):
 @pytest.mark.parametrize("algorithm", DEFAULTS)
 def test_trains_and_prunes(algorithm):
     config = small(algorithm)
-    learner, tasks = start(config), sampler()
+    learner, tasks = start(config), sampler(pictures=config.picture_tasks)
     episodes = [tasks.sample() for _ in range(config.tasks)]
     if algorithm == "reptile":  # it trains on no queries
         episodes = [e._replace(query_x=e.support_x, query_y=e.support_y) for e in episodes]
@@ -65,11 +69,13 @@ def test_evaluation_changes_nothing(algorithm):
     ends = []
     for evaluates in (True, False):
         config = small(algorithm)
-        learner, tasks = start(config), sampler()
+        pictures = config.picture_tasks
+        learner, tasks = start(config), sampler(pictures=pictures)
+        others = [sampler(seed=9, pictures=pictures).sample() for _ in range(2)]
         for _ in range(8):
             if evaluates:
                 before = copy.deepcopy(learner.pruner.model.state_dict())
-                learner.evaluate([sampler(seed=9).sample() for _ in range(2)])
+                learner.evaluate(others)
                 after = learner.pruner.model.state_dict()
                 assert all(torch.equal(before[key], after[key]) for key in before)
             learner.train([tasks.sample() for _ in range(config.tasks)])
@@ -123,7 +129,7 @@ def test_resumes_bit_for_bit(algorithm, tmp_path):
     else:
         config, before, after = small(algorithm), 8, 6
     batches = []
-    source = sampler()
+    source = sampler(pictures=config.picture_tasks)
     for _ in range(before + after):
         batches.append([source.sample() for _ in range(config.tasks)])
 

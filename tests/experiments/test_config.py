@@ -44,7 +44,9 @@ def test_published_settings():
     assert glyphs.train_shots + glyphs.train_queries == 20  # all that there are of a class
     metaoptnet = make_config("metaoptnet", "dsd", published=True, data="mini-imagenet")
     assert (metaoptnet.train_shots, metaoptnet.train_queries, metaoptnet.tasks) == (15, 6, 8)
-    with pytest.raises(ValueError, match="published settings for reptile, cavia, metaoptnet only"):
+    with pytest.raises(
+        ValueError, match="published settings for reptile, cavia, metaoptnet, field only"
+    ):
         make_config("maml", "dsd", published=True)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from l2l_prune.experiments.demo import demo_configs
-from l2l_prune.experiments.report.results import verdicts
+from l2l_prune.experiments.report.results import conclusions
 from l2l_prune.experiments.running.run import Progress, RunResult, run
 from l2l_prune.fewshot.evaluation import Mean
 from l2l_prune.fewshot.models import Conv4
@@ -45,10 +45,10 @@ def test_verdicts_say_what_happened():
     better, worse, same = (
         result("DSD", values) for values in ((0.6, 0.61, 0.62), (0.4, 0.41, 0.42), (0.3, 0.5, 0.7))
     )
-    assert "better" in verdicts([dense, better])[0]
-    assert "One seed only" in verdicts([dense, better])[-1]
+    assert "better" in conclusions([dense, better])[0]
+    assert "One seed only" in conclusions([dense, better])[-1]
     for other, word in ((worse, "worse"), (same, "not significant")):
-        lines = verdicts([dense, other])
+        lines = conclusions([dense, other])
         assert word in lines[0]
         assert "did not raise" in lines[-1]
 

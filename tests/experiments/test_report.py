@@ -17,12 +17,12 @@ from scipy import stats
 
 from l2l_prune.experiments.config import RunConfig, make_config
 from l2l_prune.experiments.report import figures, results
-from l2l_prune.experiments.report.finished_runs import collect, schedule_rate
+from l2l_prune.experiments.report.finished_runs import read_folder, schedule_rate
 from l2l_prune.experiments.report.report import write_report
 from l2l_prune.experiments.report.results import write_results
+from l2l_prune.experiments.running.compare_seeds import compare_seeds
 from l2l_prune.experiments.running.processes import RunFailed
 from l2l_prune.experiments.running.run import Point, RunResult
-from l2l_prune.experiments.running.seeds_table import compare
 from l2l_prune.experiments.running.storage import finished_run, run_name
 from l2l_prune.experiments.running.sweep import expand, sweep
 from l2l_prune.fewshot.evaluation import Mean
@@ -69,7 +69,7 @@ def reported(folder: Path) -> list[dict[str, dict[str, str]]]:
 @pytest.fixture
 def no_curves(monkeypatch):
     """Pictures take most of the time, and say nothing here."""
-    monkeypatch.setattr(results, "accuracy_curves", lambda *arguments: None)
+    monkeypatch.setattr(results, "run_curves", lambda *arguments: None)
     monkeypatch.setattr("l2l_prune.experiments.report.report._figures", lambda *arguments: [])
 
 
@@ -176,7 +176,7 @@ def test_ablations_and_the_lengths_of_phases(tmp_path):
     assert header[2] == "pretrain"
     assert "retrain" not in header
     assert [(row[0], row[2]) for row in body if row[2] == "no"] == [("DSD 50%, no pretrain", "no")]
-    runs = collect(tmp_path).runs
+    runs = read_folder(tmp_path).runs
     drawn = {}
     for label, family, value, alike in figures._STUDIES:
         mine = [run for run in runs if run.family == family]
@@ -202,7 +202,7 @@ def test_bounds_stand_beside_the_measured_gap_of_real_runs(tmp_path):
     grid = {"schedule": ["dense", "dsd"], "sparsity": [0.3, 0.6]}
     sweep(expand(base, grid), tmp_path, Console(file=io.StringIO()), jobs=1)
     assert any(path.name.startswith("bounds-") for path in write_report(tmp_path))
-    dense = next(run for run in collect(tmp_path).runs if run.family == "dense")
+    dense = next(run for run in read_folder(tmp_path).runs if run.family == "dense")
     rates = np.array([0.0, 0.5, 0.9])
     theorem, explicit, full = figures._bounds(dense, dense.folder / "dense.pt", rates)
     total = sum(p.numel() for p in _net(dense).parameters())
@@ -229,6 +229,7 @@ def test_bad_folders(tmp_path):
 
 OTHER = {  # of settings that are names, or nothing by default
     "split": 3,
+    "image_size": 28,
     "annealing": "phase",
     "data": "omniglot",
     "data_root": "elsewhere",
@@ -255,9 +256,11 @@ def test_runs_that_differ_in_any_setting_are_rows_of_their_own(tmp_path, no_curv
     base = dataclasses.replace(base, drop_block=False, rewind=0)
     configs = [dataclasses.replace(base, seed=1)]
     for field in dataclasses.fields(RunConfig):
-        if field.name in ("name", "schedule", "seed", "algorithm", "backbone"):
-            continue
+        if field.name in ("name", "schedule", "seed", "algorithm", "backbone", "depth", "omega"):
+            continue  # what cannot differ alone
         changes = {field.name: other(field, getattr(base, field.name))}
+        if field.name == "skip_damaged":
+            changes["data"] = "folder"
         if field.name == "structured":  # which takes no rewind
             changes["rewind"] = None
         configs.append(dataclasses.replace(base, **changes))
@@ -272,10 +275,11 @@ def test_runs_that_differ_in_any_setting_are_rows_of_their_own(tmp_path, no_curv
     configs.append(dataclasses.replace(base, schedule=longer))
     configs.append(dataclasses.replace(base, name=f"{base.name}, by hand"))
     configs.append(dataclasses.replace(base, algorithm="maml"))
+    configs.append(dataclasses.replace(base, data="folder"))
     for number, config in enumerate((base, *configs)):
         write(tmp_path / str(number), config, 0.9, 0.7)
     rows: dict[tuple, list] = {}
-    for run in collect(tmp_path).runs:
+    for run in read_folder(tmp_path).runs:
         rows.setdefault((run.problem, run.size, run.shots, run.method), []).append(run)
     pooled = [same for same in rows.values() if len(same) > 1]
     idle = ("criterion", "allocation", "regrow", "rewind", "layers") if schedule == "dense" else ()
@@ -430,12 +434,10 @@ def test_a_run_that_failed_has_a_row_that_says_so(tmp_path, no_curves):
         torch.save({"a": torch.zeros(2), "b": torch.tensor([1.0, weight])}, place / "iht.pt")
     shown, accuracies, differences = reported(tmp_path)
     assert len(shown) == 3
-    assert (
-        shown[failed.name]["accuracy"] == "none, it failed: FloatingPointError: weights: not finite"
-    )
+    assert shown[failed.name]["score"] == "none, it failed: FloatingPointError: weights: not finite"
     for number in (0, 1):
         row = next(row for name, row in shown.items() if f"IHT 50%, seed {number}" in name)
-        assert row["accuracy"] == "none, it failed: its weights are not finite (b of iht.pt)"
+        assert row["score"] == "none, it failed: its weights are not finite (b of iht.pt)"
     assert accuracies["IHT 50%"]["seeds"] == "1"
     assert list(differences) == ["IHT 50%"]
 
@@ -445,7 +447,7 @@ def test_scores_that_are_no_numbers_are_no_scores(tmp_path, no_curves):
     file = place / "results.json"
     file.write_text(file.read_text().replace('"mean": 0.8', '"mean": NaN'))
     (shown,) = reported(tmp_path)
-    assert "its accuracies are not finite" in next(iter(shown.values()))["accuracy"]
+    assert "its scores are not finite" in next(iter(shown.values()))["score"]
     with pytest.raises(ValueError, match=r"results\.json holds a run that diverged"):
         finished_run(place, make_config("reptile", "dsd", iterations=40))
 
@@ -466,7 +468,7 @@ def test_the_folder_of_one_seed_has_a_report(tmp_path):
 def compared(folder, configs, tests):
     for config, test in zip(configs, tests, strict=True):
         write(folder / run_name(config), config, 0.9, test)
-    return compare(configs, folder, Console(file=io.StringIO()))
+    return compare_seeds(configs, folder, Console(file=io.StringIO()))
 
 
 def test_the_table_over_seeds_gives_the_largest_rate(tmp_path, no_curves):
@@ -500,7 +502,7 @@ def test_a_table_over_seeds_of_other_settings_is_refused(tmp_path, changes, word
     base = make_config("reptile", "dsd", iterations=40)
     configs = [dataclasses.replace(base, **change) for change in changes]
     with pytest.raises(ValueError, match=words):
-        compare(configs, tmp_path / "out", Console(file=io.StringIO()))
+        compare_seeds(configs, tmp_path / "out", Console(file=io.StringIO()))
     assert not (tmp_path / "out").exists()
 
 
@@ -510,7 +512,7 @@ def test_a_failed_run_of_several_seeds_leaves_its_reason(tmp_path, no_curves):
     good = dataclasses.replace(bad, seed=0)
     write(tmp_path / run_name(good), good, 0.9, 0.7)
     with pytest.raises(RunFailed, match="has only 20 examples"):
-        compare([good, bad], tmp_path, Console(file=io.StringIO()))
+        compare_seeds([good, bad], tmp_path, Console(file=io.StringIO()))
     shown, accuracies = reported(tmp_path)
-    assert "has only 20 examples" in shown[run_name(bad)]["accuracy"]
+    assert "has only 20 examples" in shown[run_name(bad)]["score"]
     assert accuracies["dense"]["seeds"] == "1"

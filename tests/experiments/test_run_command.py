@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.config import make_config
-from l2l_prune.experiments.report.results import verdicts
+from l2l_prune.experiments.report.results import conclusions
+from l2l_prune.experiments.running.compare_seeds import OverSeeds
 from l2l_prune.experiments.running.run import RunResult
-from l2l_prune.experiments.running.seeds_table import OverSeeds
 from l2l_prune.fewshot.evaluation import Mean
 from l2l_prune.fewshot.models import Conv4
 from tests.fewshot.data.benchmark_files import write_mini_imagenet
@@ -241,10 +241,11 @@ def test_help_says_the_defaults_that_hold():
 
     others = {n: m.settings["criterion"] for n, m in METHODS.items() if "criterion" in m.settings}
     assert others == {"set": "random", "rigl": "random"}
-    assert not any("allocation" in m.settings for m in METHODS.values())
+    shares = {n: m.settings["allocation"] for n, m in METHODS.items() if "allocation" in m.settings}
+    assert shares == {"metasparse": "global"}
     parameters = {p.name: p for p in typer.main.get_command(app).commands["run"].params}
     assert parameters["criterion"].show_default == "magnitude; random for set and rigl"
-    assert parameters["allocation"].show_default == "layerwise"
+    assert parameters["allocation"].show_default == "layerwise; global for metasparse"
 
 
 def test_estimates():
@@ -260,5 +261,5 @@ def test_estimates():
 
 def test_no_verdict_without_a_baseline():
     result = RunResult("DSD", Mean((0.5, 0.6)), Mean((0.5, 0.6)), 1.0)
-    assert verdicts([result]) == []
+    assert conclusions([result]) == []
     assert make_config("reptile", "dsd").title == "DSD seed 0"

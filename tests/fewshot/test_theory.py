@@ -11,7 +11,7 @@ from torch import nn
 
 from l2l_prune import DSDSchedule, IHTSchedule, Pruner, Schedule, Segment
 from l2l_prune.fewshot.theory import (
-    Setting,
+    Assumptions,
     covering_gap_bound,
     dense_gap_bound,
     estimate_smoothness,
@@ -20,7 +20,7 @@ from l2l_prune.fewshot.theory import (
     sparse_gap_bound,
 )
 
-SETTING = Setting(
+SETTING = Assumptions(
     tasks=10_000, loss_bound=2.0, lipschitz=5.0, smoothness=3.0, radius=10.0, inner_lr=0.1
 )
 
@@ -56,8 +56,8 @@ def test_the_covering_bound_holds_on_a_sampled_problem():
     a grid of 1-sparse parameters stays below the bound in every one of 100 draws."""
     generator = torch.Generator().manual_seed(0)
     p, tasks = 20, 400
-    setting = Setting(tasks, 1.0, lipschitz=2.0, smoothness=2.0, radius=1.0, inner_lr=0.0)
-    bound = covering_gap_bound(1, p, setting)
+    assumptions = Assumptions(tasks, 1.0, lipschitz=2.0, smoothness=2.0, radius=1.0, inner_lr=0.0)
+    bound = covering_gap_bound(1, p, assumptions)
     sides = torch.linspace(-1, 1, 41)
     worst = 0.0
     for _ in range(100):
@@ -166,3 +166,14 @@ def test_a_loss_that_diverges_is_told_and_the_parameters_stay():
     with pytest.raises(ValueError, match="smaller one"):
         estimate_smoothness(lambda: (theta.sum() * 1e30).exp(), [theta], radius=1.0)
     assert (theta == 1).all()
+
+
+def test_the_old_name_of_assumptions_works_with_a_warning():
+    from l2l_prune.fewshot import theory
+
+    with pytest.warns(
+        DeprecationWarning, match=r"theory\.Setting is now called theory\.Assumptions"
+    ):
+        assert theory.Setting is theory.Assumptions
+    with pytest.raises(AttributeError, match="Nobody"):
+        _ = theory.Nobody

@@ -84,7 +84,7 @@ class Oracle:
         )
 
     def step(self, gradients: list[Tensor], iteration: int) -> None:
-        """What Pruner(..., regrow_state="keep") promises around an optimizer step."""
+        """What Pruner(..., release_state="keep") promises around an optimizer step."""
         for p, g in zip(self.parameters.values(), gradients, strict=True):
             p.grad = g
         self.optimizer.step()

@@ -23,7 +23,7 @@ def test_maml_with_higher_equals_the_oracle():
     net = TinyNet()
     oracle = Oracle(net)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
-    pruner = Pruner(net, PHASES, optimizer, regrow_state="keep")
+    pruner = Pruner(net, PHASES, optimizer, release_state="keep")
     inner = torch.optim.SGD(net.parameters(), lr=0.1)
     for iteration in range(PHASES.iterations):
         optimizer.zero_grad()

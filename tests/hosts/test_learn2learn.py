@@ -58,7 +58,7 @@ ALGORITHMS = {
 
 
 def outer_step(optimizer, masks, parameters, iteration, rates):
-    """Adam, then what Pruner(..., regrow_state="keep") promises, by hand; returns the masks."""
+    """Adam, then what Pruner(..., release_state="keep") promises, by hand; returns the masks."""
     optimizer.step()
     segment = PHASES.segment(iteration + 1)
     if segment is not PHASES.segment(iteration):
@@ -99,14 +99,14 @@ def test_algorithm_equals_the_oracle(name, attach):
     theirs = same_start(make, dense)
     reference = torch.optim.Adam(theirs.parameters(), lr=0.01)
     if attach == "before":
-        pruner = Pruner(net, PHASES, regrow_state="keep")
+        pruner = Pruner(net, PHASES, release_state="keep")
         ours = same_start(make, net)
         optimizer = torch.optim.Adam(ours.parameters(), lr=0.01)
         pruner.add_optimizer(optimizer)
     else:
         ours = same_start(make, net)
         optimizer = torch.optim.Adam(ours.parameters(), lr=0.01)
-        pruner = Pruner(ours, PHASES, optimizer, regrow_state="keep")
+        pruner = Pruner(ours, PHASES, optimizer, release_state="keep")
     assert [n.removeprefix("module.") for n in pruner.masks] == list(LAYERS)
     assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
     parameters = dict(dense.net.named_parameters())

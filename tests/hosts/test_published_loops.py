@@ -104,7 +104,7 @@ def test_cavia_loop(schedule):
     model = ContextAttribute()
     twin = copy.deepcopy(model)
     meta_optimiser = torch.optim.Adam(model.parameters(), 0.01)
-    pruner = Pruner(model, schedule, meta_optimiser, dense_keys=True, regrow_state="keep")
+    pruner = Pruner(model, schedule, meta_optimiser, dense_keys=True, release_state="keep")
     twin_optimiser = torch.optim.Adam(twin.parameters(), 0.01)
     names = [n for n, p in twin.named_parameters() if p.dim() > 1]
     by_hand = HandMasked(twin, names, schedule, twin_optimiser, "exp_avg")

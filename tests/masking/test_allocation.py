@@ -8,9 +8,10 @@ from torch import nn
 
 from l2l_prune import DSDSchedule, PrunedReptile, Pruner, Schedule, Segment
 from l2l_prune.masking.allocation import erk, global_masks
-from l2l_prune.masking.patterns import NByM
+from l2l_prune.masking.patterns import UNSTRUCTURED, Block, NByM
 
-SCHEDULE = DSDSchedule(0.5, pretrain=0, prune=2, retrain=1)
+PHASES = {"pretrain": 0, "prune": 2, "retrain": 1}
+SCHEDULE = DSDSchedule(0.5, **PHASES)
 
 
 def test_erk_solves_its_equations(net):
@@ -79,12 +80,35 @@ def test_reptile_takes_it(net):
     assert len({float(m.float().mean()) for m in reptile.pruner.masks.values()}) > 1
 
 
+BY_LAYER = DSDSchedule({"fc": 0.5}, pretrain=0, prune=1, retrain=0)
+COUNTED = DSDSchedule(0.5, pretrain=0, prune=1, retrain=0, keep={"fc": 3})
+
+
+@pytest.mark.parametrize("pattern", [UNSTRUCTURED, Block(1, 2)])
+@pytest.mark.parametrize("trainer", [Pruner, PrunedReptile])
+def test_a_pruner_shares_by_erk_itself(net, trainer, pattern):
+    given = copy.deepcopy(net)
+    rates = erk(net, 0.5, skip="conv1")
+    explicit = trainer(given, DSDSchedule(rates, **PHASES), skip="conv1", pattern=pattern)
+    made = trainer(net, DSDSchedule(0.5, **PHASES), skip="conv1", pattern=pattern, allocation="erk")
+    explicit, made = (getattr(p, "pruner", p) for p in (explicit, made))
+    assert made.layerwise == (pattern == UNSTRUCTURED)
+    assert made.masks.keys() == explicit.masks.keys()
+    assert all(torch.equal(mask, explicit.masks[name]) for name, mask in made.masks.items())
+
+
+@pytest.mark.parametrize("schedule", [BY_LAYER, COUNTED])
+def test_erk_takes_one_sparsity(net, schedule):
+    with pytest.raises(ValueError, match='"erk" shares one sparsity among the layers'):
+        Pruner(net, schedule, allocation="erk")
+
+
 @pytest.mark.parametrize(
     ("options", "schedule", "words"),
     [
         ({"pattern": NByM(2, 4)}, SCHEDULE, "goes without pattern"),
-        ({}, DSDSchedule({"fc": 0.5}, pretrain=0, prune=1, retrain=0), "one sparsity for all"),
-        ({}, DSDSchedule(0.5, pretrain=0, prune=1, retrain=0, keep={"fc": 3}), "one sparsity"),
+        ({}, BY_LAYER, "one sparsity among"),
+        ({}, COUNTED, "one sparsity"),
         ({}, DSDSchedule(0.999, pretrain=0, prune=1, retrain=0), "leaves 0 weights for 3 layers"),
     ],
 )
@@ -94,8 +118,8 @@ def test_what_cannot_be_global_is_refused(net, options, schedule, words):
 
 
 def test_unknown_allocation(net):
-    with pytest.raises(ValueError, match='"layerwise" or "global", got \'erk\''):
-        Pruner(net, SCHEDULE, allocation="erk")
+    with pytest.raises(ValueError, match=r"'layerwise', 'erk', 'global'.*, got 'fair'"):
+        Pruner(net, SCHEDULE, allocation="fair")
     with pytest.raises(TypeError, match="model"):
         erk(3, 0.5)
     with pytest.raises(ValueError, match="sparsity"):

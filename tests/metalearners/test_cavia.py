@@ -63,7 +63,7 @@ def test_meta_gradients_and_weights_equal_a_functional_cavia(first_order, pruned
     cavia = CAVIA(net, lr=LR, first_order=first_order)
     ours = torch.optim.Adam(cavia.parameters(), 0.01)
     theirs = torch.optim.Adam(values.values(), 0.01)
-    pruner = Pruner(cavia, PHASES, ours, regrow_state="keep") if pruned else None
+    pruner = Pruner(cavia, PHASES, ours, release_state="keep") if pruned else None
     for iteration in range(PHASES.iterations):
         ours.zero_grad()
         theirs.zero_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from l2l_prune.experiments.algorithms.base import Algorithm
+from l2l_prune.experiments.algorithms.field import Field
 from l2l_prune.experiments.algorithms.learn2learn import ANIL, GradientBased, ProtoNet
 from l2l_prune.experiments.algorithms.metaoptnet import MetaOptNetLearner
 from l2l_prune.experiments.algorithms.reptile import Reptile
@@ -28,5 +29,6 @@ def build(config: RunConfig, image_shape: Sequence[int]) -> Algorithm:
         "anil": ANIL,
         "protonet": ProtoNet,
         "metaoptnet": MetaOptNetLearner,
+        "field": Field,
     }
     return kinds.get(config.algorithm, GradientBased)(config, image_shape)  # type: ignore[call-arg]

@@ -28,7 +28,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def evaluate(self, episodes: Iterable[Episode]) -> Mean:
-        """Accuracy on each episode's queries; leaves everything as it was."""
+        """The score of each episode, in ``config.measure``; leaves everything as it was."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

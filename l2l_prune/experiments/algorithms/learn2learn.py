@@ -14,7 +14,7 @@ from l2l_prune.experiments.algorithms.base import (
     conv4,
     eval_mode,
 )
-from l2l_prune.experiments.algorithms.outer_optimizer import WithOuterOptimizer
+from l2l_prune.experiments.algorithms.outer_optimizer import Classifier
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.running.streams import stream
 from l2l_prune.fewshot.data import Episode
@@ -24,7 +24,7 @@ from l2l_prune.metalearners.cavia import CAVIA
 from l2l_prune.metalearners.sparse_maml import SparseMAML
 
 
-class Adapting(WithOuterOptimizer):
+class Adapting(Classifier):
     """Learners that take inner steps on the support set."""
 
     _config: RunConfig
@@ -101,7 +101,7 @@ class ANIL(Adapting):
         return nn.Sequential(self._features, nn.Flatten(), learner)
 
 
-class ProtoNet(WithOuterOptimizer):
+class ProtoNet(Classifier):
     """Distances to class means; evaluated with running batch statistics."""
 
     def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:

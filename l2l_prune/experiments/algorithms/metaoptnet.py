@@ -14,14 +14,14 @@ from l2l_prune.experiments.algorithms.base import (
     conv4,
     eval_mode,
 )
-from l2l_prune.experiments.algorithms.outer_optimizer import WithOuterOptimizer
+from l2l_prune.experiments.algorithms.outer_optimizer import Classifier
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.running.streams import stream
 from l2l_prune.fewshot.data import Episode
 from l2l_prune.fewshot.evaluation import Mean
 
 
-class MetaOptNetLearner(WithOuterOptimizer):
+class MetaOptNetLearner(Classifier):
     """SVM head on an embedding; SGD with the published steps; running batch statistics."""
 
     def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:

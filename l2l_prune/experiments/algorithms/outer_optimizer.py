@@ -1,4 +1,4 @@
-"""Meta-learners with an outer optimizer: gradients of query losses, a step, the pruner."""
+"""Meta-learners with an outer optimizer: gradients of the tasks' losses, a step, the pruner."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from l2l_prune.pruner import Pruner
 
 
 class WithOuterOptimizer(Algorithm):
-    """Gradients of the mean query loss over the tasks, an optimizer, and the pruner."""
+    """Gradients of the mean loss over the tasks, an optimizer, and the pruner."""
 
     network: nn.Module
     pruner: Pruner
@@ -47,7 +47,7 @@ class WithOuterOptimizer(Algorithm):
 
     def _prune(self, model: nn.Module, config: RunConfig) -> None:
         self._masks = Masks(config, model, self._mean_loss)
-        self.pruner = Pruner(model, self._masks.schedule, self.optimizer, **self._masks.options)
+        self.pruner = Pruner(model, config.schedule, self.optimizer, **self._masks.options)
         self._masks.follow(self.pruner, self.optimizer)
 
     def _mean_loss(self) -> Tensor:
@@ -56,15 +56,7 @@ class WithOuterOptimizer(Algorithm):
 
     @abstractmethod
     def losses(self, tasks: Sequence[Episode]) -> Iterator[Tensor]:
-        """Query losses that sum to the sum over the tasks."""
-
-    @abstractmethod
-    def scores(self, episode: Episode) -> Tensor:
-        """Class scores of the queries after learning from the support set."""
-
-    def evaluate(self, episodes: Iterable[Episode]) -> Mean:
-        with _kept_buffers(self.network):
-            return accuracy(self.scores, episodes)
+        """Losses, after adapting, that sum to the sum over the tasks."""
 
     def state_dict(self) -> dict[str, Any]:
         scheduler = self.scheduler.state_dict() if self.scheduler is not None else None
@@ -87,6 +79,18 @@ class WithOuterOptimizer(Algorithm):
     def finalize(self) -> nn.Module:
         self.pruner.finalize()
         return self.network
+
+
+class Classifier(WithOuterOptimizer):
+    """A learner of classes, which is measured by its accuracy on the queries."""
+
+    @abstractmethod
+    def scores(self, episode: Episode) -> Tensor:
+        """Class scores of the queries after learning from the support set."""
+
+    def evaluate(self, episodes: Iterable[Episode]) -> Mean:
+        with _kept_buffers(self.network):
+            return accuracy(self.scores, episodes)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +11,12 @@ from torch.optim import Optimizer
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.running.streams import stream
 from l2l_prune.masking import criteria
-from l2l_prune.masking.allocation import erk
 from l2l_prune.masking.criteria import Criterion, Movement
 from l2l_prune.masking.task_masks import TaskMasks
 from l2l_prune.methods.regrowth import Regrowth
 from l2l_prune.methods.rewinding import Rewind
 from l2l_prune.pruner import Pruner
 from l2l_prune.reptile.reptile import PrunedReptile
-from l2l_prune.schedules.schedule import Schedule
 
 
 class Masks:
@@ -38,11 +35,10 @@ class Masks:
         }
         self._movement: Movement | None = None
         self._stateful: dict[str, Any] = {}
-        self.schedule = self._schedule(model)
         self.options: dict[str, Any] = {
             "layers": config.layers,
             "criterion": self._criterion(model),
-            "allocation": "global" if config.allocation == "global" else "layerwise",
+            "allocation": config.allocation,
             "skip": self._skipped(model),
             "task_masks": self._task_masks(),  # whose state is the Pruner's
         }
@@ -81,19 +77,6 @@ class Masks:
             held.load_state_dict(state[name])
         for purpose, generator in self._generators.items():
             generator.set_state(state["generators"][purpose])
-
-    def _schedule(self, model: nn.Module) -> Schedule:
-        schedule = self._config.schedule
-        if self._config.allocation != "erk":
-            return schedule
-        return Schedule(
-            tuple(
-                dataclasses.replace(s, sparsity=erk(model, s.sparsity, layers=self._config.layers))  # type: ignore[arg-type]
-                if s.sparse
-                else s
-                for s in schedule.segments
-            )
-        )
 
     def _task_masks(self) -> TaskMasks | None:
         if not any(segment.per_task for segment in self._config.schedule.segments):

@@ -42,7 +42,7 @@ class Reptile(Algorithm):
         structured = Structured(torch.zeros(2, *image_shape))
         self._reptile = PrunedReptile(
             net,
-            self._masks.schedule,
+            config.schedule,
             inner_lr=config.inner_lr,
             meta_lr=config.meta_lr,
             annealing=config.annealing,  # type: ignore[arg-type]

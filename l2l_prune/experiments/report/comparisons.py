@@ -29,8 +29,9 @@ class Comparison:
         family: The comparisons that are corrected together.
         treatment: Settings by which the runs of one side are known, ``name`` among them.
         control: The same of the other side.
-        margin: The difference that the hypothesis sets, in fractions of accuracy: 0 asks whether
-            the two differ; -0.02, whether the treatment is at most 2 points worse (one-sided).
+        margin: The difference that the hypothesis sets, in fractions of accuracy (fields: in dB): 0
+            asks whether the two differ; -0.02, whether the treatment is at most 2 points worse
+            (one-sided).
     """
 
     family: str
@@ -69,7 +70,9 @@ class Judged:
         if not self.corrected < 0.05:
             return "not shown"
         if self.comparison.margin:
-            return f"not worse by more than {-100 * self.comparison.margin:g} points"
+            measure = self.difference.measure
+            most = measure.read(-self.comparison.margin)
+            return f"not worse by more than {most:g}{measure.ending or ' points'}"
         return "better" if self.difference.mean > 0 else "worse"
 
 
@@ -103,7 +106,7 @@ def judge(
     Args:
         comparisons: As the plan states them.
         runs: The finished runs.
-        part: ``"test"`` or ``"train"`` accuracy.
+        part: ``"test"`` or ``"train"`` score.
 
     Raises:
         ImportError: If statsmodels is missing.
@@ -142,7 +145,7 @@ def comparison_table(judged: Iterable[Judged]) -> str:
                 "p": f"{one.p:.2g}",
                 "p (Holm)": f"{one.corrected:.2g}",
                 "verdict": one.verdict,
-                "could be seen": f"{100 * one.detectable:.1f}",
+                "could be seen": f"{one.difference.measure.read(one.detectable):.1f}",
             }
             for one in judged
         ]
@@ -156,7 +159,10 @@ def _differences(comparison: Comparison, runs: Sequence[FinishedRun], part: str)
     if len(shared) < 2:
         raise ValueError(f"{comparison.title} needs two replicates or more, got {len(shared)}")
     return OverSeeds(
-        tuple(treated[one].entry[part]["mean"] - control[one].entry[part]["mean"] for one in shared)
+        tuple(
+            treated[one].entry[part]["mean"] - control[one].entry[part]["mean"] for one in shared
+        ),
+        treated[shared[0]].measure,
     )
 
 

@@ -1,4 +1,4 @@
-"""Figures of what accuracy depends on: training accuracy, phases, sparsity and its bounds."""
+"""Figures of what test scores depend on: training scores, phases, sparsity and its bounds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from l2l_prune.experiments.report.same_settings import frozen, in_words, varying
 from l2l_prune.experiments.report.seed_statistics import OverSeeds
 from l2l_prune.fewshot.data import EpisodeSampler, load_images
 from l2l_prune.fewshot.theory import (
-    Setting,
+    Assumptions,
     covering_gap_bound,
     dense_gap_bound,
     estimate_smoothness,
@@ -38,7 +38,7 @@ from l2l_prune.schedules.paper import DSDSchedule, Schedule, Segment
 
 
 def tradeoff_figure(runs: list[FinishedRun], path: Path) -> bool:
-    """Test against training accuracy: a point a method, a line through dense runs by length.
+    """Test against training scores: a point a method, a line through dense runs by length.
 
     Returns:
         Whether there was something to draw: dense runs of two lengths, and another method.
@@ -48,9 +48,10 @@ def tradeoff_figure(runs: list[FinishedRun], path: Path) -> bool:
     lengths = sorted(grouped(dense, lambda run: run.iterations).items())
     if len(lengths) < 2 or not others:
         return False
+    measure = dense[0].measure
     figure, (ax,) = new_figure((7, 4.6))
     means = [
-        [100 * over_seeds(_once_a_seed(same), p).mean for _, same in lengths]
+        [measure.read(over_seeds(_once_a_seed(same), p).mean) for _, same in lengths]
         for p in ("train", "test")
     ]
     ax.plot(*means, "-o", color=COLORS[0], label="dense")
@@ -59,15 +60,15 @@ def tradeoff_figure(runs: list[FinishedRun], path: Path) -> bool:
     for (method, same), (color, marker) in zip(others.items(), styles(others=True), strict=False):
         train, test = over_seeds(same, "train"), over_seeds(same, "test")
         ax.errorbar(
-            100 * train.mean,
-            100 * test.mean,
+            measure.read(train.mean),
+            measure.read(test.mean),
             yerr=_bar(test),
             fmt=marker,
             color=color,
             capsize=2,
             label=method,
         )
-    ax.set(xlabel="training accuracy [%]", ylabel="test accuracy [%], 95% CI over seeds")
+    ax.set(xlabel=f"training {measure}", ylabel=f"test {measure}, 95% CI over seeds")
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, path)
     return True
@@ -105,7 +106,7 @@ _STUDIES = [
 
 
 def hyperparameter_figure(runs: list[FinishedRun], path: Path) -> bool:
-    """Test accuracy by the lengths of phases (Figures 3 and 4 of the paper).
+    """Test scores by the lengths of phases (Figures 3 and 4 of the paper).
 
     Returns:
         Whether there was something to draw: three values of one length, all else alike.
@@ -127,10 +128,11 @@ def hyperparameter_figure(runs: list[FinishedRun], path: Path) -> bool:
     if not panels:
         return False
     figure, axes = new_figure((1 + 4 * len(panels), 3.6), len(panels), sharey=True)
-    dense = _once_a_seed(run for run in runs if run.baseline)
+    dense, measure = _once_a_seed(run for run in runs if run.baseline), runs[0].measure
     for ax, (label, family, value, lines) in zip(axes, panels, strict=True):
         if dense:
-            ax.axhline(100 * over_seeds(dense, "test").mean, color="0.4", ls="--", label="dense")
+            level = measure.read(over_seeds(dense, "test").mean)
+            ax.axhline(level, color="0.4", ls="--", label="dense")
         differing = varying(_but_schedule(same[0]) for same in lines)
         for style, same in zip(styles(others=True), lines, strict=False):
             # Schedules that differ by rounding alone stand at one place as points of their own.
@@ -141,7 +143,7 @@ def hyperparameter_figure(runs: list[FinishedRun], path: Path) -> bool:
             _line(ax, [value(at[0]) for at in points], means, style, ", ".join(parts))
         ax.set(xlabel=label)
         ax.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel("test accuracy [%], 95% CI over seeds")
+    axes[0].set_ylabel(f"test {measure}, 95% CI over seeds")
     save_figure(figure, path)
     return True
 
@@ -189,7 +191,7 @@ def _bounds(
     values = {key: value for key, value in run.config.items() if key in names}
     config = RunConfig(**{**values, "schedule": Schedule((Segment(run.iterations),))})
     data = load_images(
-        config.data, "train", root=config.data_root, max_classes=config.train_classes
+        config.data, "train", max_classes=config.train_classes, **config.data_options
     )
     net = conv4(config, data.images.shape[1:])
     net.load_state_dict(load_tensors(weights))
@@ -205,7 +207,7 @@ def _bounds(
     )
     with torch.no_grad():
         radius = float(torch.cat([p.flatten() for p in net.parameters()]).norm())
-    setting = Setting(
+    assumptions = Assumptions(
         tasks=run.iterations * config.tasks,
         loss_bound=1.0,
         lipschitz=lipschitz,
@@ -219,9 +221,13 @@ def _bounds(
         counts.append(parameter_counts(net, schedule, layers=config.layers))
     total = counts[0][1]
     return [
-        ([sparse_gap_bound(k, p, setting) for k, p in counts], "Theorem 1, constant 1", "-"),
-        ([covering_gap_bound(k, p, setting) for k, p in counts], "all constants explicit", "--"),
-        ([dense_gap_bound(total, setting)] * len(counts), "dense, sqrt(p / M)", ":"),
+        ([sparse_gap_bound(k, p, assumptions) for k, p in counts], "Theorem 1, constant 1", "-"),
+        (
+            [covering_gap_bound(k, p, assumptions) for k, p in counts],
+            "all constants explicit",
+            "--",
+        ),
+        ([dense_gap_bound(total, assumptions)] * len(counts), "dense, sqrt(p / M)", ":"),
     ]
 
 
@@ -251,11 +257,11 @@ def _rounds(run: FinishedRun) -> int:
 def _line(
     ax: Any, xs: list[float], means: list[OverSeeds], style: tuple[str, str], label: str
 ) -> None:
-    """Means in percent with their intervals, joined by a line."""
-    heights, bars = [100 * mean.mean for mean in means], [_bar(mean) for mean in means]
+    """Means with their intervals, joined by a line."""
+    heights, bars = [m.measure.read(m.mean) for m in means], [_bar(m) for m in means]
     color, marker = style
     ax.errorbar(xs, heights, yerr=bars, fmt=f"-{marker}", capsize=2, color=color, label=label)
 
 
 def _bar(mean: OverSeeds) -> float:
-    return 100 * mean.ci95 if len(mean.values) > 1 else 0.0
+    return mean.measure.read(mean.ci95) if len(mean.values) > 1 else 0.0

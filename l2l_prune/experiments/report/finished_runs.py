@@ -1,4 +1,4 @@
-"""Finished runs as a report reads them: settings, methods, accuracies over seeds."""
+"""Finished runs as a report reads them: settings, methods, scores over seeds."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from torch import Tensor
 from l2l_prune._basics import checks
 from l2l_prune._basics.tensor_files import DamagedFile, load_tensors
 from l2l_prune.experiments.config import file_name
+from l2l_prune.experiments.defaults import PICTURE_TASKS, measure_of
 from l2l_prune.experiments.report import same_settings
 from l2l_prune.experiments.report.seed_statistics import OverSeeds
-from l2l_prune.fewshot.evaluation import paired_difference
+from l2l_prune.fewshot.evaluation import Measure, paired_difference
 from l2l_prune.schedules.paper import Schedule
 
 Key = TypeVar("Key", bound=Hashable)
@@ -62,6 +63,11 @@ class FinishedRun:
     def identity(self) -> dict[str, Any]:
         """All by which it differs from others of its seed, see :func:`same_settings.identity`."""
         return same_settings.identity(self.config)
+
+    @property
+    def measure(self) -> Measure:
+        """What its scores are."""
+        return measure_of(str(self.config["algorithm"]))
 
     @property
     def seed(self) -> int:
@@ -147,8 +153,10 @@ class FinishedRun:
     @property
     def size(self) -> str:
         """The backbone as the paper writes it, and bfloat16 where it computes in that."""
-        conv4 = "-".join([str(self.config["channels"])] * 4)
-        backbone = conv4 if self.config["backbone"] == "conv4" else "ResNet-12"
+        width = str(self.config["channels"])
+        names = {"conv4": "-".join([width] * 4), "resnet12": "ResNet-12"}
+        names |= {"siren": f"SIREN {width}", "fourier": f"Fourier features {width}"}
+        backbone = names[self.config["backbone"]]
         return f"{backbone}, bf16" if self.config.get("bf16") else backbone
 
     @property
@@ -157,16 +165,26 @@ class FinishedRun:
         return str(self.config["algorithm"]), str(self.config["data"]), int(self.config["ways"])
 
     @cached_property
-    def setting(self) -> Hashable:
-        """What runs must share to be compared, see :func:`same_settings.setting`."""
-        return same_settings.frozen(same_settings.setting(self.config))
+    def shared_settings(self) -> Hashable:
+        """What runs must share to be compared, see :func:`same_settings.shared_settings`."""
+        return same_settings.frozen(same_settings.shared_settings(self.config))
+
+    @property
+    def few_shot(self) -> bool:
+        """Whether its tasks have ways and shots."""
+        return self.config["algorithm"] not in PICTURE_TASKS
+
+    @property
+    def problem_title(self) -> str:
+        """The problem in words."""
+        algorithm, data, ways = self.problem
+        return f"{algorithm} on {data}" + (f", {ways}-way" if self.few_shot else "")
 
     @property
     def title(self) -> str:
         """The setting in words."""
-        algorithm, data, ways = self.problem
-        parts = (f"{algorithm} on {data}", f"{ways}-way {self.shots}-shot", self.size)
-        return ", ".join((*parts, *self.settings))
+        shots = f" {self.shots}-shot" if self.few_shot else ""
+        return ", ".join((self.problem_title + shots, self.size, *self.settings))
 
     def check(self) -> None:
         """Touch all that a report reads, so that damage shows where it can still be named.
@@ -176,15 +194,15 @@ class FinishedRun:
             TypeError: If something has another type.
             ValueError: If something is no number.
         """
-        numbers = self._accuracies()
+        numbers = self._scores()
         for point in self.entry["curve"]:
             numbers += [point[key] for key in ("iteration", "sparsity")]
         for value in (*numbers, self.entry["seconds"], self.seed):
             checks.of_type("a number of the results", value, (int, float), "a number")  # type: ignore[arg-type]
             float(value)  # not beyond all floats
-        _ = (self.method, hash(self.setting), self.phase_iterations("prune"))
+        _ = (self.method, hash(self.shared_settings), self.phase_iterations("prune"))
 
-    def _accuracies(self) -> list[float]:
+    def _scores(self) -> list[float]:
         points = self.entry["curve"]
         return [
             *(self.entry[part]["mean"] for part in ("train", "test")),
@@ -201,8 +219,8 @@ class FinishedRun:
         Raises:
             ValueError: If the file of its weights is damaged.
         """
-        if not all(map(math.isfinite, self._accuracies())):
-            return "its accuracies are not finite"
+        if not all(map(math.isfinite, self._scores())):
+            return "its scores are not finite"
         weights = self.folder / f"{file_name(self.config['name'])}.pt"
         if weights.is_file():  # who deletes them has seen them
             for name, value in _state_dict(weights).items():
@@ -279,7 +297,7 @@ def _read(file: Path) -> list[FinishedRun]:
 
 
 @dataclass(frozen=True)
-class Collection:
+class FolderRuns:
     """What a folder holds.
 
     Args:
@@ -293,7 +311,7 @@ class Collection:
     copies: dict[str, str]
 
 
-def collect(folder: Path) -> Collection:
+def read_folder(folder: Path) -> FolderRuns:
     """The runs in a folder and in the folders right below it.
 
     Raises:
@@ -320,7 +338,7 @@ def collect(folder: Path) -> Collection:
     runs, copies = _without_copies(runs, folder)
     in_order = sorted(runs, key=lambda run: int(run.config["channels"]))
     named = [run for same in grouped(in_order, _problem).values() for run in _named(same)]
-    return Collection(named, failed, copies)
+    return FolderRuns(named, failed, copies)
 
 
 def _problem(run: FinishedRun) -> Hashable:
@@ -349,7 +367,9 @@ def _without_copies(
 def _named(runs: list[FinishedRun]) -> list[FinishedRun]:
     """The runs of one problem, with names that say all in which they differ."""
     usual = _most([run.iterations for run in runs])
-    settings = same_settings.train_shots_aside(same_settings.setting(run.config) for run in runs)
+    settings = same_settings.train_shots_aside(
+        same_settings.shared_settings(run.config) for run in runs
+    )
     varying = [name for name in same_settings.varying(settings) if name not in _SHOWN]
     rivals = [
         name
@@ -357,14 +377,14 @@ def _named(runs: list[FinishedRun]) -> list[FinishedRun]:
         if name in same_settings.REGULARISERS
     ]
     found = []
-    for same in grouped(runs, lambda run: run.setting).values():
+    for same in grouped(runs, lambda run: run.shared_settings).values():
         length = _most([run.iterations for run in same])
         shared = tuple(
             values[0] if len(set(values)) == 1 else 0.0
             for values in zip(*(run.regularisers for run in same), strict=True)
         )
         for run in same:
-            own = same_settings.setting(run.config)
+            own = same_settings.shared_settings(run.config)
             words = [same_settings.in_words(n, run.identity[n]) for n in rivals if run.identity[n]]
             if run.iterations != usual:
                 words.append(f"{run.iterations} iterations")
@@ -412,12 +432,13 @@ def grouped(
 
 
 def over_seeds(runs: Iterable[FinishedRun], part: str) -> OverSeeds:
-    """Mean accuracies of the runs on ``"train"`` or ``"test"`` tasks."""
-    return OverSeeds(tuple(run.entry[part]["mean"] for run in runs))
+    """Mean scores of the runs, of one algorithm, on ``"train"`` or ``"test"`` tasks."""
+    runs = list(runs)
+    return OverSeeds(tuple(run.entry[part]["mean"] for run in runs), runs[0].measure)
 
 
 def gap_over_seeds(runs: Sequence[FinishedRun]) -> OverSeeds:
-    """Training minus test accuracy of each run."""
+    """Training minus test score of each run."""
     return paired_difference(over_seeds(runs, "train"), over_seeds(runs, "test"))
 
 

@@ -43,8 +43,8 @@ def save_figure(figure: Any, path: Path) -> None:
         figure.savefig(temporary, dpi=130, format="png")
 
 
-def accuracy_curves(configs: list[RunConfig], results: list[RunResult], path: Path) -> None:
-    """Training and test accuracy over meta-iterations, one panel a method, phases shaded.
+def run_curves(configs: list[RunConfig], results: list[RunResult], path: Path) -> None:
+    """Training and test scores over meta-iterations, one panel a method, phases shaded.
 
     Args:
         configs: The runs' settings.
@@ -54,7 +54,7 @@ def accuracy_curves(configs: list[RunConfig], results: list[RunResult], path: Pa
     figure, axes = new_figure((4 * len(results), 3.4), len(results), sharey=True)
     for ax, config, result in zip(axes, configs, results, strict=True):
         _panel(ax, config, result)
-    axes[0].set_ylabel("accuracy [%]")
+    axes[0].set_ylabel(str(configs[0].measure))
     handles, labels = axes[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     save_figure(figure, path)
@@ -63,7 +63,7 @@ def accuracy_curves(configs: list[RunConfig], results: list[RunResult], path: Pa
 def curves_by_method(
     panels: dict[str, dict[str, list[FinishedRun]]], path: Path, title: str
 ) -> None:
-    """Mean accuracy curves over seeds, a line a method (Figures 1 and 2 of the paper).
+    """Mean curves over seeds, a line a method (Figures 1 and 2 of the paper).
 
     Args:
         panels: The runs of each method, by panel; the sparse phases of the last are shaded.
@@ -79,7 +79,8 @@ def curves_by_method(
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set(xlabel="meta-iteration (sparse phases shaded)")
         ax.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel("accuracy [%], test solid, training dashed")
+    measure = next(iter(next(iter(panels.values())).values()))[0].measure
+    axes[0].set_ylabel(f"{measure}, test solid, training dashed")
     figure.suptitle(title)
     save_figure(figure, path)
 
@@ -88,7 +89,8 @@ def _seed_means(ax: Any, runs: list[FinishedRun], label: str, color: str, marker
     points = list(zip(*(run.entry["curve"] for run in runs), strict=True))
     iterations = [seeds[0]["iteration"] for seeds in points]
     for part, line in (("test", "-"), ("train", "--")):
-        means = [100 * sum(p[part] for p in seeds) / len(seeds) for seeds in points]
+        read = runs[0].measure.read
+        means = [read(sum(p[part] for p in seeds) / len(seeds)) for seeds in points]
         shown = {"label": label} if part == "test" else {}
         ax.plot(iterations, means, line, marker=marker, ms=4, color=color, **shown)
 
@@ -113,8 +115,8 @@ def _panel(ax: Any, config: RunConfig, result: RunResult) -> None:
 def _band(
     ax: Any, iterations: list[int], means: list[Mean], color: str, line: str, label: str
 ) -> None:
-    middle = [100 * m.mean for m in means]
-    low = [100 * (m.mean - m.ci95) for m in means]
-    high = [100 * (m.mean + m.ci95) for m in means]
+    middle = [m.measure.read(m.mean) for m in means]
+    low = [m.measure.read(m.mean - m.ci95) for m in means]
+    high = [m.measure.read(m.mean + m.ci95) for m in means]
     ax.plot(iterations, middle, line, color=color, label=label)
     ax.fill_between(iterations, low, high, color=color, alpha=0.15, lw=0)

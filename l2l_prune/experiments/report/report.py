@@ -17,11 +17,11 @@ from l2l_prune.experiments.report.figures import (
     tradeoff_figure,
 )
 from l2l_prune.experiments.report.finished_runs import (
-    Collection,
     FinishedRun,
+    FolderRuns,
     by_method,
-    collect,
     grouped,
+    read_folder,
 )
 from l2l_prune.experiments.report.plots import curves_by_method
 from l2l_prune.experiments.report.tables import difference_table, markdown_table, method_table
@@ -47,18 +47,18 @@ def write_report(folder: Path, comparisons: Sequence[Comparison] = ()) -> list[P
         ValueError: If there is no run in the folder, a ``results.json`` is damaged, or two hold
             different results of the same settings and seed.
     """
-    found = collect(folder)
+    found = read_folder(folder)
     parts, figures = ["# Runs", *_stated(comparisons, found.runs), *_notes(found)], []
     names: set[str] = set()
-    for (algorithm, data, ways), mine in grouped(found.runs, lambda run: run.problem).items():
+    for mine in grouped(found.runs, lambda run: run.problem).values():
         parts += [
-            f"## {algorithm} on {data}, {ways}-way: accuracy [%]",
+            f"## {mine[0].problem_title}: {mine[0].measure}",
             "Mean ± 95% confidence interval over seeds (the paper's: over tasks). Differences are "
             "to dense runs of the same settings, seed and length.",
             method_table(mine),
             difference_table(mine),
         ]
-        for same in grouped(mine, lambda run: run.setting).values():
+        for same in grouped(mine, lambda run: run.shared_settings).values():
             stem = re.sub(r"[^a-z0-9]+", "-", same[0].title.lower())
             while stem in names:
                 stem += "-"
@@ -80,7 +80,7 @@ def _stated(comparisons: Sequence[Comparison], runs: list[FinishedRun]) -> list[
     if not comparisons:
         return []
     return [
-        "## Stated comparisons: test accuracy in points",
+        "## Stated comparisons: test accuracy in points, PSNR in dB",
         "Mean of the paired differences ± 95% confidence interval over replicates (seed and "
         "split); p-values are of the paired t-test, then corrected by Holm within a family. *Could "
         "be seen*: the true difference that as many replicates find in 80% of studies.",
@@ -88,13 +88,12 @@ def _stated(comparisons: Sequence[Comparison], runs: list[FinishedRun]) -> list[
     ]
 
 
-def _notes(found: Collection) -> list[str]:
-    """What of the folder is in no table of accuracies, and why."""
+def _notes(found: FolderRuns) -> list[str]:
+    """What of the folder is in no table of scores, and why."""
     notes = []
     if found.failed:
         rows = [
-            {"run": name, "accuracy": f"none, it failed: {why}"}
-            for name, why in found.failed.items()
+            {"run": name, "score": f"none, it failed: {why}"} for name, why in found.failed.items()
         ]
         notes.append(markdown_table(rows))
     if found.copies:
@@ -105,21 +104,26 @@ def _notes(found: Collection) -> list[str]:
 
 def _figures(runs: list[FinishedRun], folder: Path, stem: str) -> list[tuple[Path, str]]:
     """Every figure that the runs of one setting have data for, with its caption."""
-    title = runs[0].title
+    title, score = runs[0].title, runs[0].measure.name
+    scores = score[0].upper() + score[1:]
     usual = [run for run in runs if run.iterations == run.usual_iterations]
     plain, others = [r for r in usual if r.plain], [r for r in usual if not r.plain]
     written = []
     if plain:
         path = folder / f"curves-{stem}.png"
         curves_by_method(_panels(plain, plain), path, title)
-        written.append((path, "Accuracy curves by pruning rate, means over seeds"))
+        written.append((path, f"{scores} curves by pruning rate, means over seeds"))
     if others and plain:
         path = folder / f"variants-{stem}.png"
         curves_by_method(_panels(plain, others), path, title)
-        written.append((path, "Accuracy curves of ablations, controls and rivals"))
+        written.append((path, f"{scores} curves of ablations, controls and rivals"))
     for name, draw, caption in (
-        ("tradeoff", tradeoff_figure, "Test against training accuracy; the line: dense by length"),
-        ("phases", hyperparameter_figure, "Test accuracy by length of phases and rounds"),
+        (
+            "tradeoff",
+            tradeoff_figure,
+            f"Test against training {score}; the line: dense by length",
+        ),
+        ("phases", hyperparameter_figure, f"Test {score} by length of phases and rounds"),
         ("bounds", bounds_figure, "Measured gap, and the bounds of Section 3.3, by sparsity"),
     ):
         path = folder / f"{name}-{stem}.png"

@@ -1,4 +1,4 @@
-"""What a person and a program read of finished runs: table, verdicts, files."""
+"""What a person and a program read of finished runs: table, conclusions, files."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 import l2l_prune
 from l2l_prune._basics.files import replace_file
 from l2l_prune._basics.tensor_files import save_tensors
 from l2l_prune.experiments.config import RunConfig, file_name
+from l2l_prune.experiments.defaults import measure_of
 from l2l_prune.experiments.report.finished_runs import schedule_rate
-from l2l_prune.experiments.report.plots import accuracy_curves
+from l2l_prune.experiments.report.plots import run_curves
 from l2l_prune.experiments.report.seed_statistics import signed
 from l2l_prune.experiments.running.run import Point, RunResult
 from l2l_prune.fewshot.evaluation import Mean, paired_difference, unpaired_difference
 
 
 def results_table(configs: list[RunConfig], results: list[RunResult]) -> Table:
-    """Method, sparsity, train and test accuracy, gap (each with 95% CI over tasks), seconds."""
-    tasks = configs[0].final_tasks
-    table = Table(title=f"accuracy [%], mean ± 95% CI over {tasks} tasks")
+    """Method, sparsity, train and test score, gap (each with 95% CI over tasks), seconds."""
+    tasks, measure = configs[0].final_tasks, configs[0].measure
+    # Escaped: [dB] would be markup.
+    table = Table(title=f"{escape(str(measure))}, mean ± 95% CI over {tasks} tasks")
     for header in ("method", "sparsity", "train", "test", "gap", "seconds"):
         table.add_column(header, justify="left" if header == "method" else "right")
     for config, result in zip(configs, results, strict=True):
@@ -35,13 +38,13 @@ def results_table(configs: list[RunConfig], results: list[RunResult]) -> Table:
             schedule_rate(config.schedule),
             str(result.train),
             str(result.test),
-            f"{100 * gap:.1f} ± {100 * width:.1f}",
+            f"{measure.read(gap):.1f} ± {measure.read(width):.1f}",
             f"{result.seconds:.0f}",
         )
     return table
 
 
-def verdicts(results: list[RunResult]) -> list[str]:
+def conclusions(results: list[RunResult]) -> list[str]:
     """What the table says about pruning: paired differences to dense, which comes first."""
     dense, *others = results
     if dense.name != "dense" or not others:
@@ -53,7 +56,8 @@ def verdicts(results: list[RunResult]) -> list[str]:
     else:
         some = any(difference.mean > 0 for _, difference in found)
         word = " significantly" if some else ""
-        lines.append(f"In this run (one seed), pruning did not raise test accuracy{word}.")
+        name = dense.test.measure.name
+        lines.append(f"In this run (one seed), pruning did not raise test {name}{word}.")
     return lines
 
 
@@ -71,7 +75,7 @@ def write_results(folder: Path, configs: list[RunConfig], results: list[RunResul
     for result in results:
         save_tensors(result.weights, folder / f"{file_name(result.name)}.pt")
     write_curves(results, folder / "curves.csv")
-    accuracy_curves(configs, results, folder / "curves.png")
+    run_curves(configs, results, folder / "curves.png")
     with replace_file(folder / "results.json") as path:
         path.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -88,9 +92,10 @@ def read_result(entry: dict[str, Any], file: Path) -> RunResult:
     """
 
     def mean(values: list[float]) -> Mean:
-        return Mean(tuple(map(float, values)))
+        return Mean(tuple(map(float, values)), measure)
 
     try:
+        measure = measure_of(entry["config"]["algorithm"])
         curve = [
             Point(
                 point["iteration"],
@@ -110,7 +115,7 @@ def read_result(entry: dict[str, Any], file: Path) -> RunResult:
 
 
 def write_curves(results: list[RunResult], path: Path) -> None:
-    """Write the points of the accuracy curves as CSV."""
+    """Write the points of the curves as CSV; accuracies are fractions."""
     columns = (
         "method",
         "iteration",
@@ -126,8 +131,8 @@ def write_curves(results: list[RunResult], path: Path) -> None:
         rows.writerow(columns)
         for result in results:
             for p in result.curve:
-                accuracies = (p.train.mean, p.train.ci95, p.test.mean, p.test.ci95)
-                rows.writerow((result.name, p.iteration, p.phase, p.sparsity, *accuracies))
+                scores = (p.train.mean, p.train.ci95, p.test.mean, p.test.ci95)
+                rows.writerow((result.name, p.iteration, p.phase, p.sparsity, *scores))
 
 
 def _as_json(config: RunConfig, result: RunResult) -> dict[str, Any]:

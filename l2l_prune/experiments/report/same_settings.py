@@ -24,7 +24,7 @@ _WATCHING = ("eval_every", "curve_tasks")
 weights are chosen by them."""
 
 _IF_CHOSEN = ("curve_tasks", "points")
-"""What :func:`setting` holds only where weights are chosen, which ``select`` says already."""
+"""What :func:`shared_settings` holds only where weights are chosen; else ``select`` says enough."""
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     """All by which a run differs from others of its seed; runs that share it are pooled.
 
     What has no effect is left out: how masks would come about in a dense run, empty segments, and
-    the channels of conv4 in another backbone.
+    a width in ResNet-12, which has none.
     """
     values = complete(config)
     del values["seed"]
@@ -54,12 +54,12 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
         values["schedule"] = sum(segment["iterations"] for segment in segments)
         # Whole channels take another path through the network: the same to rounding only.
         values = {k: v for k, v in values.items() if k not in MASKS or k == "structured"}
-    if values["backbone"] != "conv4":
+    if values["backbone"] == "resnet12":
         del values["channels"]
     return values
 
 
-def setting(config: dict[str, Any]) -> dict[str, Any]:
+def shared_settings(config: dict[str, Any]) -> dict[str, Any]:
     """What runs must share to be compared: all but the method and its rivals, and the seed."""
     values = identity(config)
     schedule = values.pop("schedule")

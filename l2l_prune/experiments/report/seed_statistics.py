@@ -31,13 +31,14 @@ class OverSeeds(Mean):
         return more if self.mean > 0 else less
 
     def __str__(self) -> str:
-        return super().__str__() if len(self.values) > 1 else f"{100 * self.mean:.1f}"
+        return super().__str__() if len(self.values) > 1 else f"{self.measure.read(self.mean):.1f}"
 
 
 def signed(difference: Mean) -> str:
-    """A difference in percentage points with its sign: ``"+1.2 ± 0.5"``."""
-    width = f" ± {100 * difference.ci95:.1f}" if len(difference.values) > 1 else ""
-    return f"{100 * difference.mean:+.1f}{width}"
+    """A difference, of accuracies in percentage points, with its sign: ``"+1.2 ± 0.5"``."""
+    read = difference.measure.read
+    width = f" ± {read(difference.ci95):.1f}" if len(difference.values) > 1 else ""
+    return f"{read(difference.mean):+.1f}{width}"
 
 
 def with_verdict(part: str, difference: OverSeeds) -> str:

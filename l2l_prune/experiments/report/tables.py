@@ -1,4 +1,4 @@
-"""Tables of finished runs: accuracies in the paper's form, and differences to the dense runs."""
+"""Tables of finished runs: scores in the paper's form, and differences to the dense runs."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ def method_table(runs: list[FinishedRun]) -> str:
                 held = mine[0].family == "dense" or mine[0].phase_iterations(phase)
                 row[phase] = "yes" if held else "no"
             for shots, same in sorted(grouped(mine, lambda run: run.shots).items()):
+                which = f"{shots}-shot " if same[0].few_shot else ""
                 row |= {
-                    f"{shots}-shot train": str(over_seeds(same, "train")),
-                    f"{shots}-shot test": str(over_seeds(same, "test")),
-                    f"{shots}-shot gap": str(gap_over_seeds(same)),
+                    f"{which}train": str(over_seeds(same, "train")),
+                    f"{which}test": str(over_seeds(same, "test")),
+                    f"{which}gap": str(gap_over_seeds(same)),
                     f"paper {shots}-shot": printed_accuracy(same[0]) or "",
                 }
                 row["seeds"] = _seeds(mine)
@@ -61,16 +62,18 @@ def difference_table(runs: list[FinishedRun]) -> str:
 
     The dense runs are those of the same settings and length, see :func:`dense_partner`.
     The last column, where there are dense runs of several lengths, is the difference in test
-    accuracy to dense runs that were trained just as far (see :func:`at_equal_training_accuracy`).
+    scores to dense runs that were trained just as far (see :func:`at_equal_training_score`).
     """
     rows = []
-    for mine in grouped(runs, lambda run: run.setting).values():
-        equal = at_equal_training_accuracy(mine)
+    for mine in grouped(runs, lambda run: run.shared_settings).values():
+        equal = at_equal_training_score(mine)
         for method, same in by_method(mine).items():
             pairs = [(r, dense) for r in same if (dense := dense_partner(r, mine))]
             if same[0].baseline or (same[0].dense and not pairs):
                 continue  # what others are compared with
-            row = {"minus dense": method, "backbone": same[0].size, "shots": str(same[0].shots)}
+            row = {"minus dense": method, "backbone": same[0].size}
+            if same[0].few_shot:
+                row["shots"] = str(same[0].shots)
             row["seeds"] = str(len(pairs))
             if pairs:
                 ours, theirs = zip(*pairs, strict=True)
@@ -84,7 +87,8 @@ def difference_table(runs: list[FinishedRun]) -> str:
             if method in equal:
                 found, of = equal[method], len(same)
                 part_of = "" if len(found.values) == of else f", {len(found.values)} of {of} seeds"
-                row["test at equal training accuracy"] = with_verdict("test", found) + part_of
+                heading = f"test at equal training {same[0].measure.name}"
+                row[heading] = with_verdict("test", found) + part_of
             rows.append(row)
     return markdown_table(rows)
 
@@ -113,15 +117,15 @@ def _closest(run: FinishedRun, dense: Iterable[FinishedRun]) -> FinishedRun | No
     )
 
 
-def at_equal_training_accuracy(runs: list[FinishedRun]) -> dict[str, OverSeeds]:
-    """Test accuracy minus that of dense runs that were trained just as far, in one setting.
+def at_equal_training_score(runs: list[FinishedRun]) -> dict[str, OverSeeds]:
+    """Test score minus that of dense runs that were trained just as far, in one setting.
 
     A pruned network fits its training tasks less, as a dense one does that was trained for less
-    long. Each run is set against the test accuracy that dense runs of the same seed and of
-    several lengths reach at its training accuracy, linear between them.
+    long. Each run is set against the test score that dense runs of the same seed and of
+    several lengths reach at its training score, linear between them.
 
     Returns:
-        Differences by method, over the seeds whose dense runs span the training accuracy; empty
+        Differences by method, over the seeds whose dense runs span the training score; empty
         without dense runs of two or more lengths.
     """
     differences = {}
@@ -137,7 +141,7 @@ def at_equal_training_accuracy(runs: list[FinishedRun]) -> dict[str, OverSeeds]:
             if expected is not None:
                 found.append(test - expected)
         if found:
-            differences[method] = OverSeeds(tuple(found))
+            differences[method] = OverSeeds(tuple(found), same[0].measure)
     return differences
 
 
@@ -146,7 +150,7 @@ def _point(run: FinishedRun) -> tuple[float, float]:
 
 
 def _between(curve: list[tuple[float, float]], train: float) -> float | None:
-    """Test accuracy at ``train`` on the broken line through ``curve``; None outside it."""
+    """Test score at ``train`` on the broken line through ``curve``; None outside it."""
     for (low, start), (high, stop) in itertools.pairwise(curve):
         if low <= train <= high:
             share = (train - low) / (high - low) if high > low else 0.5

@@ -73,7 +73,8 @@ class Display:
             phase = "scoring"
         numbers = ""
         if not math.isnan(at.train):  # there was an evaluation
-            numbers = f"train {100 * at.train:.0f} test {100 * at.test:.0f}"
+            train, test = map(config.measure.read, (at.train, at.test))
+            numbers = f"train {train:.0f} test {test:.0f}{config.measure.ending}"
         left = self._left(run_name(config), at.iteration, total)
         if self._bars is not None:
             self._bars.update(
@@ -128,7 +129,7 @@ def _bars(console: Console) -> Bars:
     columns += [
         fixed("{task.percentage:>3.0f}%", 4),
         fixed("{task.fields[phase]}", 11),
-        fixed("{task.fields[numbers]}", 16),
+        fixed("{task.fields[numbers]}", 19),
         fixed("{task.fields[left]:>7}", 7),
     ]
     return Bars(*columns, console=console, refresh_per_second=4, expand=True)

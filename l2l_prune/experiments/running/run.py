@@ -22,12 +22,12 @@ from l2l_prune.experiments.running.streams import stream
 from l2l_prune.experiments.running.tensorboard import EventLog
 from l2l_prune.fewshot.data import Episode, EpisodeSampler, Images, load_images
 from l2l_prune.fewshot.data.benchmarks import SPLITS
-from l2l_prune.fewshot.evaluation import Mean
+from l2l_prune.fewshot.evaluation import Mean, Measure
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: meta-iterations done, phase, sparsity, and the newest accuracies."""
+    """Where a run is: meta-iterations done, phase, sparsity, and the newest scores."""
 
     iteration: int
     phase: str
@@ -38,7 +38,7 @@ class Progress:
 
 @dataclass
 class Point:
-    """One point of the accuracy curves."""
+    """One point of the curves."""
 
     iteration: int
     phase: str
@@ -95,8 +95,8 @@ def run(
     state = _State()
     saved = load_checkpoint(checkpoint, config) if checkpoint else None
     if saved:
-        state.restore(saved, algorithm, tasks)
-    log = EventLog(events, state.done)
+        state.restore(saved, algorithm, tasks, config.measure)
+    log = EventLog(config.measure.name, events, state.done)
     for done in range(state.done + 1, config.schedule.iterations + 1):
         started = time.perf_counter()
         algorithm.train([tasks.sample() for _ in range(config.tasks)])
@@ -108,8 +108,8 @@ def run(
             train, test = found["train"], found["test"]
             state.curve.append(Point(done, phase, sparsity, train, test))
             log.add(done, train=train.mean, test=test.mean, sparsity=sparsity)
-            if config.select == "best" and found["validation"].mean > state.best_accuracy:
-                state.best_accuracy = found["validation"].mean
+            if config.select == "best" and found["validation"].mean > state.best_score:
+                state.best_score = found["validation"].mean
                 state.best = copy.deepcopy(algorithm.state_dict())
         if checkpoint and done % checkpoint_every == 0:
             save_checkpoint(checkpoint, config, state.to_save(algorithm, tasks))
@@ -144,7 +144,7 @@ class _State:
     done: int = 0
     seconds: float = 0.0
     curve: list[Point] = field(default_factory=list)
-    best_accuracy: float = -1.0
+    best_score: float = -math.inf
     best: dict[str, Any] | None = None
 
     def to_save(self, algorithm: Algorithm, tasks: EpisodeSampler) -> dict[str, Any]:
@@ -155,27 +155,32 @@ class _State:
             "done": self.done,
             "seconds": self.seconds,
             "curve": points,
-            "best_accuracy": self.best_accuracy,
+            "best_accuracy": self.best_score,
             "best": self.best,
             "algorithm": algorithm.state_dict(),
             "tasks": tasks.state_dict(),
         }
 
-    def restore(self, saved: dict[str, Any], algorithm: Algorithm, tasks: EpisodeSampler) -> None:
+    def restore(
+        self, saved: dict[str, Any], algorithm: Algorithm, tasks: EpisodeSampler, measure: Measure
+    ) -> None:
         self.done, self.seconds = saved["done"], saved["seconds"]
         self.curve = [
-            Point(iteration, phase, sparsity, Mean(tuple(train)), Mean(tuple(test)))
-            for iteration, phase, sparsity, train, test in saved["curve"]
+            Point(iteration, phase, rate, *(Mean(tuple(own), measure) for own in (train, test)))
+            for iteration, phase, rate, train, test in saved["curve"]
         ]
-        self.best_accuracy, self.best = saved["best_accuracy"], saved["best"]
+        self.best_score, self.best = saved["best_accuracy"], saved["best"]
         algorithm.load_state_dict(saved["algorithm"])
         tasks.load_state_dict(saved["tasks"])
 
 
 def _load(config: RunConfig, split: str) -> Images:
     limit = config.train_classes if split == "train" else None
+    needed = config.shots + config.queries
+    if split == "train":
+        needed = max(needed, config.train_shots + config.train_queries)
     return load_images(
-        config.data, split, root=config.data_root, max_classes=limit, split_seed=config.split
+        config.data, split, max_classes=limit, least_images=needed, **config.data_options
     )
 
 

@@ -17,6 +17,7 @@ from l2l_prune.experiments.report.results import write_results
 from l2l_prune.experiments.running.checkpoint import remove_checkpoint
 from l2l_prune.experiments.running.run import Progress, RunResult, run
 from l2l_prune.experiments.running.storage import finished_run, in_words, locked_folder, run_name
+from l2l_prune.fewshot.evaluation import ACCURACY, Measure
 
 _PATIENCE = 120
 """Seconds for a process whose command was killed to notice at its next meta-iteration."""
@@ -30,11 +31,13 @@ class Outcome:
     error: str | None
     train: float = math.nan
     test: float = math.nan
+    measure: Measure = ACCURACY
 
     def __str__(self) -> str:
         if self.error:
             return self.error
-        return f"train {100 * self.train:.1f}, test {100 * self.test:.1f}"
+        train, test = map(self.measure.read, (self.train, self.test))
+        return f"train {train:.1f}, test {test:.1f}{self.measure.ending}"
 
 
 def run_into(
@@ -71,7 +74,8 @@ def _train(
     try:
         (place / "error.txt").unlink(missing_ok=True)
         if found := finished_run(place, config):  # by the process that we waited for
-            outcome = Outcome(place.name, None, found["train"]["mean"], found["test"]["mean"])
+            train, test = (found[part]["mean"] for part in ("train", "test"))
+            outcome = Outcome(place.name, None, train, test, config.measure)
         else:
             events = place / "tensorboard" if tensorboard else None
             for message in run(config, checkpoint, events=events):
@@ -79,7 +83,8 @@ def _train(
                     return Outcome(place.name, "its command was killed")
                 if isinstance(message, RunResult):
                     write_results(place, [config], [message])
-                    outcome = Outcome(place.name, None, message.train.mean, message.test.mean)
+                    train, test = message.train.mean, message.test.mean
+                    outcome = Outcome(place.name, None, train, test, config.measure)
                 else:
                     tell(message)
         remove_checkpoint(checkpoint)

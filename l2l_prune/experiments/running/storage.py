@@ -69,7 +69,9 @@ def run_name(config: RunConfig) -> str:
     """
     rates = [s.sparsity_label.rstrip("%") for s in config.schedule.segments if s.sparse]
     parts = [config.algorithm, file_name(config.name), *rates[-1:]]
-    size = f"{config.channels}ch" if config.backbone == "conv4" else config.backbone
+    sizes = {"conv4": f"{config.channels}ch", "resnet12": "resnet12"}
+    size = sizes.get(config.backbone, f"{config.backbone}{config.channels}")
+    shots = [] if config.picture_tasks else [f"{config.shots}shot"]
     text = json.dumps(config.special, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return "-".join([*parts, size, f"{config.shots}shot", f"seed{config.seed}", digest])
+    return "-".join([*parts, size, *shots, f"seed{config.seed}", digest])

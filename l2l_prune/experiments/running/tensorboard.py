@@ -6,9 +6,10 @@ from pathlib import Path
 
 
 class EventLog:
-    """Writes accuracy, gap and sparsity of each point of the curves.
+    """Writes scores, their gap and sparsity of each point of the curves.
 
     Args:
+        name: What the scores are: ``"accuracy"``.
         folder: Gets the event files; ``None`` writes nothing.
         done: Meta-iterations that were done before; later events of a run that was stopped are
             superseded.
@@ -17,8 +18,8 @@ class EventLog:
         ImportError: If the package tensorboard is missing.
     """
 
-    def __init__(self, folder: Path | None, done: int) -> None:
-        self._writer = None
+    def __init__(self, name: str, folder: Path | None, done: int) -> None:
+        self._name, self._writer = name, None
         if folder is not None:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -33,9 +34,9 @@ class EventLog:
         if self._writer is None:
             return
         values = {
-            "accuracy/train": train,
-            "accuracy/test": test,
-            "accuracy/gap": train - test,
+            f"{self._name}/train": train,
+            f"{self._name}/test": test,
+            f"{self._name}/gap": train - test,
             "sparsity": sparsity,
         }
         for name, value in values.items():

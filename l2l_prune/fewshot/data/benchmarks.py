@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-try:
-    import numpy as np
-    import numpy.typing as npt
-except ImportError as error:
-    raise ImportError(
-        f'{error}; l2l_prune.fewshot.data needs: pip install "l2l-prune[experiments]"'
-    ) from None
-
-from l2l_prune._basics.files import replace_file
-from l2l_prune.fewshot.data.cache import cache_folder, locked
+from l2l_prune.fewshot.data.cache import Images, cache_folder, locked, map_images, write_images
 from l2l_prune.fewshot.data.safe_pickle import safe_loaders
 
 SPLITS = ("train", "validation", "test")
 _FORMAT = 1
-
-
-class Images(NamedTuple):
-    """Labelled images.
-
-    Attributes:
-        images: uint8 ``[n, C, H, W]``; of benchmarks, mapped from a file: only what is read
-            takes memory.
-        labels: int64 ``[n]``.
-    """
-
-    images: Tensor
-    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -52,6 +31,7 @@ class Benchmark:
         files: Files or folders of a split, relative to the root, of which all must be there.
         loader: Name of its class in ``learn2learn.vision.datasets``.
         source: Where the files come from, for error messages.
+        classes: Numbers of classes in train, validation and test.
         select: Chooses the examples of a split by their labels, where the files hold all splits.
     """
 
@@ -60,7 +40,13 @@ class Benchmark:
     files: Callable[[str], tuple[str, ...]]
     loader: str
     source: str
+    classes: tuple[int, int, int]
     select: Callable[[npt.NDArray[np.int64], str], npt.NDArray[np.bool_]] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image, ``(C, H, W)``."""
+        return self.channels, self.size, self.size
 
 
 def _short(split: str) -> str:
@@ -120,6 +106,7 @@ BENCHMARKS = {
         files=lambda split: (f"mini-imagenet-cache-{split}.pkl",),
         loader="MiniImagenet",
         source=_ZENODO,
+        classes=(64, 16, 20),
     ),
     "tiered-imagenet": Benchmark(
         size=84,
@@ -130,6 +117,7 @@ BENCHMARKS = {
         ),
         loader="TieredImagenet",
         source=_ZENODO,
+        classes=(351, 97, 160),
     ),
     "cifar-fs": Benchmark(
         size=32,
@@ -140,6 +128,7 @@ BENCHMARKS = {
         ),
         loader="CIFARFS",
         source=_ZENODO,
+        classes=(64, 16, 20),
     ),
     "fc100": Benchmark(
         size=32,
@@ -147,6 +136,7 @@ BENCHMARKS = {
         files=lambda split: (f"FC100_{_short(split)}.pickle",),
         loader="FC100",
         source=_ZENODO,
+        classes=(60, 20, 20),
     ),
     "omniglot": Benchmark(
         size=28,
@@ -159,6 +149,7 @@ BENCHMARKS = {
         ),
         loader="FullOmniglot",
         source="github.com/brendenlake/omniglot, which torchvision downloads",
+        classes=(1100, 100, 423),
         select=_random_characters,
     ),
 }
@@ -174,10 +165,17 @@ def check_benchmark(name: str, split: str, root: Path) -> None:
     for file in _missing(name, split, root):
         raise FileNotFoundError(
             f"{name} needs {file}, which is not in {root}; it comes from "
-            f"{BENCHMARKS[name].source} (--download, or download=True, fetches it)"
+            f"{BENCHMARKS[name].source} (--download, or download=True, fetches it). Or put the "
+            f"splits there, or in {name} in it, as train*.parquet, validation*.parquet and "
+            "test*.parquet (or .arrow) with the columns image and label"
         )
     if name == "cifar-fs":
         _check_cifar_copy(root, split)
+
+
+def has_benchmark(name: str, split: str, root: Path) -> bool:
+    """Whether learn2learn's files of a split are all there."""
+    return not _missing(name, split, root)
 
 
 def _missing(name: str, split: str, root: Path) -> list[str]:
@@ -203,10 +201,10 @@ def load_benchmark(name: str, split: str, root: Path, *, download: bool = False)
     key = _fingerprint(name, split, root)  # of the files that are there now
     place = cache_folder() / f"{name}-{split}-{key}"
     with locked(place):
-        decoded = _mapped(name, place)
+        decoded = map_images(place, BENCHMARKS[name].shape)
         if decoded is None:
             _decode(name, split, root, place, data)
-            decoded = _mapped(name, place)
+            decoded = map_images(place, BENCHMARKS[name].shape)
     if decoded is None:
         raise ValueError(f"{place}.npy cannot be read back: is the disk in order?")
     return decoded
@@ -228,26 +226,6 @@ def _downloaded(name: str, split: str, root: Path) -> Any:
     return data
 
 
-def _mapped(name: str, place: Path) -> Images | None:
-    """What an earlier call decoded, or ``None`` if it is not there or not whole."""
-    files = place.with_suffix(".npy"), place.with_suffix(".labels.npy")
-    if not all(file.exists() for file in files):
-        return None
-    try:
-        # Copy-on-write: torch wants writable memory, the file must not change.
-        images = np.load(files[0], mmap_mode="c")
-        labels = np.array(np.load(files[1], mmap_mode="r"))
-    except (ValueError, EOFError) as error:
-        warnings.warn(f"{place}.npy is damaged ({error}); decoding it again", stacklevel=4)
-        return None
-    benchmark = BENCHMARKS[name]
-    shape = (len(labels), benchmark.channels, benchmark.size, benchmark.size)
-    if images.shape != shape or images.dtype != np.uint8 or labels.dtype != np.int64:
-        warnings.warn(f"{place}.npy is not what it should be; decoding it again", stacklevel=4)
-        return None
-    return Images(torch.from_numpy(images), torch.from_numpy(labels))
-
-
 def _decode(name: str, split: str, root: Path, place: Path, data: Any) -> None:
     """Write the mapped files of a split, from learn2learn's data set if it is open already."""
     benchmark = BENCHMARKS[name]
@@ -259,17 +237,14 @@ def _decode(name: str, split: str, root: Path, place: Path, data: Any) -> None:
             chosen = np.flatnonzero(benchmark.select(labels, split))
         else:
             chosen = np.arange(len(labels))
-        shape = (len(chosen), benchmark.channels, benchmark.size, benchmark.size)
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        # Not through a mapped file: a full disk would end the process by a signal.
-        with replace_file(place.with_suffix(".npy")) as temporary, temporary.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
-            with safe_loaders():
-                for index in chosen.tolist():
-                    file.write(_pixels(data[index][0], shape[1:]))
-    with replace_file(place.with_suffix(".labels.npy")) as temporary:
-        with temporary.open("wb") as file:
-            np.save(file, labels[chosen])
+        with safe_loaders():
+            write_images(
+                place,
+                (
+                    (_pixels(data[index][0], benchmark.shape), int(labels[index]))
+                    for index in chosen.tolist()
+                ),
+            )
 
 
 @contextmanager
@@ -301,7 +276,7 @@ def _labels(data: Any) -> Any:
     return labels
 
 
-def _pixels(image: Any, shape: tuple[int, ...]) -> bytes:
+def _pixels(image: Any, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
     """uint8 ``[C, H, W]`` of a PIL image or of a tensor in 0 .. 255."""
     if isinstance(image, Tensor):
         pixels = np.asarray(image.to(torch.uint8))
@@ -309,7 +284,7 @@ def _pixels(image: Any, shape: tuple[int, ...]) -> bytes:
         pixels = np.asarray(image.convert("RGB"), dtype=np.uint8).transpose(2, 0, 1)
     if pixels.shape != shape:
         raise ValueError(f"an image is {pixels.shape}, not {shape}")
-    return pixels.tobytes()
+    return pixels
 
 
 def _fingerprint(name: str, split: str, root: Path) -> str:

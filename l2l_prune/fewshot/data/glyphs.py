@@ -28,7 +28,8 @@ _BY_SCRIPT = {
     "validation": ("greek",),
     "test": ("cyrillic", "armenian", "georgian"),
 }
-_BY_CHARACTER = {"train": (0.0, 0.6), "validation": (0.6, 0.75), "test": (0.75, 1.0)}
+RANDOM_SPLITS = {"train": (0.0, 0.6), "validation": (0.6, 0.75), "test": (0.75, 1.0)}
+"""Where the splits of a random order begin and end."""
 
 
 class Glyphs(Dataset[tuple[Tensor, int]]):
@@ -133,9 +134,13 @@ def _split(glyphs: Rendered, split: str, split_by: str, seed: int) -> list[int]:
     if split_by == "script":
         wanted = _BY_SCRIPT[split]
         return [i for i, script in enumerate(glyphs.scripts) if script in wanted]
-    count = len(glyphs.characters)
+    return random_split(len(glyphs.characters), split, seed)
+
+
+def random_split(count: int, split: str, seed: int) -> list[int]:
+    """Which of ``count`` things are in a split of a random order."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    low, high = (round(count * edge) for edge in _BY_CHARACTER[split])
+    low, high = (round(count * edge) for edge in RANDOM_SPLITS[split])
     return sorted(order[low:high].tolist())
 
 

@@ -11,13 +11,20 @@ from l2l_prune._basics import checks
 from l2l_prune.fewshot.data.benchmarks import (
     BENCHMARKS,
     SPLITS,
-    Images,
     check_benchmark,
+    has_benchmark,
     load_benchmark,
 )
+from l2l_prune.fewshot.data.cache import Images
+from l2l_prune.fewshot.data.folder import load_folder, load_source
 from l2l_prune.fewshot.data.glyphs import Glyphs
+from l2l_prune.fewshot.data.pictures import load_pictures, picture_files, shown
+from l2l_prune.fewshot.data.rendering import SIZE
+from l2l_prune.fewshot.data.sources import Source, find_tables
 
-DATA_SETS = ("glyphs", *BENCHMARKS)
+DATA_SETS = ("glyphs", "pictures", *BENCHMARKS, "folder")
+OWN_SPLITS = tuple(BENCHMARKS)
+"""Data sets that are divided, and sized, once and for all."""
 
 
 def load_images(
@@ -28,23 +35,35 @@ def load_images(
     max_classes: int | None = None,
     seed: int = 0,
     split_seed: int | None = None,
+    image_size: int | None = None,
+    skip_damaged: bool = False,
     download: bool = False,
+    least_images: int = 1,
 ) -> Images:
     """Load one split.
 
-    The first call for a benchmark decodes its images through learn2learn's loader into a file in
-    the user's cache folder (``L2L_PRUNE_CACHE`` to choose another); later ones map that file.
+    The first call for a folder or a benchmark decodes its images into a file in the user's cache
+    folder (``L2L_PRUNE_CACHE`` to choose another); later ones map that file.
 
     Args:
-        name: ``"glyphs"`` (rendered here), or ``"mini-imagenet"``, ``"tiered-imagenet"``,
-            ``"cifar-fs"``, ``"fc100"`` or ``"omniglot"`` from learn2learn's files.
+        name: ``"glyphs"`` (rendered here), ``"folder"`` (your own images by class, see
+            :func:`load_folder`), ``"pictures"`` (a folder of them, each a class of its own), or
+            ``"mini-imagenet"``, ``"tiered-imagenet"``, ``"cifar-fs"``, ``"fc100"`` or
+            ``"omniglot"`` from learn2learn's files, or from parquet or arrow files of the three
+            splits.
         split: ``"train"``, ``"validation"`` or ``"test"``.
-        root: Folder of the files, as learn2learn's loaders take it; for glyphs, of the cache.
+        root: Folder of the files, as learn2learn's loaders take it; of the pictures; for glyphs, of
+            the cache.
         max_classes: Use only so many classes of the split, drawn by ``seed``.
         seed: Seed of that draw.
-        split_seed: Split the characters of glyphs at random by this seed, which then is also that
-            of the draw; by script without it.
+        split_seed: Split the characters of glyphs, or the classes of a folder, at random by this
+            seed, which for glyphs then is also that of the draw; by script, or as the folder does,
+            without it. Pictures are always split at random, by 0 without it.
+        image_size: Pixels of a side of glyphs (28 by default), pictures (64), or the images of a
+            folder (as they are).
         download: Let learn2learn download missing files.
+        skip_damaged: Of a folder: leave out what cannot be read.
+        least_images: Of a folder: images that each class must have.
 
     Raises:
         TypeError: If ``max_classes`` is no integer.
@@ -57,34 +76,119 @@ def load_images(
     if name == "glyphs":
         by = "script" if split_seed is None else "random"
         chosen = seed if split_seed is None else split_seed
-        glyphs = Glyphs(split, split_by=by, max_classes=max_classes, root=root, seed=chosen)
+        size = SIZE if image_size is None else image_size
+        glyphs = Glyphs(
+            split, split_by=by, max_classes=max_classes, size=size, root=root, seed=chosen
+        )
         return Images(glyphs.images, glyphs.labels)
+    folder = _folder(name, root)
+    if name == "pictures":
+        side = 64 if image_size is None else image_size
+        images = load_pictures(folder, side, split=split, seed=split_seed or 0)
+        return _some_classes(Images(images, torch.arange(len(images))), max_classes, seed)
+    if name == "folder":
+        own = load_folder(
+            folder,
+            split,
+            image_size=image_size,
+            split_seed=split_seed,
+            skip_damaged=skip_damaged,
+            least_images=least_images,
+        )
+        return _some_classes(own, max_classes, seed)
     if split_seed is not None:
-        raise ValueError(f"{name} has splits of its own: split_seed goes with glyphs only")
-    data = load_benchmark(name, split, _folder(name, root), download=download)
+        raise ValueError(f"{name} has splits of its own: give no split_seed")
+    if image_size is not None:
+        raise ValueError(f"{name} has a size of its own: give no image_size")
+    tables = None if has_benchmark(name, split, folder) else _tables(name, folder)
+    if tables is not None:
+        benchmark = BENCHMARKS[name]
+        data = load_source(
+            tables,
+            split,
+            image_size=benchmark.size,
+            grey=benchmark.channels == 1,
+            numbered_anew=True,
+        )
+    else:
+        data = load_benchmark(name, split, folder, download=download)
     return _some_classes(data, max_classes, seed)
 
 
-def check_files(name: str, root: str | os.PathLike[str] | None, *, download: bool = False) -> None:
+def check_files(
+    name: str,
+    root: str | os.PathLike[str] | None,
+    *,
+    split_seed: int | None = None,
+    image_size: int | None = None,
+    skip_damaged: bool = False,
+    download: bool = False,
+) -> None:
     """Make sure that the files of a data set are there (glyphs are rendered if need be).
 
     Args:
         name: As in :func:`load_images`.
         root: Likewise.
         download: Let learn2learn download what is missing.
+        split_seed: Of a folder, as in :func:`load_images`; it is decoded if need be.
+        image_size: Likewise.
+        skip_damaged: Likewise.
 
     Raises:
-        ValueError: If the name is unknown, or there is no ``root``.
+        ValueError: If the name is unknown, there is no ``root``, or a folder cannot be used.
         FileNotFoundError: If a file is missing.
     """
     _check_name(name)
     if name == "glyphs":
-        Glyphs("train", root=root)
+        Glyphs("train", size=SIZE if image_size is None else image_size, root=root)
+        return
+    if name == "pictures":
+        picture_files(_folder(name, root))
+        return
+    folder = _folder(name, root)
+    if name == "folder":
+        for split in ("train", "test"):  # runs that need validation say so themselves
+            load_folder(
+                folder,
+                split,
+                image_size=image_size,
+                split_seed=split_seed,
+                skip_damaged=skip_damaged,
+            )
         return
     for split in SPLITS:
+        if not has_benchmark(name, split, folder) and _tables(name, folder) is not None:
+            continue
         if download:
             load_images(name, split, root=root, download=True)
-        check_benchmark(name, split, _folder(name, root))
+        check_benchmark(name, split, folder)
+
+
+def _tables(name: str, root: Path) -> Source | None:
+    """The benchmark as parquet or arrow files, if its folder or one called like it has them.
+
+    Raises:
+        ValueError: If they hold another number of classes than the benchmark has.
+    """
+    for folder in (root / name, root):
+        tables = find_tables(folder) if folder.is_dir() else {}
+        if not tables:
+            continue
+        source = Source(folder, "tables", dict(tables))
+        found = {split: len(counts) for split, counts in source.survey().counts.items()}
+        published = dict(zip(SPLITS, BENCHMARKS[name].classes, strict=True))
+        if found != published:
+            raise ValueError(
+                f"the tables in {shown(folder)} are not {name} as few-shot papers split it: they "
+                f"have {_in_words(found)} classes, not {_in_words(published)}; "
+                "data folder (--data folder) takes them as they are, or splits them by class"
+            )
+        return source
+    return None
+
+
+def _in_words(classes: dict[str, int]) -> str:
+    return ", ".join(f"{count} {split or 'unsplit'}" for split, count in classes.items())
 
 
 def _check_name(name: str) -> None:

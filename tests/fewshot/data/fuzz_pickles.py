@@ -117,7 +117,7 @@ def look_at(value, seen):
         for part in value:
             look_at(part, seen)
     else:
-        plain = (str, bytes, bytearray, int, float, np.generic, type(None))
+        plain = (str, bytes, bytearray, memoryview, int, float, np.generic, type(None))
         known = any(value is entry for entry in safe_pickle._KNOWN.values())
         assert isinstance(value, plain) or known, type(value)
 

@@ -212,7 +212,7 @@ def test_half_a_copy_of_cifar_fs_is_refused(root):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("imagenet", "train"), "data must be one of glyphs, mini-imagenet"),
+        (("imagenet", "train"), "data must be one of glyphs, pictures, mini-imagenet"),
         (("glyphs", "val"), "split must be one of train, validation, test"),
         (("mini-imagenet", "train"), "give root"),
     ],

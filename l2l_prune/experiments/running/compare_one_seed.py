@@ -8,14 +8,19 @@ from pathlib import Path
 from rich.console import Console
 
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.experiments.report.plots import accuracy_curves
-from l2l_prune.experiments.report.results import read_result, results_table, verdicts, write_curves
+from l2l_prune.experiments.report.plots import run_curves
+from l2l_prune.experiments.report.results import (
+    conclusions,
+    read_result,
+    results_table,
+    write_curves,
+)
 from l2l_prune.experiments.running.processes import finish_all
 from l2l_prune.experiments.running.run import RunResult
 from l2l_prune.experiments.running.storage import locked_folder, run_name
 
 
-def run_and_report(
+def compare_one_seed(
     configs: list[RunConfig],
     folder: Path,
     console: Console,
@@ -41,11 +46,13 @@ def run_and_report(
     """
     started = time.perf_counter()
     config = configs[0]
-    size = config.backbone if config.backbone != "conv4" else f"{config.channels} channels"
+    sizes = {"conv4": f"{config.channels} channels", "resnet12": "resnet12"}
+    size = sizes.get(config.backbone, f"{config.backbone} of {config.channels} neurons a layer")
     classes = "all" if config.train_classes is None else config.train_classes
+    tasks = "one picture" if config.picture_tasks else f"{config.ways}-way {config.shots}-shot"
     with locked_folder(folder):
         console.print(
-            f"{config.algorithm} on {config.data}: {config.ways}-way {config.shots}-shot, {size}, "
+            f"{config.algorithm} on {config.data}: {tasks}, {size}, "
             f"{classes} training classes, {config.schedule.iterations} meta-iterations, "
             f"seed {config.seed}"
         )
@@ -55,9 +62,9 @@ def run_and_report(
             for config, entry in zip(configs, entries, strict=True)
         ]
         console.print(results_table(configs, results))
-        for line in verdicts(results):
+        for line in conclusions(results):
             console.print(line)
         write_curves(results, folder / "curves.csv")
-        accuracy_curves(configs, results, folder / "curves.png")
+        run_curves(configs, results, folder / "curves.png")
     console.print(f"wrote {folder}/ in {time.perf_counter() - started:.0f} s in all")
     return results

@@ -19,7 +19,7 @@ from l2l_prune.experiments.running.storage import locked_folder
 from l2l_prune.fewshot.evaluation import paired_difference
 
 
-def compare(
+def compare_seeds(
     configs: list[RunConfig],
     folder: Path,
     console: Console,
@@ -56,7 +56,9 @@ def compare(
 def _check(configs: list[RunConfig]) -> None:
     """A row pools seeds, and differences pair them: all else must be the same."""
     plain = [config.to_json() for config in configs]
-    if differing := same_settings.varying(same_settings.setting(values) for values in plain):
+    if differing := same_settings.varying(
+        same_settings.shared_settings(values) for values in plain
+    ):
         raise ValueError(
             f"runs to compare must differ in method and seed alone, not in {', '.join(differing)}: "
             "sweep them instead"
@@ -73,6 +75,7 @@ def _check(configs: list[RunConfig]) -> None:
 def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:
     methods = list(dict.fromkeys(config.name for config, _ in runs))
     seeds = sorted({config.seed for config, _ in runs})
+    measure = runs[0][0].measure
     values: dict[tuple[str, str], OverSeeds] = {}
     rows = []
     for method in methods:
@@ -82,7 +85,7 @@ def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:
         )
         for part in ("train", "test"):
             means = tuple(run[part]["mean"] for _, run in mine)
-            values[method, part] = OverSeeds(means)
+            values[method, part] = OverSeeds(means, measure)
         values[method, "gap"] = paired_difference(values[method, "train"], values[method, "test"])
         parts = [str(values[method, part]) for part in ("train", "test", "gap")]
         seconds = math.fsum(run["seconds"] for _, run in mine) / len(mine)
@@ -94,11 +97,13 @@ def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:
         disable_numparse=True,
     )
     config = runs[0][0]
+    heading = str(measure)[0].upper() + str(measure)[1:]
     lengths = " or ".join(map(str, sorted({c.schedule.iterations for c, _ in runs})))
     lines = [
-        f"Accuracy [%] of {config.algorithm} on {config.data}, {config.ways}-way "
-        f"{config.shots}-shot, {lengths} meta-iterations: mean ± 95% CI over "
-        f"{len(seeds)} seeds, {config.final_tasks} tasks each.\n",
+        f"{heading} of {config.algorithm} on {config.data}, "
+        f"{'' if config.picture_tasks else f'{config.ways}-way {config.shots}-shot, '}"
+        f"{lengths} meta-iterations: mean ± 95% CI over {len(seeds)} seeds, {config.final_tasks} "
+        "tasks each.\n",
         table,
         "",
     ]

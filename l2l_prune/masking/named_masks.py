@@ -1,0 +1,74 @@
+"""Masks by the dense names of their tensors: shown as a table, replaced, read from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def mask_table(masks: Mapping[str, Tensor], model: nn.Module) -> str:
+    """Shape, kept / total and sparsity of each masked tensor, of all of them and of the model."""
+    from tabulate import tabulate
+
+    rows: list[tuple[str, str, str, str]] = []
+    pruned = 0
+    for name, mask in masks.items():
+        kept, total = int(mask.sum()), mask.numel()
+        pruned += total - kept
+        rows.append((name, str(tuple(mask.shape)), f"{kept}/{total}", _share(kept, total)))
+    selected = sum(mask.numel() for mask in masks.values())
+    whole = sum(p.numel() for p in model.parameters())
+    for name, total in (("selected layers", selected), ("whole model", whole)):
+        rows.append((name, "", f"{total - pruned}/{total}", _share(total - pruned, total)))
+    return tabulate(rows, headers=("tensor", "shape", "kept/total", "pruned"))
+
+
+def updated(masks: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``masks`` with those that are given in place of theirs.
+
+    Raises:
+        ValueError: If a name is unknown, or a mask is not boolean or does not fit; it is named.
+    """
+    new = dict(masks)
+    for name, mask in changed.items():
+        if name not in new:
+            raise ValueError(f"{name!r} is none of the pruned tensors: {', '.join(new)}")
+        if mask.dtype != torch.bool or mask.shape != new[name].shape:
+            raise ValueError(
+                f"the mask of {name} must be boolean and of shape {tuple(new[name].shape)}"
+            )
+        new[name] = mask.to(new[name].device)
+    return new
+
+
+def check_saved(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
+    """Refuse a checkpoint whose ``"masks"`` and ``"regrown"`` are not those of these tensors.
+
+    Args:
+        state: Of a Pruner. The released entries are called ``"regrown"`` in it.
+        shapes: Of all pruned tensors, by name.
+
+    Raises:
+        ValueError: Naming the tensor or entry that does not fit.
+    """
+    for entry in ("masks", "regrown"):
+        if not isinstance(state[entry], dict):
+            raise ValueError(f"the checkpoint's {entry} must be masks by name")
+    if unknown := sorted(set(state["regrown"]) - set(shapes)):
+        raise ValueError(f"the checkpoint's regrown weights are of other tensors: {unknown}")
+    if differing := sorted(set(state["masks"]) ^ set(shapes)):
+        raise ValueError(f"the checkpoint prunes other tensors; they differ in {differing}")
+    for entry, called in (("masks", "mask"), ("regrown", "regrown mask")):
+        for name, mask in state[entry].items():
+            shape = shapes[name]
+            if not isinstance(mask, Tensor) or mask.shape != shape or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"the checkpoint's {called} of {name} does not fit its shape {tuple(shape)}"
+                )
+
+
+def _share(kept: int, total: int) -> str:
+    return f"{100 * (total - kept) / total:.1f}%"
