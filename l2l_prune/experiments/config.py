@@ -147,7 +147,7 @@ class RunConfig:
         "magnitude",
         "Weights to keep",
         choices=("magnitude", "random", "snip", "taylor", "grasp", "movement"),
-        shown="magnitude; random for set and rigl",
+        shown="magnitude; random for static, set and rigl",
     )
     allocation: str = setting(
         "layerwise",

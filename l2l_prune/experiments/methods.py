@@ -68,7 +68,8 @@ def _one_shot(iterations: int, sparsity: float, pretrain: float = 0.3) -> Schedu
     return one_shot(sparsity, pretrain=dense, prune=iterations - dense)
 
 
-_FROM_SCRATCH = partial(_one_shot, pretrain=0.0)
+def _sparse(iterations: int, sparsity: float, pretrain: float = 0.0) -> Schedule:
+    return _one_shot(iterations, sparsity, pretrain)
 
 
 def _cubic(iterations: int, sparsity: float, pretrain: float = 0.2) -> Schedule:
@@ -132,9 +133,10 @@ METHODS: dict[str, Method] = {
     "cubic": Method("cubic", _cubic),
     "cyclic": Method("cyclic", _cyclic, ("pretrain", "rounds")),
     "lottery": Method("lottery", partial(_one_shot, pretrain=0.5), settings={"rewind": 0}),
-    "set": Method("SET", _FROM_SCRATCH, settings={"criterion": "random", "regrow": "random"}),
+    "static": Method("static", _sparse, settings={"criterion": "random"}),
+    "set": Method("SET", _sparse, settings={"criterion": "random", "regrow": "random"}),
+    "rigl": Method("RigL", _sparse, settings={"criterion": "random", "regrow": "gradient"}),
     "task-masks": Method("task masks", _task_masks, ("pretrain", "retrain", "task_share")),
-    "rigl": Method("RigL", _FROM_SCRATCH, settings={"criterion": "random", "regrow": "gradient"}),
     "metasparse": Method(
         "Meta-SparseINR", _metasparse, settings={"allocation": "global"}, sparsity=0.95
     ),
@@ -160,8 +162,8 @@ def make_schedule(
         sparsity: Fraction pruned in the sparse phases (metasparse: in the last), in (0, 1); 0.5
             by default, 0.95 of metasparse.
         pretrain: Pre-training as a fraction of the run: 0.3 (DSD, one-shot), 0.2 (IHT, cubic,
-            cyclic), 0.5 (lottery), 0 (SET, RigL, task masks) or the length of five rounds
-            (metasparse) by default.
+            cyclic), 0.5 (lottery), 0 (static, SET, RigL, task masks) or the length of five
+            rounds (metasparse) by default.
         retrain: Retraining as a fraction of the run (DSD, default 0.1) or of each round (IHT,
             default 0.25; task masks, default 0); what is left over is sparse.
         rounds: Rounds of IHT, or cycles of cyclic, >= 1, 4 by default.

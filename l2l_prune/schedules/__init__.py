@@ -1,6 +1,6 @@
 """When to prune, and how much: frozen values that import no torch."""
 
-from l2l_prune.schedules.common import cubic, cyclic, metasparse, one_shot
+from l2l_prune.schedules.common import cubic, cyclic, metasparse, one_shot, sparse_from_start
 from l2l_prune.schedules.paper import DSDSchedule, IHTSchedule
 from l2l_prune.schedules.schedule import Schedule, Segment
 
@@ -13,4 +13,5 @@ __all__ = [
     "cyclic",
     "metasparse",
     "one_shot",
+    "sparse_from_start",
 ]

@@ -1,4 +1,4 @@
-"""Schedules of the field beside the paper's: one-shot, cubic, cyclic and iterative."""
+"""Schedules of the field beside the paper's: one-shot, from the start, cubic, cyclic, iterative."""
 
 from __future__ import annotations
 
@@ -28,6 +28,28 @@ def one_shot(sparsity: float, *, pretrain: int, prune: int) -> Schedule:
             Segment(prune, sparse=True, sparsity=sparsity, phase="prune"),
         )
     )
+
+
+def sparse_from_start(sparsity: float, iterations: int) -> Schedule:
+    """Sparse training: no dense phase at all (SET, RigL, static random masks).
+
+    With ``criterion="random"`` the first masks are drawn at random. A
+    :class:`~l2l_prune.Regrowth` then moves the connections where gradients ask for them; without
+    one they stay (static sparse training).
+
+    Args:
+        sparsity: Fraction of each selected tensor to prune, in [0, 1).
+        iterations: Meta-iterations, >= 1.
+
+    Raises:
+        TypeError: If ``iterations`` is not an integer.
+        ValueError: If a value is out of range.
+
+    Examples:
+        >>> sparse_from_start(0.9, 3000).segments[-1].sparsity
+        0.9
+    """
+    return one_shot(sparsity, pretrain=0, prune=whole_number("iterations", iterations, least=1))
 
 
 def cubic(

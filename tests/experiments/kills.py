@@ -14,6 +14,7 @@ import functools
 import itertools
 import json
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -144,7 +145,8 @@ def ends(folder):
         "plot": (place / "curves.png").read_bytes(),
         "weights": bits(torch.load(weights, weights_only=True)),
         "state": bits(torch.load(folder / "end.pt", weights_only=True)),
-        "report": (folder / "report.md").read_text(),
+        # Seconds are the last column of the table of scores.
+        "report": re.sub(r"[^|\n]*\|$", "", (folder / "report.md").read_text(), flags=re.M),
         "files": sorted(path.name for path in place.iterdir()),
     }
 

@@ -17,6 +17,7 @@ from scipy import stats
 
 from l2l_prune.experiments.config import RunConfig, make_config
 from l2l_prune.experiments.report import figures, results
+from l2l_prune.experiments.report.comparisons import Comparison
 from l2l_prune.experiments.report.finished_runs import read_folder, schedule_rate
 from l2l_prune.experiments.report.report import write_report
 from l2l_prune.experiments.report.results import write_results
@@ -87,16 +88,16 @@ def folder(tmp_path_factory):
 def test_the_table_has_a_row_a_method_and_columns_for_shots(folder):
     header, *body = tables((folder / "report.md").read_text())[0]
     assert header == [
-        *("method", "backbone", "1-shot train", "1-shot test", "1-shot gap", "seeds"),
-        *("5-shot train", "5-shot test", "5-shot gap"),
+        *("method", "backbone", "1-shot train", "1-shot test", "1-shot gap"),
+        *("5-shot train", "5-shot test", "5-shot gap", "seeds", "seconds"),
     ]
     assert [row[0] for row in body] == ["dense", "DSD 50%", "IHT 50%"]
     assert {row[1] for row in body} == {"64-64-64-64"}
     width = stats.t.ppf(0.975, 2) * 0.02 / 3**0.5
     assert body[0][3] == f"72.0 ± {100 * width:.1f}"
     assert body[0][4] == f"24.0 ± {100 * width:.1f}"
-    assert body[0][7] == f"82.0 ± {100 * width:.1f}"
-    assert body[1][5] == "3"
+    assert body[0][6] == f"82.0 ± {100 * width:.1f}"
+    assert body[1][8] == "3"
 
 
 def test_runs_in_bfloat16_are_compared_with_their_like(tmp_path):
@@ -130,7 +131,7 @@ def test_differences_are_paired_by_seed(folder):
 
 def test_the_page_is_self_contained(folder):
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert page.count('src="data:image/png;base64,') == 2
+    assert page.count('src="data:image/png;base64,') == 3  # the opening's, and curves of two shots
     assert not re.search(r'(?:src|href)="(?!data:)', page)
     assert page.count("<table>") == 2
     assert "not significant" in page
@@ -149,7 +150,7 @@ def test_equal_training_accuracy_is_read_off_dense_runs_of_the_same_seed(tmp_pat
         finish(tmp_path, "dsd", 0.9, 0.72 + shift, seed=seed, iterations=30)
     finish(tmp_path, "iht", 0.99, 0.9, seed=2)  # no dense run of this seed
     written = [path.name for path in write_report(tmp_path)]
-    assert any(name.startswith("tradeoff-") for name in written)
+    assert any(name.startswith("overview-") for name in written)
     assert any(name.startswith("variants-") for name in written)
     header, *body = tables((tmp_path / "report.md").read_text())[1]
     cells = {row[0]: dict(zip(header, row, strict=True)) for row in body}
@@ -396,18 +397,24 @@ def test_the_lengths_of_phases_are_not_mixed_over_other_settings(tmp_path, monke
         assert [mean.values for mean in means] == [(test,)] * 3
 
 
+def but_seconds(shown):
+    return [
+        {n: {k: v for k, v in r.items() if k != "seconds"} for n, r in t.items()} for t in shown
+    ]
+
+
 def test_a_copied_folder_is_no_other_seed(tmp_path, no_curves):
     for seed in (0, 1):
         finish(tmp_path, "dense", 0.9, 0.7, seed=seed)
         place = finish(tmp_path, "dsd", 0.9, 0.8 - seed / 20, seed=seed)
-    whole = reported(tmp_path)
+    whole = but_seconds(reported(tmp_path))
     for number in range(3):
         shutil.copytree(place, tmp_path / f"copy-{number}")
     again = tmp_path / "copy-0" / "results.json"  # the same run once more: another time of day
     document = json.loads(again.read_text())
     document["runs"][0]["seconds"] += 1
     again.write_text(json.dumps(document))
-    assert reported(tmp_path) == whole
+    assert but_seconds(reported(tmp_path)) == whole
     text = (tmp_path / "report.md").read_text()
     assert "Copies" in text
     assert all(f"{place.name} (of copy-0)" in text or f"copy-{n} (of" in text for n in range(3))
@@ -463,6 +470,60 @@ def test_the_folder_of_one_seed_has_a_report(tmp_path):
     accuracies, differences = reported(tmp_path)
     assert accuracies["dense"]["1-shot test"] == "70.0"
     assert differences["DSD 50%"]["test"] == "+10.0 (one seed)"
+
+
+def opening(folder: Path) -> str:
+    """What stands above the first picture."""
+    write_report(folder)
+    return (folder / "report.md").read_text().partition("![")[0]
+
+
+def with_weights(place: Path, number: int, seconds: float = 3.0) -> None:
+    """A file of weights, ``number`` of them not 0, beside batch statistics that do not count."""
+    weight = torch.zeros(20)
+    weight[:number] = 1.0
+    (file,) = place.glob("*.pt")
+    torch.save({"1.weight": weight, "2.running_mean": torch.ones(7)}, file)
+    results = place / "results.json"
+    document = json.loads(results.read_text())
+    document["runs"][0]["seconds"] = seconds
+    results.write_text(json.dumps(document))
+
+
+def test_the_report_opens_with_what_paid(tmp_path, no_curves):
+    for seed, shift in enumerate((0.0, 0.01, -0.01)):
+        for channels, weights, test in ((64, 20, 0.7), (20, 5, 0.6)):
+            options = {"channels": channels, "seed": seed}
+            with_weights(finish(tmp_path, "dense", 0.9, test + shift, **options), weights)
+        with_weights(finish(tmp_path, "dsd", 0.9, 0.72 + 2 * shift, seed=seed), 20)
+        with_weights(finish(tmp_path, "iht", 0.9, 0.695 + shift, seed=seed), 4, seconds=1.5)
+    text = opening(tmp_path)
+    width = 100 * stats.t.ppf(0.975, 2) * 0.01 / 3**0.5
+    assert text.startswith("# reptile on glyphs, 5-way: dense, DSD 50%, IHT 50%\n")
+    assert f"best of 2 beside dense is **DSD 50%**, +2.0 ± {width:.1f} points" in text
+    assert "**IHT 50%**, 20% of the weights, -0.5 ± 0.0 points (worse)" in text
+    assert "**IHT 50%**, 0.50 of dense's seconds" in text
+    assert "**IHT 50%** (4) minus dense with 20 channels (5): +9.5 ± 0.0 points (better)" in text
+    assert "DSD 50%** (20) minus" not in text  # dense at its end, as large as the dense net
+    assert "(2): take this as exploration" in text
+    assert "40 meta-iterations" in text
+    assert "3 seeds" in text
+
+
+def test_stated_comparisons_are_the_answer(tmp_path, no_curves):
+    for seed, shift in enumerate((0.0, 0.01, -0.01)):
+        finish(tmp_path, "dense", 0.9, 0.7, seed=seed)
+        finish(tmp_path, "dsd", 0.9, 0.78 + shift, seed=seed)
+        finish(tmp_path, "iht", 0.9, 0.7 + shift, seed=seed)
+    stated = [
+        Comparison("A", {"name": name, "channels": 64}, {"name": "dense", "channels": 64})
+        for name in ("DSD", "IHT")
+    ]
+    write_report(tmp_path, stated)
+    text = (tmp_path / "report.md").read_text()
+    assert "**1 of 2 stated gains over dense networks are confirmed.**" in text
+    assert "- DSD, channels 64 minus dense, channels 64: +8.0" in text
+    assert "exploration" not in text
 
 
 def compared(folder, configs, tests):

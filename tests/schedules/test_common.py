@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from l2l_prune import Pruner
-from l2l_prune.schedules.common import cubic, cyclic, metasparse, one_shot
+from l2l_prune.schedules.common import cubic, cyclic, metasparse, one_shot, sparse_from_start
 
 
 def test_cubic_is_the_papers_equation_at_every_iteration():
@@ -30,6 +30,13 @@ def test_cyclic_repeats_it():
     rates = [segment.sparsity for segment in ramp.segments[1:]]
     assert [segment.sparsity for segment in twice.segments] == [0.0, *rates, *rates]
     assert {segment.round for segment in twice.segments} == {0, 1, 2}
+
+
+def test_sparse_from_the_start_has_no_dense_iteration():
+    schedule = sparse_from_start(0.9, 7)
+    assert schedule.iterations == 7
+    assert all(schedule.segment(i).sparse for i in range(7))
+    assert {schedule.segment(i).sparsity for i in range(7)} == {0.9}
 
 
 def test_one_shot_never_retrains():
@@ -104,6 +111,7 @@ def test_metasparse_masks_are_nested_and_counted(allocation):
             lambda: cyclic(0.5, pretrain=0, cycles=0, steps=1, interval=1, hold=0),
             "cycles must be >= 1",
         ),
+        (lambda: sparse_from_start(0.5, 0), "iterations must be >= 1"),
         (lambda: one_shot(1.0, pretrain=0, prune=1), "sparsity"),
         (lambda: metasparse(1.0), "sparsity must be in"),
         (lambda: metasparse(amount=1), "amount must be in"),

@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 from l2l_prune._basics.tensor_files import load_tensors
 from l2l_prune.experiments.algorithms.base import conv4
-from l2l_prune.experiments.config import RunConfig, file_name
+from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.report.finished_runs import (
     FinishedRun,
     by_method,
     gap_over_seeds,
     grouped,
+    mean_weights,
     over_seeds,
     rate_in_words,
 )
@@ -37,41 +38,59 @@ from l2l_prune.fewshot.theory import (
 from l2l_prune.schedules.paper import DSDSchedule, Schedule, Segment
 
 
-def tradeoff_figure(runs: list[FinishedRun], path: Path) -> bool:
-    """Test against training scores: a point a method, a line through dense runs by length.
+def overview_figure(runs: list[FinishedRun], path: Path) -> None:
+    """Test scores over training scores, over seconds and, where known, over weights.
 
-    Returns:
-        Whether there was something to draw: dense runs of two lengths, and another method.
+    A point a method with its 95% interval over seeds; a line joins dense runs of several lengths.
+
+    Args:
+        runs: Runs of one problem.
+        path: The PNG file to write.
     """
-    dense = _reference(runs)
-    others = by_method(run for run in runs if run not in dense)
-    lengths = sorted(grouped(dense, lambda run: run.iterations).items())
-    if len(lengths) < 2 or not others:
-        return False
-    measure = dense[0].measure
-    figure, (ax,) = new_figure((7, 4.6))
-    means = [
-        [measure.read(over_seeds(_once_a_seed(same), p).mean) for _, same in lengths]
-        for p in ("train", "test")
-    ]
-    ax.plot(*means, "-o", color=COLORS[0], label="dense")
-    for (length, _), x, y in zip(lengths, *means, strict=True):
-        ax.annotate(f"{length}", (x, y), xytext=(4, -12), textcoords="offset points", fontsize=8)
-    for (method, same), (color, marker) in zip(others.items(), styles(others=True), strict=False):
-        train, test = over_seeds(same, "train"), over_seeds(same, "test")
-        ax.errorbar(
-            measure.read(train.mean),
-            measure.read(test.mean),
-            yerr=_bar(test),
-            fmt=marker,
-            color=color,
-            capsize=2,
-            label=method,
-        )
-    ax.set(xlabel=f"training {measure}", ylabel=f"test {measure}, 95% CI over seeds")
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    measure = runs[0].measure
+    shown = _labelled(runs)
+    weights = [mean_weights(same) for same in shown.values()]
+    panels = 3 if all(weights) and len(set(weights)) > 1 else 2
+    figure, axes = new_figure((3 + 3.6 * panels, 4), panels, sharey=True)
+    for (label, same), kept, (color, marker) in zip(shown.items(), weights, styles(), strict=False):
+        test, train = over_seeds(same, "test"), over_seeds(same, "train")
+        seconds = sum(run.entry["seconds"] for run in same) / len(same)
+        for ax, x in zip(axes, (measure.read(train.mean), seconds, kept), strict=False):
+            ax.errorbar(
+                x,
+                measure.read(test.mean),
+                yerr=_bar(test),
+                fmt=marker,
+                color=color,
+                capsize=2,
+                label=label if ax is axes[0] else None,
+            )
+    for same in grouped(_reference(runs), lambda run: run.shared_settings).values():
+        lengths = sorted(grouped(same, lambda run: run.iterations).items())
+        if len(lengths) > 1:
+            means = [
+                [measure.read(over_seeds(_once_a_seed(of), p).mean) for _, of in lengths]
+                for p in ("train", "test")
+            ]
+            axes[0].plot(*means, "-", color=COLORS[0], zorder=0)
+    axes[0].set(xlabel=f"training {measure}", ylabel=f"test {measure}, 95% CI over seeds")
+    axes[1].set(xlabel="seconds a run", xlim=(0, None))
+    if panels == 3:
+        axes[2].set(xlabel="weights that are not 0", xscale="log")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     save_figure(figure, path)
-    return True
+
+
+def _labelled(runs: list[FinishedRun]) -> dict[str, list[FinishedRun]]:
+    """Runs by method, and by size and shots where those vary."""
+    sizes, shots = {run.size for run in runs}, {run.shots for run in runs}
+
+    def label(run: FinishedRun) -> str:
+        parts = [run.method, *[run.size] * (len(sizes) > 1)]
+        return ", ".join([*parts, *[f"{run.shots}-shot"] * (len(shots) > 1)])
+
+    ordered = [run for same in by_method(runs).values() for run in same]
+    return grouped(ordered, label)
 
 
 # What Figures 3 and 4 vary: name of the axis, family, value of a run, and the two phases of the
@@ -161,8 +180,10 @@ def bounds_figure(runs: list[FinishedRun], path: Path) -> bool:
     plain = [run for run in runs if run.plain and run.rate is not None]
     rates = {run.rate for run in plain}
     dense = [run for run in plain if run.dense]
-    weights = dense[0].folder / f"{file_name(dense[0].config['name'])}.pt" if dense else path
-    if len(rates) < 3 or dense[0].config["algorithm"] != "reptile" or not weights.is_file():
+    if len(rates) < 3 or not dense or dense[0].config["algorithm"] != "reptile":
+        return False
+    weights = dense[0].weights_file
+    if not weights.is_file():
         return False
     figure, (left, right) = new_figure((10, 3.8), 2)
     for family, style in zip(("DSD", "IHT"), styles(others=True), strict=False):

@@ -29,6 +29,9 @@ Key = TypeVar("Key", bound=Hashable)
 _SHOWN = ("algorithm", "data", "ways", "shots", "backbone", "channels", "bf16")
 """Settings that titles and columns of tables say."""
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Buffers of batch normalisation, which are no parameters."""
+
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -221,12 +224,26 @@ class FinishedRun:
         """
         if not all(map(math.isfinite, self._scores())):
             return "its scores are not finite"
-        weights = self.folder / f"{file_name(self.config['name'])}.pt"
-        if weights.is_file():  # who deletes them has seen them
-            for name, value in _state_dict(weights).items():
+        file = self.weights_file
+        if file.is_file():  # who deletes them has seen them
+            for name, value in _state_dict(file).items():
                 if not torch.isfinite(value).all():
-                    return f"its weights are not finite ({name} of {weights.name})"
+                    return f"its weights are not finite ({name} of {file.name})"
         return ""
+
+    @cached_property
+    def weights(self) -> int | None:
+        """How many of its parameters are not 0 at the end, if the file of them is there."""
+        if not self.weights_file.is_file():
+            return None
+        state = _state_dict(self.weights_file)
+        counted = (v for name, v in state.items() if name.rpartition(".")[2] not in _STATISTICS)
+        return sum(int(value.count_nonzero()) for value in counted) or None
+
+    @property
+    def weights_file(self) -> Path:
+        """Where its weights are, if nobody deleted them."""
+        return self.folder / f"{file_name(self.config['name'])}.pt"
 
     def phase_iterations(self, phase: str) -> int:
         """Meta-iterations in all segments of a phase."""
@@ -440,6 +457,13 @@ def over_seeds(runs: Iterable[FinishedRun], part: str) -> OverSeeds:
 def gap_over_seeds(runs: Sequence[FinishedRun]) -> OverSeeds:
     """Training minus test score of each run."""
     return paired_difference(over_seeds(runs, "train"), over_seeds(runs, "test"))
+
+
+def mean_weights(runs: Sequence[FinishedRun]) -> float | None:
+    """Mean number of weights that are not 0; ``None`` where a run's file of weights is gone."""
+    numbers = [run.weights for run in runs]
+    known = [number for number in numbers if number is not None]
+    return sum(known) / len(known) if len(known) == len(numbers) else None
 
 
 def by_method(runs: Iterable[FinishedRun]) -> dict[str, list[FinishedRun]]:

@@ -78,7 +78,10 @@ def curves_by_method(
             ax.axvspan(start, stop, color="0.5", alpha=0.18, lw=0)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set(xlabel="meta-iteration (sparse phases shaded)")
-        ax.legend(frameon=False, fontsize=8)
+        # Below, since curves fill the panel.
+        ax.legend(
+            frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2
+        )
     measure = next(iter(next(iter(panels.values())).values()))[0].measure
     axes[0].set_ylabel(f"{measure}, test solid, training dashed")
     figure.suptitle(title)

@@ -10,11 +10,11 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 from l2l_prune._basics.files import replace_file
-from l2l_prune.experiments.report.comparisons import Comparison, comparison_table, judge
+from l2l_prune.experiments.report.comparisons import Comparison, Judged, comparison_table, judge
 from l2l_prune.experiments.report.figures import (
     bounds_figure,
     hyperparameter_figure,
-    tradeoff_figure,
+    overview_figure,
 )
 from l2l_prune.experiments.report.finished_runs import (
     FinishedRun,
@@ -23,6 +23,7 @@ from l2l_prune.experiments.report.finished_runs import (
     grouped,
     read_folder,
 )
+from l2l_prune.experiments.report.opening import answer, shared_by_all, title
 from l2l_prune.experiments.report.plots import curves_by_method
 from l2l_prune.experiments.report.tables import difference_table, markdown_table, method_table
 
@@ -48,18 +49,25 @@ def write_report(folder: Path, comparisons: Sequence[Comparison] = ()) -> list[P
             different results of the same settings and seed.
     """
     found = read_folder(folder)
-    parts, figures = ["# Runs", *_stated(comparisons, found.runs), *_notes(found)], []
+    judged = judge(comparisons, found.runs) if comparisons else []
+    parts, figures = ["# Runs", *_notes(found)], []
+    if found.runs:
+        parts[:1] = [f"# {title(found.runs)}", "\n".join(answer(found.runs, judged))]
+        parts += [*_stated(judged), shared_by_all(found.runs)]
     names: set[str] = set()
     for mine in grouped(found.runs, lambda run: run.problem).values():
+        overview, caption = _overview(mine, folder)
+        figures.append(overview)
         parts += [
             f"## {mine[0].problem_title}: {mine[0].measure}",
+            f"![{caption}]({overview.name})\n\n{caption}",
             "Mean ± 95% confidence interval over seeds (the paper's: over tasks). Differences are "
             "to dense runs of the same settings, seed and length.",
             method_table(mine),
             difference_table(mine),
         ]
         for same in grouped(mine, lambda run: run.shared_settings).values():
-            stem = re.sub(r"[^a-z0-9]+", "-", same[0].title.lower())
+            stem = _stem(same[0].title)
             while stem in names:
                 stem += "-"
             names.add(stem)
@@ -76,15 +84,15 @@ def write_report(folder: Path, comparisons: Sequence[Comparison] = ()) -> list[P
     return [markdown, page, *figures]
 
 
-def _stated(comparisons: Sequence[Comparison], runs: list[FinishedRun]) -> list[str]:
-    if not comparisons:
+def _stated(judged: Sequence[Judged]) -> list[str]:
+    if not judged:
         return []
     return [
         "## Stated comparisons: test accuracy in points, PSNR in dB",
         "Mean of the paired differences ± 95% confidence interval over replicates (seed and "
         "split); p-values are of the paired t-test, then corrected by Holm within a family. *Could "
         "be seen*: the true difference that as many replicates find in 80% of studies.",
-        comparison_table(judge(comparisons, runs)),
+        comparison_table(judged),
     ]
 
 
@@ -102,27 +110,34 @@ def _notes(found: FolderRuns) -> list[str]:
     return notes
 
 
+def _overview(runs: list[FinishedRun], folder: Path) -> tuple[Path, str]:
+    path = folder / f"overview-{_stem(runs[0].problem_title)}.png"
+    overview_figure(runs, path)
+    score = runs[0].measure.name
+    line = "; the line joins dense runs by length" if len({r.iterations for r in runs}) > 1 else ""
+    return path, f"Test {score} over training {score}, over time and over size{line}"
+
+
+def _stem(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower())
+
+
 def _figures(runs: list[FinishedRun], folder: Path, stem: str) -> list[tuple[Path, str]]:
     """Every figure that the runs of one setting have data for, with its caption."""
-    title, score = runs[0].title, runs[0].measure.name
+    score = runs[0].measure.name
     scores = score[0].upper() + score[1:]
     usual = [run for run in runs if run.iterations == run.usual_iterations]
     plain, others = [r for r in usual if r.plain], [r for r in usual if not r.plain]
     written = []
     if plain:
         path = folder / f"curves-{stem}.png"
-        curves_by_method(_panels(plain, plain), path, title)
+        curves_by_method(_panels(plain, plain), path, runs[0].title)
         written.append((path, f"{scores} curves by pruning rate, means over seeds"))
     if others and plain:
         path = folder / f"variants-{stem}.png"
-        curves_by_method(_panels(plain, others), path, title)
+        curves_by_method(_panels(plain, others), path, runs[0].title)
         written.append((path, f"{scores} curves of ablations, controls and rivals"))
     for name, draw, caption in (
-        (
-            "tradeoff",
-            tradeoff_figure,
-            f"Test against training {score}; the line: dense by length",
-        ),
         ("phases", hyperparameter_figure, f"Test {score} by length of phases and rounds"),
         ("bounds", bounds_figure, "Measured gap, and the bounds of Section 3.3, by sparsity"),
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from statistics import fmean
 
 from tabulate import tabulate
 
@@ -13,6 +14,7 @@ from l2l_prune.experiments.report.finished_runs import (
     by_method,
     gap_over_seeds,
     grouped,
+    mean_weights,
     over_seeds,
 )
 from l2l_prune.experiments.report.paper_numbers import printed_accuracy
@@ -22,6 +24,8 @@ from l2l_prune.fewshot.evaluation import paired_difference
 
 def method_table(runs: list[FinishedRun]) -> str:
     """Method x backbone, with train, test and gap by shots, as Markdown (Tables 1 to 4).
+
+    Beside them the weights that are not 0 at the end, and the seconds a run took.
 
     Where some runs leave out pre-training or retraining, columns say so; where the paper printed
     numbers for some of them, those stand beside.
@@ -41,7 +45,10 @@ def method_table(runs: list[FinishedRun]) -> str:
                     f"{which}gap": str(gap_over_seeds(same)),
                     f"paper {shots}-shot": printed_accuracy(same[0]) or "",
                 }
-                row["seeds"] = _seeds(mine)
+            row["seeds"] = _seeds(mine)
+            weights = mean_weights(mine)
+            row["weights"] = "" if weights is None else f"{weights:,.0f}"
+            row["seconds"] = f"{fmean(run.entry['seconds'] for run in mine):,.0f}"
             rows.append(row)
     idle = ("", "yes")
     used = {name for row in rows for name, value in row.items() if value not in idle}

@@ -1,0 +1,200 @@
+"""How a report opens: what was run, what came out of it in words, what all runs share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.report import same_settings
+from l2l_prune.experiments.report.comparisons import Judged
+from l2l_prune.experiments.report.finished_runs import (
+    FinishedRun,
+    by_method,
+    grouped,
+    mean_weights,
+    over_seeds,
+)
+from l2l_prune.experiments.report.seed_statistics import WORDS, OverSeeds, signed
+from l2l_prune.experiments.report.tables import dense_partner
+from l2l_prune.fewshot.evaluation import paired_difference
+
+_NEAR = 0.01
+"""How far below dense a smaller or faster method may be and still be named (a fraction; dB)."""
+
+_SMALLER, _FASTER = 0.7, 0.9
+"""From which share of the dense net's weights or seconds on a method counts as smaller, faster."""
+
+_ALIKE = 1.25
+"""Up to which ratio two networks have as many weights."""
+
+
+def title(runs: Sequence[FinishedRun]) -> str:
+    """``"reptile on glyphs, 5-way: dense, DSD 50%, IHT 50%"``; of many methods their number."""
+    problems = list(dict.fromkeys(run.problem_title for run in runs))
+    methods = list(by_method(runs))
+    named = ", ".join(methods) if len(methods) <= 4 else f"{len(methods)} methods"
+    return f"{problems[0] if len(problems) == 1 else f'{len(problems)} problems'}: {named}"
+
+
+def shared_by_all(runs: Sequence[FinishedRun]) -> str:
+    """What all runs have in common, in a sentence."""
+    settings = [same_settings.identity(run.config) for run in runs]
+    varying = {*same_settings.varying(settings), "name", "schedule", *same_settings.MASKS}
+    lengths = sorted({run.iterations for run in runs})
+    parts = []
+    if len(lengths) == 1:
+        parts.append(f"{lengths[0]:,} meta-iterations")
+    fields = RunConfig.__dataclass_fields__
+    for name, value in settings[0].items():
+        unset = value is None or (name in fields and value == fields[name].default)
+        if name not in varying and (name in ("backbone", "channels") or not unset):
+            parts.append(same_settings.in_words(name, value))
+    seeds = {run.seed for run in runs}
+    parts.append(f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {next(iter(seeds))}")
+    return f"All runs: {', '.join(parts)}."
+
+
+def answer(runs: Sequence[FinishedRun], judged: Sequence[Judged]) -> list[str]:
+    """Whether pruning paid, in sentences.
+
+    Args:
+        runs: All runs.
+        judged: The stated comparisons. Without any the sentences are read off the runs, and say
+            that they are exploration.
+    """
+    return _stated(judged) if judged else _explored(runs)
+
+
+def _stated(judged: Sequence[Judged]) -> list[str]:
+    dense = [one for one in judged if str(one.comparison.control.get("name", "")) == "dense"]
+    better = [one for one in dense if one.verdict == "better"]
+    head = (
+        f"**{len(better)} of {len(dense)} stated gains over dense networks are confirmed.**"
+        if better
+        else "**No stated gain over dense networks is confirmed.**"
+    )
+    return [head] * bool(dense) + [
+        f"- {one.comparison.title}: {signed(one.difference)}{_points(one.difference)} over "
+        f"{len(one.difference.values)} replicates: {one.verdict}."
+        for one in judged
+    ]
+
+
+def _explored(runs: Sequence[FinishedRun]) -> list[str]:
+    lines = []
+    problems = grouped(runs, lambda run: run.shared_settings)
+    compared = 0
+    for same in problems.values():
+        rivals = [_Rival(m, mine, same) for m, mine in by_method(same).items()]
+        rivals = [rival for rival in rivals if rival.pairs and not rival.runs[0].baseline]
+        if not rivals:
+            continue
+        compared += len(rivals)
+        where = f"{same[0].title}: " if len(problems) > 1 else ""
+        best = max(rivals, key=lambda rival: rival.difference.mean)
+        over = "over" if best.difference.mean >= 0 else "against"
+        lines.append(
+            f"- {where}the best of {len(rivals)} beside dense is **{best.method}**, "
+            f"{best.in_words} {over} dense."
+        )
+        near = [r for r in rivals if r.difference.mean >= -_NEAR]
+        smaller = [r for r in near if r.size is not None and r.size <= _SMALLER]
+        if smaller:
+            least = min(smaller, key=lambda rival: rival.size or 0.0)
+            lines.append(
+                f"- Smallest with no more than {_read(least.difference, _NEAR)} lost: "
+                f"**{least.method}**, {100 * (least.size or 0):.0f}% of the weights, "
+                f"{least.in_words}."
+            )
+        faster = [r for r in near if r.time <= _FASTER]
+        if faster:
+            least = min(faster, key=lambda rival: rival.time)
+            lines.append(
+                f"- Fastest with no more than {_read(least.difference, _NEAR)} lost: "
+                f"**{least.method}**, {least.time:.2f} of dense's seconds, {least.in_words}."
+            )
+    lines += _at_equal_size(runs)
+    if not lines:
+        return []
+    words = "comparisons were" if compared > 1 else "comparison was"
+    return [
+        *lines,
+        f"- The {words} not stated beforehand, and nothing is corrected for how many there are "
+        f"({compared}): take this as exploration.",
+    ]
+
+
+class _Rival:
+    """A method beside the dense runs of its setting."""
+
+    def __init__(
+        self, method: str, runs: list[FinishedRun], setting: Sequence[FinishedRun]
+    ) -> None:
+        self.method, self.runs = method, runs
+        self.pairs = [(r, d) for r in runs if (d := dense_partner(r, list(setting)))]
+
+    @property
+    def difference(self) -> OverSeeds:
+        ours, theirs = zip(*self.pairs, strict=True)
+        return paired_difference(over_seeds(ours, "test"), over_seeds(theirs, "test"))
+
+    @property
+    def in_words(self) -> str:
+        found = self.difference
+        return f"{signed(found)}{_points(found)} ({found.verdict(*WORDS['test'])})"
+
+    @property
+    def size(self) -> float | None:
+        """Weights that are not 0, as a share of dense's."""
+        ours, theirs = (mean_weights(side) for side in zip(*self.pairs, strict=True))
+        return ours / theirs if ours and theirs else None
+
+    @property
+    def time(self) -> float:
+        ours, theirs = (
+            fmean(run.entry["seconds"] for run in side) for side in zip(*self.pairs, strict=True)
+        )
+        return ours / theirs
+
+
+def _at_equal_size(runs: Sequence[FinishedRun]) -> list[str]:
+    """Sparse networks minus dense ones of other widths with as many weights."""
+    lines = []
+
+    def but_width(run: FinishedRun) -> object:
+        settings = same_settings.shared_settings(run.config)
+        return same_settings.frozen({k: v for k, v in settings.items() if k != "channels"})
+
+    for same in grouped(runs, but_width).values():
+        dense = grouped((r for r in same if r.baseline), lambda run: run.config["channels"])
+        for method, mine in by_method(run for run in same if run.pruned).items():
+            for width, of_width in grouped(mine, lambda r: r.config["channels"]).items():
+                weights = mean_weights(of_width)
+                for narrow, theirs in dense.items():
+                    other = mean_weights(theirs)
+                    if narrow >= width or not weights or not other:
+                        continue
+                    if max(weights / other, other / weights) > _ALIKE:
+                        continue
+                    seeds = {run.seed: run for run in theirs}
+                    pairs = [(r, seeds[r.seed]) for r in of_width if r.seed in seeds]
+                    if not pairs:
+                        continue
+                    left, right = zip(*pairs, strict=True)
+                    found = paired_difference(over_seeds(left, "test"), over_seeds(right, "test"))
+                    lines.append(
+                        f"- With as many weights: **{method}** ({weights:,.0f}) minus dense with "
+                        f"{narrow} channels ({other:,.0f}): {signed(found)}{_points(found)} "
+                        f"({found.verdict(*WORDS['test'])})."
+                    )
+    return lines
+
+
+def _points(difference: OverSeeds) -> str:
+    return difference.measure.ending or " points"
+
+
+def _read(difference: OverSeeds, value: float) -> str:
+    number = difference.measure.read(value)
+    return f"{number:g}{difference.measure.ending or (' point' if number == 1 else ' points')}"
