@@ -2,7 +2,7 @@
 
 from l2l_prune.masking.allocation import erk
 from l2l_prune.masking.criteria import Movement, grasp, magnitude, random, snip, taylor
-from l2l_prune.masking.patterns import Block, NByM, Pattern
+from l2l_prune.masking.patterns import Block, NByM, Pattern, Rows
 from l2l_prune.masking.task_masks import TaskMasks
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Movement",
     "NByM",
     "Pattern",
+    "Rows",
     "TaskMasks",
     "erk",
     "grasp",

@@ -1,11 +1,11 @@
-"""Masks that are drawn anew for each task: by chance, magnitude or any score."""
+"""Masks that are drawn anew for each task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from random import Random
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,17 +19,8 @@ from l2l_prune.masking.criteria import scores_of
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.plan import all_true, arranged, named
 from l2l_prune.masking.prunable import LayerTensor
+from l2l_prune.masking.task_scores import TaskScores, uniform
 from l2l_prune.schedules.schedule import Schedule
-
-TaskScores: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
-"""Gets one weight, as the parameter that it is, and a generator on the CPU of this task alone;
-gives a real tensor of the weight's shape. The entries with the largest scores stay in the task's
-learner. Called without gradients being recorded."""
-
-
-def uniform(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Any mask is as likely as any other."""
-    return torch.rand(weight.shape, generator=generator)
 
 
 class TaskMasks:
@@ -43,7 +34,10 @@ class TaskMasks:
 
     Args:
         generator: Source of all chance, on the CPU. Its state is in the pruner's state dict.
-        scores: Which weights stay, a :data:`TaskScores`; any as likely as another by default.
+        scores: Which weights stay: any as likely as another by default, or
+            :func:`~l2l_prune.masking.task_scores.magnitude`,
+            :class:`~l2l_prune.masking.task_scores.Catfish`, or a function of your own
+            (:data:`~l2l_prune.masking.task_scores.TaskScores`).
         pattern: Where pruned weights may lie in a tensor: anywhere, ``NByM`` or ``Block``.
 
     Raises:

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from l2l_prune import DSDSchedule, Pruner, Schedule, Segment, TaskMasks
-from l2l_prune.masking.patterns import Block, NByM
+from l2l_prune.masking.patterns import Block, NByM, Rows
+from l2l_prune.masking.task_scores import Catfish, magnitude
 from tests.conftest import SmallNet
 
 PER_TASK = Schedule((Segment(9, sparse=True, sparsity=0.5, masks="task"),))
@@ -254,3 +255,54 @@ def test_schedules_of_old_checkpoints_still_fit():
     assert set(sparse) == set(dense)
     assert PER_TASK.to_dict()["segments"][0]["masks"] == "task"
     assert "50% in each task" in PER_TASK.describe()
+
+
+def test_magnitude_keeps_in_proportion_to_size():
+    net = nn.Linear(2, 1)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[1.0, -3.0]]))
+    for temperature in (0.5, 1.0, 4.0):
+        pruner = Pruner(copy.deepcopy(net), PER_TASK, task_masks=drawing(0, magnitude(temperature)))
+        kept = torch.stack([drawn(pruner)["weight"][0] for _ in range(3000)]).double().mean(0)
+        wanted = 3 ** (1 / temperature) / (1 + 3 ** (1 / temperature))
+        assert abs(kept[1] - wanted) < 4 * (wanted * (1 - wanted) / 3000) ** 0.5
+    pruner = Pruner(net, PER_TASK, task_masks=drawing(0, magnitude(1e-3)))
+    assert all(drawn(pruner)["weight"].tolist() == [[False, True]] for _ in range(20))
+    with pytest.raises(ValueError, match="temperature"):
+        magnitude(0)
+
+
+def test_magnitude_takes_weights_of_zero():
+    net = nn.Linear(4, 2)
+    nn.init.zeros_(net.weight)
+    pruner = Pruner(net, PER_TASK, task_masks=drawing(0, magnitude(1.0)))
+    assert int(drawn(pruner)["weight"].sum()) == 4
+
+
+def test_catfish_prunes_what_the_task_needs_most(net, batch):
+    net.double()
+    x, y = batch[0].double(), batch[1]
+    oracle = copy.deepcopy(net)
+    F.cross_entropy(oracle(x), y).backward()
+    catfish = Catfish()
+    pruner = Pruner(net, PER_TASK, task_masks=drawing(0, catfish))
+    catfish.observe(F.cross_entropy(net(x), y), net.parameters())
+    assert all(p.grad is None for p in net.parameters())
+    for name, mask in drawn(pruner).items():
+        weight = oracle.get_parameter(name)
+        score = (weight * weight.grad).detach().abs()
+        assert score[mask].max() <= score[~mask].min()
+    with pytest.raises(ValueError, match="seen no loss of this task"):
+        pruner.task_masks().__enter__()
+    with pytest.raises(RuntimeError, match="depends on no weight"):
+        catfish.observe(torch.tensor(1.0), net.parameters())
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.5])
+def test_whole_output_channels(rate):
+    net = nn.Conv2d(3, 8, 3)
+    schedule = Schedule((Segment(9, sparse=True, sparsity=rate, masks="task"),))
+    pruner = Pruner(net, schedule, task_masks=drawing(0, pattern=Rows()))
+    mask = drawn(pruner)["weight"].flatten(1)
+    assert (mask.all(1) | ~mask.any(1)).all()
+    assert int(mask.any(1).sum()) == 8 - round(8 * rate)
