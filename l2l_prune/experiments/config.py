@@ -233,6 +233,13 @@ class RunConfig:
         masks = (self.criterion, self.allocation, self.rewind, self.regrow)
         if self.structured and masks != ("magnitude", "layerwise", None, None):
             raise ValueError("structured takes no criterion, allocation, rewind or regrow")
+        per_task = any(segment.per_task for segment in self.schedule.segments)
+        if self.structured and per_task:
+            raise ValueError("structured cuts channels once for a phase: it takes no task masks")
+        if per_task and (self.criterion, self.rewind, self.regrow) != ("magnitude", None, None):
+            raise ValueError(
+                "task masks are drawn by chance: they take no criterion, rewind or regrow"
+            )
         if self.criterion == "grasp" and self.algorithm in _NO_THIRD_DERIVATIVE:
             raise ValueError(
                 f"criterion grasp does not go with {self.algorithm}, whose meta-gradient cannot be "

@@ -137,6 +137,8 @@ def test_all_classes_are_trained_on_outside_glyphs():
         (lambda: make_config("reptile", "dsd", task_share=0.5), "takes no task_share"),
         (lambda: make_config("reptile", "task-masks", task_share=2.0), "share must be in"),
         (lambda: make_config("reptile", "task-masks", structured=True), "task masks"),
+        (lambda: make_config("reptile", "task-masks", criterion="random"), "by chance"),
+        (lambda: make_config("reptile", "task-masks", regrow="random"), "by chance"),
         (lambda: make_config("maml", "dsd", structured=True), "reptile only"),
         (lambda: make_config("cavia", "dsd", compile=True), "reptile only"),
         (lambda: make_config("anil", "dsd", bf16=True), "reptile only"),

@@ -8,12 +8,14 @@ import io
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 from l2l_prune import PrunedReptile, Schedule, Segment, TaskMasks
 from l2l_prune.reptile.batched import BatchedLearners
 from l2l_prune.reptile.compiled import CompiledStep
 from tests.conftest import SmallNet, without_compiler
+from tests.ranks import RANKS, on_two_ranks
 
 from .test_reptile import adapt, task
 
@@ -223,3 +225,33 @@ def test_forgotten_blocks_are_an_error(net):
     with pytest.raises(RuntimeError, match="no task began"):
         reptile.step()
     assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+
+
+def on_a_rank(rank, folder):
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
+    torch.manual_seed(0)
+    reptile = reptile_of(SmallNet().double(), group=dist.group.WORLD)
+    seen = []
+    for iteration in range(PHASES.iterations):
+        with reptile.task_masks() as masks:
+            learner = reptile.clone()
+        seen.append({name: mask.clone() for name, mask in masks.items()})
+        reptile.collect(adapt(learner, task(2 * iteration + rank, torch.float64)))
+        reptile.step()
+    weights = [p.detach() for p in reptile.finalize().parameters()]
+    torch.save({"seen": seen, "weights": weights}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_with_one_seed_draw_other_masks_and_stay_alike(tmp_path):
+    on_two_ranks(on_a_rank, str(tmp_path))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
+    for ours, theirs in zip(first["weights"], second["weights"], strict=True):
+        assert torch.equal(ours, theirs)
+    for iteration in range(PHASES.iterations):
+        segment = PHASES.segment(iteration)
+        pair = [seen[iteration]["fc.weight"] for seen in (first["seen"], second["seen"])]
+        if segment.per_task and segment.share == 1:
+            assert not torch.equal(*pair)
+        elif not segment.per_task:
+            assert torch.equal(*pair)
