@@ -231,22 +231,11 @@ class Pruner(ScheduledPruner):
 
     @contextmanager
     def task_masks(self, masks: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
-        """One task: clone its learner within, and it has masks of its own.
-
-        In a sparse segment with ``masks="task"`` masks are drawn as the Pruner's
-        :class:`TaskMasks` say. The model has them within the block; clones, copies and functional
-        copies that are made in it keep them for good, so that several may live at once. What is
-        pruned counts as 0 there and gets no gradient from there, while the stored weights stay.
-        Learners that share the model's own modules (CAVIA's, say), and models that are called
-        directly (ProtoNet), are masked within the block only: let it span the task's losses.
-
-        In other segments nothing is drawn, so that one loop serves all. Leave the block before the
-        outer step, and leave it out in evaluation, which is then without these masks.
+        """One task: what is cloned within has masks of its own; see :class:`TaskMasks`.
 
         Args:
             masks: Masks to use instead of drawn ones, in any segment: boolean tensors by dense
-                name; other tensors keep theirs. Those that a block gave, for instance, to go on
-                with its task.
+                name; other tensors keep theirs. Those that a block gave, to go on with its task.
 
         Yields:
             The masks by dense name, all True for a task that is not pruned.

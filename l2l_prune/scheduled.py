@@ -154,21 +154,13 @@ class ScheduledPruner(ABC):
 
     @contextmanager
     def task_masks(self, masks: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
-        """One task, with masks of its own; see :meth:`l2l_prune.Pruner.task_masks`.
-
-        Raises:
-            RuntimeError: If masks are given and this holds none.
-        """
+        """One task, with masks of its own where there are any (:meth:`Pruner.task_masks`)."""
         if masks is not None:
             raise RuntimeError(f"{type(self).__name__} holds no masks")
         yield {}
 
     def more_task_masks(self, tasks: int) -> list[dict[str, Tensor]]:
-        """Masks of further tasks, for learners that are made together in one block.
-
-        Returns:
-            Those of each task by dense name, or an empty list where tasks have none of their own.
-        """
+        """Masks of further tasks that begin together; none where tasks have none of their own."""
         return []
 
     def first_step_hook(self, model: nn.Module) -> StepPreHook | None:

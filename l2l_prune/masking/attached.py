@@ -15,7 +15,6 @@ from l2l_prune.masking.masked_layer import (
     held_names,
     held_tensors,
     open_mask,
-    put_mask,
     set_mask,
 )
 from l2l_prune.masking.prunable import LayerTensor
@@ -60,21 +59,6 @@ class HeldMasks:
         finally:
             for tensor in mine:
                 close_mask(tensor.module, tensor.name)
-
-    @contextmanager
-    def lent(self, masks: Sequence[Tensor]) -> Iterator[None]:
-        """Within it other masks are in place; stored weights keep what those prune.
-
-        Clones and functional copies that are made within keep these masks.
-        """
-        own = [_buffer(tensor) for tensor in self._tensors]
-        try:
-            for tensor, mask in zip(self._tensors, masks, strict=True):
-                put_mask(tensor.module, tensor.name, mask)
-            yield
-        finally:
-            for tensor, buffer in zip(self._tensors, own, strict=True):
-                tensor.module._buffers[f"{tensor.name}_mask"] = buffer
 
     def take_off(self) -> None:
         """Plain modules again; pruned weights stay 0 as values."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +13,7 @@ from l2l_prune._basics import ranks
 from l2l_prune._basics.checks import describe, of_type
 from l2l_prune.masking.allocation import ALLOCATIONS, Allocation, global_masks, kept_counts
 from l2l_prune.masking.criteria import Criterion, scores_of
+from l2l_prune.masking.one_mask import all_true, arranged, named
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.prunable import LayerTensor
 from l2l_prune.masking.topk import check_finite
@@ -123,29 +123,3 @@ class MaskChoice:
             scores = scores_of(weight, self._criterion)
             check_finite(scores)
         return ranks.total(scores, self._group)
-
-
-def arranged(tensor: LayerTensor, scores: Tensor, keep: int, pattern: Pattern) -> Tensor:
-    """The mask of a tensor that keeps ``keep`` of its weights where the pattern lets them be.
-
-    Raises:
-        ValueError: If ``scores`` hold NaN or infinity.
-    """
-    if pattern == UNSTRUCTURED:  # has no directions; ties go by the weight's own order
-        return pattern.mask(scores, keep)
-    return tensor.swapped(pattern.mask(tensor.swapped(scores), keep))
-
-
-@contextmanager
-def named(tensor: LayerTensor, when: str) -> Iterator[None]:
-    """Errors within name the tensor whose scores they are about."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        place = f"cannot prune {tensor.full_name} {when}"
-        raise type(error)(f"{place} by the scores of criterion: {error}") from None
-
-
-def all_true(weight: Tensor) -> Tensor:
-    """A mask that prunes nothing."""
-    return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)

@@ -16,8 +16,9 @@ from l2l_prune._basics import checks
 from l2l_prune.masking.allocation import Allocation, global_masks, kept_counts
 from l2l_prune.masking.attached import HeldMasks
 from l2l_prune.masking.criteria import scores_of
+from l2l_prune.masking.masked_layer import put_mask
+from l2l_prune.masking.one_mask import all_true, arranged, named
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
-from l2l_prune.masking.plan import all_true, arranged, named
 from l2l_prune.masking.prunable import LayerTensor
 from l2l_prune.masking.task_scores import TaskScores, uniform
 from l2l_prune.schedules.schedule import Schedule
@@ -28,6 +29,13 @@ class TaskMasks:
 
     A sparse segment with ``masks="task"`` leaves the model dense and gives each task's learner a
     mask of its own: what it prunes is 0 in that learner and gets no gradient from that task.
+
+    ``with pruner.task_masks():`` is one task. The model has its masks within the block; clones,
+    copies and functional copies that are made in it keep them for good, so that several may live
+    at once. Stored weights stay as they are. Learners that share the model's own modules (CAVIA's,
+    say), and models that are called directly (ProtoNet), are masked within the block only: let it
+    span the task's losses. In other segments nothing is drawn, so that one loop serves all. Leave
+    the block before the outer step, and leave it out in evaluation, which has no masks then.
 
     Masks depend on the generator, the meta-iteration, the rank and the task's number in the
     meta-iteration only: ranks of torch.distributed may share a seed, and have different masks.
@@ -208,7 +216,7 @@ class TaskBlocks:
             masks = [new & own for new, own in zip(masks, held.values, strict=True)]
         self.inside, self.lent, self._drawing = True, masks, position if drawing else None
         try:
-            with nullcontext() if masks is None else held.lent(masks):
+            with nullcontext() if masks is None else _lent(self._tensors, masks):
                 yield held.values if masks is None else masks
         finally:
             self.inside, self.lent, self._drawing = False, None, None
@@ -284,3 +292,19 @@ class TaskBlocks:
         assert how is not None
         with named(tensor, "for a task"):
             return scores_of(weight, lambda w: how.scores(w, generator))
+
+
+@contextmanager
+def _lent(tensors: Sequence[LayerTensor], masks: Sequence[Tensor]) -> Iterator[None]:
+    """Within it other masks are in place; stored weights keep what those prune.
+
+    Clones and functional copies that are made within keep these masks.
+    """
+    own = [tensor.module._buffers[f"{tensor.name}_mask"] for tensor in tensors]
+    try:
+        for tensor, mask in zip(tensors, masks, strict=True):
+            put_mask(tensor.module, tensor.name, mask)
+        yield
+    finally:
+        for tensor, buffer in zip(tensors, own, strict=True):
+            tensor.module._buffers[f"{tensor.name}_mask"] = buffer
