@@ -27,11 +27,12 @@ test-cuda: install
 	L2L_PRUNE_TEST_DEVICE=$(or $(DEVICE),cuda) $(BIN)/python -m pytest tests/cuda/test_cuda.py
 
 # The hosts' own tests with the plugin attached; HIGHER=DIR adds those of a checkout of higher, and
-# CAVIA=DIR or METAOPTNET=DIR runs the public scripts with the diffs of docs/guides/.
+# CAVIA=DIR, METAOPTNET=DIR or LIBFEWSHOT=DIR runs the public scripts with the diffs of docs/guides/.
 test-peers: install
 	$(BIN)/python tests/peers/run.py $(if $(HIGHER),--higher $(HIGHER))
 	$(BIN)/python tests/peers/published.py $(if $(CAVIA),--cavia $(CAVIA)) \
-		$(if $(METAOPTNET),--metaoptnet $(METAOPTNET))
+		$(if $(METAOPTNET),--metaoptnet $(METAOPTNET)) \
+		$(if $(LIBFEWSHOT),--libfewshot $(LIBFEWSHOT))
 
 # docs/support.md from the tests' results
 support: install

@@ -13,7 +13,7 @@ import typer
 
 from benchmarks import workload
 
-PARTS = ("meta_iteration", "overhead", "growth", "sampling", "evaluation", "ranks")
+PARTS = ("meta_iteration", "overhead", "growth", "sampling", "evaluation", "torch_func", "ranks")
 
 
 def main(

@@ -9,9 +9,14 @@ import re
 from importlib import metadata
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 TITLES = {
     "tests/hosts/test_learn2learn.py": "learn2learn",
     "tests/hosts/test_higher.py": "higher",
+    "tests/hosts/test_torch_func.py": "torch.func",
+    "tests/hosts/test_torchopt.py": "TorchOpt",
+    "tests/hosts/test_easyfsl.py": "easyfsl",
+    "tests/hosts/test_timm.py": "timm",
     "tests/hosts/test_lightning.py": "Lightning",
     "tests/metalearners/test_cavia.py": "CAVIA",
     "tests/hosts/test_task_masks.py": "Masks for each task: other hosts",
@@ -23,6 +28,18 @@ TITLES = {
     "tests/reptile/test_distributed.py": "torch: DistributedDataParallel",
     "tests/test_examples.py": "Examples",
 }
+GUIDES = {"cavia": "CAVIA", "metaoptnet": "MetaOptNet", "libfewshot": "LibFewShot"}
+"""Those with diffs of public programs, which ``tests/peers/published.py`` runs."""
+HOSTS = {
+    "learn2learn": ("learn2learn", "maml"),
+    "higher": ("higher", "higher_maml"),
+    "torch.func": ("torch", "torch_func_maml"),
+    "TorchOpt": ("torchopt", "torchopt_maml"),
+    "easyfsl": ("easyfsl", "easyfsl_protonet"),
+    "timm": ("timm", "timm_vit"),
+    "Lightning": ("pytorch-lightning", "lightning_maml"),
+}
+"""Package and example of a host."""
 VERSIONS = ("torch", "learn2learn", "higher", "pytorch-lightning")
 results: dict[str, dict[str, list[tuple[str, str]]]] = {}
 
@@ -46,12 +63,30 @@ def pytest_sessionfinish(session):
         return
     lines = ["# Support table", "", "Written by `make support` from the tests' own results, with"]
     lines[-1] += " " + ", ".join(f"{name} {metadata.version(name)}" for name in VERSIONS) + "."
+    lines += hosts()
     for path, title in TITLES.items():
         lines += ["", f"## {title}", "", f"`{path}`", "", "| what | cases | result |"]
         lines.append("|---|---|---|")
         for test, cases in results.get(path, {}).items():
             lines.append(row(test, cases))
     target.write_text("\n".join(lines) + "\n")
+
+
+def hosts() -> list[str]:
+    """What pruning adds to each host's own loop, counted in the examples and the guides' diffs."""
+    lines = ["", "## Hosts and added lines", "", "| host | version | added lines | where |"]
+    lines.append("|---|---|---|---|")
+    for host, (package, example) in HOSTS.items():
+        path = ROOT / "examples" / f"{example}.py"
+        added = path.read_text().count("# l2l_prune")
+        lines.append(f"| {host} | {metadata.version(package)} | {added} | `examples/{path.name}` |")
+    for guide, host in GUIDES.items():
+        text = (ROOT / "docs" / "guides" / f"{guide}.md").read_text()
+        for block in re.findall(r"```diff\n(.*?)```", text, re.DOTALL):
+            file = re.findall(r"^\+\+\+ b/(.*)$", block, re.MULTILINE)[0]
+            added = len(re.findall(r"^\+(?!\+\+)", block, re.MULTILINE))
+            lines.append(f"| {host}, public program | checkout | {added} | `{file}` |")
+    return lines
 
 
 def row(test: str, cases: list[tuple[str, str]]) -> str:

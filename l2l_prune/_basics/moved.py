@@ -38,7 +38,7 @@ MOVED = {
     "experiments.studies": "experiments.report.figures",
     "experiments.sweep": "experiments.running.sweep",
     "experiments.tables": "experiments.report.tables",
-    "experiments.tensorboard": "experiments.running.tensorboard",
+    "experiments.tensorboard": "experiments.running.loggers",
     "following": "masked_optimizers",
     "held_masks": "masking.attached",
     "inner_loop": "reptile.learner",

@@ -17,16 +17,21 @@ import l2l_prune
 from l2l_prune.experiments.config import Phases, RunConfig, make_config
 from l2l_prune.experiments.options import (
     AlgorithmOption,
+    CandidatesOption,
     ClusterOption,
     ConfigOption,
     DataOption,
     DownloadOption,
+    HoursOption,
     JobsOption,
+    LoggerOption,
     MethodOption,
+    RatesOption,
     RootOption,
     TensorboardOption,
     baseline_first,
     check_sparsity,
+    chosen_logger,
     plain_errors,
     read_toml,
 )
@@ -97,6 +102,7 @@ def run(
         Path | None,
         typer.Option(help="Folder for the results.", show_default="runs/ALGORITHM-METHODS"),
     ] = None,
+    logger: LoggerOption = None,
     tensorboard: TensorboardOption = False,
     config: ConfigOption = None,
     **settings: Any,
@@ -109,6 +115,7 @@ def run(
     from l2l_prune.experiments.running.compare_seeds import compare_seeds
 
     check_sparsity(settings["sparsity"])
+    logger = chosen_logger(logger, tensorboard)
     out = out or Path("runs") / "-".join((algorithm, *method))
     settings |= {"data": data, "data_root": str(data_root) if data_root else None}
     with plain_errors(out):
@@ -119,9 +126,9 @@ def run(
         ]
         check_files(data, **configs[0].data_options, download=download)
         if seeds == 1:
-            compare_one_seed(configs, out, Console(), jobs, tensorboard)
+            compare_one_seed(configs, out, Console(), jobs, logger)
         else:
-            typer.echo(compare_seeds(configs, out, Console(), jobs, tensorboard))
+            typer.echo(compare_seeds(configs, out, Console(), jobs, logger))
 
 
 @app.command()
@@ -132,6 +139,7 @@ def sweep(
     ),
     jobs: JobsOption = 2,
     cluster: ClusterOption = None,
+    logger: LoggerOption = None,
     tensorboard: TensorboardOption = False,
 ) -> None:
     """Run a grid of settings: a table base as of `run`, tables grid of lists, and seeds = N.
@@ -140,6 +148,7 @@ def sweep(
     """
     from l2l_prune.experiments.running.sweep import expand
 
+    logger = chosen_logger(logger, tensorboard)
     with plain_errors(out):
         document = read_toml(file)
         if not document.keys() <= {"base", "grid", "comparison"}:
@@ -151,7 +160,132 @@ def sweep(
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from None
         check_files(configs[0].data, **configs[0].data_options)
-        _run_all(configs, out, jobs, cluster, tensorboard)
+        _run_all(configs, out, jobs, cluster, logger)
+
+
+@app.command()
+@takes_settings(Phases, RunConfig, own={"final_tasks": "--eval-tasks"})
+def tune(
+    algorithm: AlgorithmOption = "reptile",
+    method: CandidatesOption = ["dsd", "iht", "rigl", "cubic"],  # noqa: B006 - typer copies it
+    rate: RatesOption = [0.3, 0.5, 0.7, 0.8, 0.9, 0.95],  # noqa: B006
+    data: DataOption = "glyphs",
+    data_root: RootOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and tasks.")] = 0,
+    max_size: Annotated[
+        str | None, typer.Option(help="Largest stored size, say 100KB.", show_default="none")
+    ] = None,
+    max_macs: Annotated[
+        str | None,
+        typer.Option(help="Most multiply-adds of one image, say 2.5M.", show_default="none"),
+    ] = None,
+    max_ms: Annotated[
+        float | None,
+        typer.Option(help="Longest forward pass of one image, one thread.", show_default="none"),
+    ] = None,
+    races: Annotated[int, typer.Option(min=1, help="Races of nine candidates.")] = 3,
+    hours: HoursOption = None,
+    jobs: JobsOption = 2,
+    out: Annotated[Path, typer.Option(help="Folder; the search goes on from it.")] = Path(
+        "runs/tune"
+    ),
+    config: ConfigOption = None,
+    **settings: Any,
+) -> None:
+    """Choose method, rate and phases within a budget: sensitivity, races, Pareto front, TOML.
+
+    Settings are those of `run`, for any meta-learner and data. Choices are made on validation
+    tasks; the chosen one is scored on test tasks once. A stopped search can be repeated.
+    """
+    from l2l_prune.experiments.search.choice import tune as search
+    from l2l_prune.experiments.search.costs import Budget, quantity
+
+    with plain_errors(out):
+        size, macs = (None if text is None else quantity(text) for text in (max_size, max_macs))
+        base = _base(algorithm, data, data_root, settings) | {"seed": seed}
+        search(
+            base,
+            out,
+            Console(),
+            methods=method,
+            rates=rate,
+            races=races,
+            budget=Budget(size, macs, max_ms),
+            hours=hours,
+            jobs=jobs,
+        )
+
+
+@app.command()
+@takes_settings(Phases, RunConfig, own={"final_tasks": "--eval-tasks"})
+def study(
+    algorithm: AlgorithmOption = "reptile",
+    method: CandidatesOption = ["dsd", "iht", "rigl", "cubic"],  # noqa: B006 - typer copies it
+    rate: RatesOption = [0.5, 0.8, 0.9],  # noqa: B006
+    width: Annotated[
+        list[int] | None, typer.Option(min=1, help="Channels; repeat the option.")
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(min=1, help="Meta-iterations; repeat the option.")
+    ] = None,
+    classes: Annotated[
+        list[int] | None, typer.Option(min=1, help="Training classes; repeat the option.")
+    ] = None,
+    data: DataOption = "glyphs",
+    data_root: RootOption = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=99, help="Seed of the races; replicates have 100, 101, ...")
+    ] = 0,
+    replicates: Annotated[
+        int, typer.Option(min=2, help="Seeds, each with a split of the classes.")
+    ] = 8,
+    fixed_split: Annotated[
+        bool, typer.Option("--fixed-split", help="Replicates keep the split of the classes.")
+    ] = False,
+    hours: HoursOption = None,
+    jobs: JobsOption = 2,
+    out: Annotated[Path, typer.Option(help="Folder; the study goes on from it.")] = Path(
+        "runs/study"
+    ),
+    config: ConfigOption = None,
+    **settings: Any,
+) -> None:
+    """Find out whether pruning helps on your data, by how much, and how sure that is.
+
+    Methods and rates race on validation tasks; the best are repeated over seeds and splits beside
+    dense networks of the full size, the same size and the same time. A stopped study can be
+    repeated.
+    """
+    from l2l_prune.experiments.search.verdict import study as find_out
+
+    with plain_errors(out):
+        base = _base(algorithm, data, data_root, settings) | {"seed": seed}
+        verdict = find_out(
+            base,
+            out,
+            Console(),
+            methods=method,
+            rates=rate,
+            widths=width or (),
+            lengths=length or (),
+            classes=classes or (),
+            replicates=replicates,
+            hours=hours,
+            jobs=jobs,
+            fixed_split=fixed_split,
+        )
+        typer.echo(verdict)
+
+
+def _base(
+    algorithm: str, data: str, data_root: Path | None, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments of ``make_config`` that were given, once the files are known to be there."""
+    base = {"algorithm": algorithm, "data": data, **settings}
+    base["data_root"] = str(data_root) if data_root else None
+    base = {name: value for name, value in base.items() if value is not None}
+    check_files(data, **make_config(method="dense", **base).data_options)
+    return base
 
 
 @app.command()
@@ -184,6 +318,7 @@ def paper(
     ] = None,
     jobs: JobsOption = 2,
     cluster: ClusterOption = None,
+    logger: LoggerOption = None,
     tensorboard: TensorboardOption = False,
 ) -> None:
     """Run all that stands behind a table or figure of the paper, and write the report.
@@ -194,6 +329,7 @@ def paper(
     from l2l_prune.experiments.report.report import write_report
     from l2l_prune.experiments.running.sweep import expand
 
+    logger = chosen_logger(logger, tensorboard)
     out = out or Path("runs") / name
     with plain_errors(out):
         base, grids = experiment(name, data or (None if data_root or download else "glyphs"))
@@ -201,18 +337,18 @@ def paper(
         base["data_root"] = str(data_root) if data_root else None
         configs = expand(base, [{**grid, "shots": shots, "seeds": seeds} for grid in grids])
         check_files(configs[0].data, **configs[0].data_options, download=download)
-        _run_all(configs, out, jobs, cluster, tensorboard)
+        _run_all(configs, out, jobs, cluster, logger)
         for path in write_report(out):
             typer.echo(f"wrote {path}")
 
 
 def _run_all(
-    configs: list[RunConfig], out: Path, jobs: int, cluster: str | None, tensorboard: bool
+    configs: list[RunConfig], out: Path, jobs: int, cluster: str | None, logger: str | None
 ) -> None:
     """A sweep; where runs failed, it says so and ends the command."""
     from l2l_prune.experiments.running.sweep import sweep as run_all
 
-    outcomes = run_all(configs, out, Console(), jobs=jobs, cluster=cluster, tensorboard=tensorboard)
+    outcomes = run_all(configs, out, Console(), jobs=jobs, cluster=cluster, logger=logger)
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
         typer.echo(f"{len(failed)} of {len(outcomes)} runs failed: see error.txt in their folders")

@@ -9,7 +9,12 @@ from typing import Any
 
 from l2l_prune._basics import checks
 from l2l_prune.experiments.defaults import DEFAULTS, INSTANCES, PICTURE_TASKS, PUBLISHED, measure_of
-from l2l_prune.experiments.methods import METHODS, make_schedule, published_phases
+from l2l_prune.experiments.methods import (
+    METHODS,
+    make_schedule,
+    published_phases,
+    read_layer_rates,
+)
 from l2l_prune.experiments.settings import check_settings, setting, settings_of
 from l2l_prune.fewshot.data.images import DATA_SETS, OWN_SPLITS
 from l2l_prune.fewshot.evaluation import Measure
@@ -44,6 +49,12 @@ class Phases:
     )
     task_share: float | None = setting(
         None, "Share of the tasks that task masks prune, in (0, 1].", above=0, shown="all"
+    )
+    layer_rates: str | None = setting(
+        None,
+        "Rates of single layers, which then are those that are pruned: "
+        "'features.conv4.weight=0.9,features.conv3.*=0.5'; sparsity counts for no layer.",
+        shown="none",
     )
     scale: float = setting(1.0, "Factor on the meta-iterations; phases shrink alike.", above=0)
     published: bool = setting(
@@ -207,6 +218,11 @@ class RunConfig:
     )
     eval_every: int = setting(
         25, "Meta-iterations between points of the curves.", least=1, shown="a tenth of the run"
+    )
+    held_out: str = setting(
+        "test",
+        "Classes to score on beside those of training: validation leaves the test classes unseen",
+        choices=("test", "validation"),
     )
     curve_tasks: int = setting(
         12, "Tasks for each point of the curves.", least=1, shown=_BY_ALGORITHM
@@ -376,6 +392,10 @@ def make_config(algorithm: str, method: str, **settings: Any) -> RunConfig:
         for name in ("sparsity", "pretrain", "retrain", "rounds", "task_share")
         if (value := getattr(phases, name)) is not None
     }
+    if phases.layer_rates is not None:
+        shape["sparsity"] = read_layer_rates(phases.layer_rates)
+        if chosen.get("allocation", "layerwise") != "layerwise" or chosen.get("structured"):
+            raise ValueError("layer_rates goes with the allocation layerwise, and not structured")
     pruning = make_schedule(method, iterations, **(paper | shape))
     chosen = {**METHODS[method].settings, **chosen}
     if algorithm not in ("reptile", "metaoptnet") and "train_shots" not in given:
@@ -388,9 +408,9 @@ def make_config(algorithm: str, method: str, **settings: Any) -> RunConfig:
     if "final_tasks" in given and "curve_tasks" not in given:
         usual = chosen.get("curve_tasks", RunConfig.curve_tasks)
         chosen["curve_tasks"] = min(usual, given["final_tasks"])  # no more on the way
-    shape.pop("sparsity", None)
+    by_layer = isinstance(shape.pop("sparsity", None), dict)
     derived = {
-        "name": _name(method, {} if method == "dense" else shape, chosen),
+        "name": _name(method, {} if method == "dense" else shape, chosen, by_layer),
         "eval_every": max(1, iterations // 10),
     }
     return RunConfig(algorithm=algorithm, schedule=pruning, **{**derived, **chosen})
@@ -405,7 +425,9 @@ def file_name(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower())
 
 
-def _name(kind: str, phases: dict[str, Any], settings: dict[str, Any]) -> str:
+def _name(
+    kind: str, phases: dict[str, Any], settings: dict[str, Any], by_layer: bool = False
+) -> str:
     """The method, and all by which it differs from its default."""
     method = METHODS[kind]
     parts = [method.title]
@@ -416,6 +438,8 @@ def _name(kind: str, phases: dict[str, Any], settings: dict[str, Any]) -> str:
         parts.append(f"{phases['rounds']} rounds")
     if "task_share" in phases:
         parts.append(f"{100 * phases['task_share']:g}% of tasks")
+    if by_layer and kind != "dense":
+        parts.append("rates by layer")
     usual = {"criterion": "magnitude", "allocation": "layerwise", **method.settings}
     for name in ("criterion", "allocation"):
         if settings.get(name, usual[name]) != usual[name] and kind != "dense":

@@ -144,10 +144,35 @@ METHODS: dict[str, Method] = {
 """The paper's three first; what the others are is told in docs/methods.md."""
 
 
+_RAMPS = ("cubic", "cyclic", "metasparse")
+
+
+def read_layer_rates(text: str) -> dict[str, float]:
+    """Rates by layer as settings write them.
+
+    Raises:
+        ValueError: If it is not of that form, or a rate is not in [0, 1).
+
+    Examples:
+        >>> read_layer_rates("conv4.weight=0.9, fc.*=0.25")
+        {'conv4.weight': 0.9, 'fc.*': 0.25}
+    """
+    rates = {}
+    for part in text.split(","):
+        name, _, number = (piece.strip() for piece in part.partition("="))
+        try:
+            rates[name] = checks.fraction(name, float(number))
+        except ValueError:
+            raise ValueError(
+                f"layer_rates must be NAME=RATE,NAME=RATE with rates in [0, 1), got {part!r}"
+            ) from None
+    return rates
+
+
 def make_schedule(
     kind: str,
     iterations: int,
-    sparsity: float | None = None,
+    sparsity: float | dict[str, float] | None = None,
     *,
     pretrain: float | None = None,
     retrain: float | None = None,
@@ -160,7 +185,8 @@ def make_schedule(
         kind: A key of :data:`METHODS`.
         iterations: Meta-iterations in all, >= 1.
         sparsity: Fraction pruned in the sparse phases (metasparse: in the last), in (0, 1); 0.5
-            by default, 0.95 of metasparse.
+            by default, 0.95 of metasparse. Or fractions by layer, where it does not grow within
+            the run.
         pretrain: Pre-training as a fraction of the run: 0.3 (DSD, one-shot), 0.2 (IHT, cubic,
             cyclic), 0.5 (lottery), 0 (static, SET, RigL, task masks) or the length of five
             rounds (metasparse) by default.
@@ -179,7 +205,10 @@ def make_schedule(
     if kind == "dense":
         return method.make(iterations, 0.0)
     sparsity = method.sparsity if sparsity is None else sparsity
-    if checks.fraction("sparsity", sparsity) == 0:
+    if isinstance(sparsity, dict):
+        if kind in _RAMPS:
+            raise ValueError(f"method {kind} takes one sparsity for all layers: it grows to it")
+    elif checks.fraction("sparsity", sparsity) == 0:
         raise ValueError(f"sparsity must be in (0, 1), got {sparsity}")
     given = {
         "pretrain": pretrain,

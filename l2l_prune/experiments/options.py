@@ -12,6 +12,7 @@ import typer
 
 from l2l_prune.experiments.defaults import DEFAULTS
 from l2l_prune.experiments.methods import METHODS
+from l2l_prune.experiments.running.loggers import LOGGERS, check_logger
 from l2l_prune.fewshot.data import DATA_SETS
 
 if sys.version_info >= (3, 11):
@@ -35,6 +36,27 @@ MethodOption = Annotated[
         help=f"One of {', '.join(METHODS)}; repeat the option to compare.",
         rich_help_panel="What",
     ),
+]
+CandidatesOption = Annotated[
+    list[str],
+    typer.Option(
+        "--method",
+        help=f"What may be chosen: {', '.join(name for name in METHODS if name != 'dense')}; "
+        "repeat the option.",
+        rich_help_panel="What",
+    ),
+]
+RatesOption = Annotated[
+    list[float],
+    typer.Option(
+        "--rate",
+        help="Fractions to prune that may be chosen; repeat the option.",
+        rich_help_panel="What",
+    ),
+]
+HoursOption = Annotated[
+    float | None,
+    typer.Option(help="The most that it may take in all, over restarts.", show_default="no bound"),
 ]
 DataOption = Annotated[
     str, typer.Option(help=f"One of {', '.join(DATA_SETS)}.", rich_help_panel="What")
@@ -63,9 +85,36 @@ ClusterOption = Annotated[
     str | None,
     typer.Option(help="Hand the runs to submitit: local or slurm.", callback=_check_cluster),
 ]
-TensorboardOption = Annotated[
-    bool, typer.Option("--tensorboard", help="Also write TensorBoard's event files.")
+
+
+def _check_logger(name: str | None) -> str | None:
+    try:
+        return None if name is None else check_logger(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+LoggerOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Also write the curves for {', '.join(LOGGERS)}; nothing is sent.",
+        callback=_check_logger,
+    ),
 ]
+TensorboardOption = Annotated[
+    bool, typer.Option("--tensorboard", help="The same as --logger tensorboard.")
+]
+
+
+def chosen_logger(logger: str | None, tensorboard: bool) -> str | None:
+    """The logger that both options together name.
+
+    Raises:
+        typer.BadParameter: If they name two.
+    """
+    if tensorboard and logger not in (None, "tensorboard"):
+        raise typer.BadParameter(f"give --logger {logger} or --tensorboard, not both")
+    return "tensorboard" if tensorboard else logger
 
 
 def read_toml(path: Path) -> dict[str, Any]:

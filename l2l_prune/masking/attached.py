@@ -66,12 +66,19 @@ class HeldMasks:
             detach(tensor.module, tensor.name)
 
     def check_there(self) -> None:
-        """Raise a RuntimeError that names the tensor, where a mask is gone."""
+        """Raise a RuntimeError that names the tensor, where a mask or the own weight is gone."""
         for tensor in self._tensors:
             if tensor.name not in held_names(tensor.module):
                 raise RuntimeError(
                     f"the mask of {tensor.full_name} was removed by somebody else "
                     "(prune.remove?); use Pruner.finalize() to take masks off"
+                )
+            original = tensor.module._parameters[f"{tensor.name}_orig"]
+            if original is not None and not original.is_leaf:
+                raise RuntimeError(
+                    f"{tensor.full_name} is a task's adapted weight, of an inner loop that has not "
+                    "ended: put the model's own weights back first "
+                    "(torchopt.recover_state_dict, or leave higher's context)"
                 )
 
     def check_same(self, iteration: int, *, thoroughly: bool = False) -> None:

@@ -11,6 +11,10 @@ An entry of a mask that is not 0 keeps its weight whole: averages of a model's b
 make fractions of masks, while the averaged ``weight_orig`` is the average of the masked weights
 already. Writing in place to ``module.weight`` writes to a product that nobody holds; functions
 given to ``Module.apply`` and ``reset_parameters()`` get the stored weight instead.
+
+Many few-shot programs (after CloserLookFewShot: LibFewShot, ...) keep a task's adapted weight as an
+attribute ``fast`` of the parameter, and their layers read ``module.weight.fast``: that is under
+the mask too.
 """
 
 from __future__ import annotations
@@ -385,9 +389,15 @@ def _masked_property(base: type[nn.Module], name: str, stored: bool = False) -> 
         if name in module._l2l_prune_opened:
             original, mask = held_tensors(module, name)
             return torch.where(mask != 0, original, module._l2l_prune_opened[name])
-        if not torch.compiler.is_compiling():
-            _make_exact(module, name)
-        return cast(Tensor, method.apply_mask(module))  # type: ignore[no-untyped-call]
+        if torch.compiler.is_compiling():
+            return cast(Tensor, method.apply_mask(module))  # type: ignore[no-untyped-call]
+        _make_exact(module, name)
+        masked: Any = method.apply_mask(module)  # type: ignore[no-untyped-call]
+        original = getattr(module, f"{name}_orig")
+        if hasattr(original, "fast"):
+            mask, fast = getattr(module, f"{name}_mask"), original.fast
+            masked.fast = fast * mask.to(fast.dtype) if isinstance(fast, Tensor) else fast
+        return cast(Tensor, masked)
 
     def write(module: nn.Module, value: object) -> None:
         _refuse_assignment(base, name)

@@ -77,7 +77,7 @@ def test_a_run_that_compiles_says_so(clock):
     assert file.getvalue().splitlines()[0].endswith(": compiling")
 
 
-def talkative(config, folder, tensorboard, tell):
+def talkative(config, folder, logger, tell):
     """A run whose libraries print, to Python's streams and past them."""
     print("a notice")
     sys.stderr.write("another notice\n")

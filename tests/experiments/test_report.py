@@ -229,6 +229,7 @@ def test_bad_folders(tmp_path):
 
 
 OTHER = {  # of settings that are names, or nothing by default
+    "held_out": "validation",
     "split": 3,
     "image_size": 28,
     "annealing": "phase",

@@ -96,7 +96,7 @@ def test_a_failed_run_does_not_lose_the_others_and_a_second_sweep_mends_it(tmp_p
     assert not list(tmp_path.glob("*/checkpoint.pt"))
 
 
-def kill_itself_once(config, folder, tensorboard, tell):
+def kill_itself_once(config, folder, logger, tell):
     """Stands for a worker that the kernel kills for its memory."""
     mark = folder / "killed"
     if config.seed == 1 and not mark.exists():
@@ -105,7 +105,7 @@ def kill_itself_once(config, folder, tensorboard, tell):
     return Outcome(run_name(config), None)
 
 
-def kill_itself_always(config, folder, tensorboard, tell):
+def kill_itself_always(config, folder, logger, tell):
     os.kill(os.getpid(), signal.SIGKILL)
 
 

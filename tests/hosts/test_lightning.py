@@ -476,3 +476,59 @@ def test_a_batch_is_a_task_with_masks_of_its_own(tmp_path, name, accumulate):
     assert all(bool(mask.all()) for mask in pruning.pruner.masks.values())
     assert pruning.pruner.iteration == 6
     pruning.pruner.finalize()
+
+
+class Looking(pl.Callback):
+    """Copies the module in the middle of a fit, and counts its zeros after each batch."""
+
+    def __init__(self):
+        self.copied, self.zeros = [], []
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.zeros.append(int((module.net.head.weight == 0).sum()))
+        try:
+            twin = copy.deepcopy(module.net)
+            self.copied.append(int((twin.head.weight == 0).sum()))
+        except RuntimeError as error:
+            self.copied.append(str(error))
+
+
+@pytest.mark.parametrize("callback", ["ModelPruning", "PruningCallback"])
+def test_beside_lightnings_model_pruning(tmp_path, callback):
+    """Half of 48 weights pruned from the fourth step on: copies, checkpoints, resuming, metrics."""
+    schedule = Schedule((Segment(3), Segment(9, sparse=True, sparsity=0.5)))
+
+    def pruning(module):
+        if callback == "PruningCallback":
+            return PruningCallback(schedule, only="net.head.weight")
+        return pl.callbacks.ModelPruning(
+            "l1_unstructured",
+            amount=0.5,
+            parameters_to_prune=[(module.net.head, "weight")],
+            use_global_unstructured=False,
+            use_lottery_ticket_hypothesis=False,
+            apply_pruning=lambda epoch: epoch == 2,  # at the end of the third
+        )
+
+    torch.manual_seed(0)
+    first, looking = Plain(), Looking()
+    saving = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    begun = trainer(
+        tmp_path, [pruning(first), looking, saving], epochs=6, enable_checkpointing=True
+    )
+    begun.fit(first, loader(1))
+    assert looking.zeros[-1] == 24
+    again, resumed_looking = Plain(), Looking()
+    resumed = trainer(tmp_path, [pruning(again), resumed_looking], epochs=9)
+    resumed.fit(again, loader(1), ckpt_path=tmp_path / "last.ckpt")
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    if callback == "PruningCallback":
+        assert looking.copied[-1] == 24
+        assert float(begun.callback_metrics["pruning/sparsity"]) == 0.5
+        assert (state["net.head.weight_mask"] == 0).sum() == 24
+        assert resumed_looking.zeros == [24, 24, 24]
+    else:  # what Lightning's own callback does not keep
+        assert "deepcopy protocol" in looking.copied[-1]
+        assert not begun.callback_metrics
+        assert "net.head.weight_mask" not in state
+        assert resumed_looking.zeros == [0, 0, 0]  # the first step after it moved all weights

@@ -393,6 +393,67 @@ def test_transformer_layers_equal_a_functional_call(training, kdim):
             assert torch.allclose(a, b, atol=1e-11)
 
 
+class FastLinear(nn.Linear):
+    """A layer as CloserLookFewShot's: the adapted weight is an attribute of the stored one."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.weight.fast = self.bias.fast = None
+
+    def forward(self, x):
+        if self.weight.fast is None:
+            return super().forward(x)
+        return F.linear(x, self.weight.fast, self.bias.fast)
+
+
+def adapt_fast(model, x, steps):
+    parameters = fast = list(model.parameters())
+    for parameter in parameters:
+        parameter.fast = None
+    for _ in range(steps):
+        gradients = torch.autograd.grad(model(x).square().mean(), fast, create_graph=True)
+        fast = [w - 0.1 * g for w, g in zip(fast, gradients, strict=True)]
+        for parameter, value in zip(parameters, fast, strict=True):
+            parameter.fast = value
+
+
+def test_adapted_weights_kept_as_fast_are_masked():
+    """Second-order MAML of three steps against a functional call."""
+    torch.manual_seed(0)
+    model = nn.Sequential(FastLinear(5, 6), nn.Tanh(), FastLinear(6, 3)).double()
+    for layer in (model[0], model[2]):  # a cast makes new parameters
+        layer.weight.fast = layer.bias.fast = None
+    dense = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    dense.load_state_dict(model.state_dict())
+    pruner = Pruner(model, SPARSE)
+    values = {n: p.detach().clone().requires_grad_() for n, p in dense.named_parameters()}
+    masks = pruner.masks
+    xs, xq = torch.randn(2, 4, 5, dtype=torch.float64)
+
+    def run(weights, x):
+        masked = {n: w * masks[n] if n in masks else w for n, w in weights.items()}
+        return functional_call(dense, masked, x)
+
+    adapted = values
+    for _ in range(3):
+        gradients = torch.autograd.grad(
+            run(adapted, xs).square().mean(), list(adapted.values()), create_graph=True
+        )
+        adapted = {n: w - 0.1 * g for (n, w), g in zip(adapted.items(), gradients, strict=True)}
+    expected = run(adapted, xq)
+    theirs = torch.autograd.grad(expected.square().sum(), list(values.values()))
+
+    adapt_fast(model, xs, 3)
+    out = model(xq)
+    assert torch.allclose(out, expected, atol=1e-13)
+    ours = torch.autograd.grad(out.square().sum(), list(model.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+    with torch.no_grad():
+        model[0].weight_orig.fast += 1  # whatever a loop puts there
+    assert (model[0].weight.fast[~masks["0.weight"]] == 0).all()
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_see_the_mask(kind):
     lstm = kind(3, 4, num_layers=2, bidirectional=True)

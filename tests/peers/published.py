@@ -1,7 +1,8 @@
 """Apply the diffs of docs/guides/ to checkouts of public scripts, and run those on tiny data.
 
-``python tests/peers/published.py --cavia DIR --metaoptnet DIR`` with clones of
-lmzintgraf/cavia and kjunelee/MetaOptNet; the checkouts themselves stay as they are.
+``python tests/peers/published.py --cavia DIR --metaoptnet DIR --libfewshot DIR`` with clones of
+lmzintgraf/cavia, kjunelee/MetaOptNet and RL-VIG/LibFewShot; the checkouts themselves stay as they
+are.
 """
 
 from __future__ import annotations
@@ -64,6 +65,57 @@ import data.mini_imagenet
 data.mini_imagenet._MINI_IMAGENET_DATASET_DIR = "tiny"
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+LIBFEWSHOT_PRELUDE = """
+import collections, collections.abc, sys
+import torch
+
+# A GPU program on a CPU, with a newer Python and torch.
+collections.Iterable = collections.abc.Iterable
+torch.utils.data.Sampler.__init__ = lambda self, data_source=None: None  # torch dropped it
+torch.Tensor.cuda = lambda self, *args, **kwargs: self
+torch.cuda.set_device = lambda device: None
+to = torch.nn.Module.to
+torch.nn.Module.to = lambda self, device: to(self, "cpu" if device == 0 else device)
+
+from core import Trainer
+from core.config import Config
+from l2l_prune import Pruner
+
+counts = []
+step = Pruner.step
+
+
+def watched(pruner):
+    step(pruner)
+    for name, mask in pruner.masks.items():
+        path, _, weight = name.rpartition(".")
+        pruned = getattr(pruner.model.get_submodule(path), weight)[~mask]
+        assert (pruned == 0).all(), name
+    counts.append(pruner.sparsity)
+
+
+Pruner.step = watched
+name, sys.argv = sys.argv[1], sys.argv[:1]
+small = {
+    "data_root": "tiny", "epoch": 2, "train_episode": 5, "test_episode": 2, "episode_size": 1,
+    "query_num": 2, "workers": 0, "n_gpu": 1, "device_ids": "0", "pretrain_path": None,
+    "log_name": name.replace("/", "-"), "augment": False,
+}
+config = Config(name, small).get_config_dict()
+if "inner_param" in (config["classifier"]["kwargs"] or {}):
+    config["classifier"]["kwargs"]["inner_param"] |= {"train_iter": 2, "test_iter": 2}
+trainer = Trainer(0, config)
+trainer.train_loop(0)
+assert trainer.pruner.iteration == trainer.pruner.schedule.iterations == len(counts) == 10
+assert max(counts) > 0.29, counts
+assert counts[-1] == 0, counts
+saved = torch.load(trainer.checkpoints_path + "/model_last.pth", weights_only=False)["model"]
+plain = Trainer._init_model(trainer, config)[0]
+plain.load_state_dict(saved)
+sys.stdout.write(f"{name}: sparsity after each step {[round(s, 2) for s in counts]}\\n")
 """
 
 
@@ -143,13 +195,26 @@ def metaoptnet(checkout: Path, scratch: Path) -> None:
     run(*command, "--network", "ProtoNet", "--head", "SVM", cwd=work)
 
 
+def libfewshot(checkout: Path, scratch: Path) -> None:
+    work = patched(checkout, "libfewshot", scratch)
+    write_jpegs(work / "tiny")
+    shutil.copy(work / "tiny" / "val.csv", work / "tiny" / "test.csv")
+    (work / "prelude.py").write_text(LIBFEWSHOT_PRELUDE)
+    baseline = "reproduce/MetaBaseline/MetaBaseline-miniImageNet--ravi-resnet12-5-1.yaml"
+    for config in ("config/maml.yaml", "config/anil.yaml", baseline):
+        run(sys.executable, "prelude.py", config, cwd=work)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cavia", type=Path, help="clone of lmzintgraf/cavia")
     parser.add_argument("--metaoptnet", type=Path, help="clone of kjunelee/MetaOptNet")
+    parser.add_argument("--libfewshot", type=Path, help="clone of RL-VIG/LibFewShot")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.cavia:
             cavia(options.cavia, Path(folder))
         if options.metaoptnet:
             metaoptnet(options.metaoptnet, Path(folder))
+        if options.libfewshot:
+            libfewshot(options.libfewshot, Path(folder))

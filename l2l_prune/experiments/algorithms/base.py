@@ -21,6 +21,8 @@ class Algorithm(ABC):
     """A meta-learner with its network, outer optimizer and pruner."""
 
     pruner: ScheduledPruner
+    network: nn.Module
+    """What :meth:`finalize` makes plain; it takes the weights of results."""
 
     @abstractmethod
     def train(self, tasks: Sequence[Episode]) -> None:

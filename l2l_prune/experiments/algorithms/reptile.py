@@ -36,7 +36,7 @@ class Reptile(Algorithm):
         self._config = config
         self._batches = stream(config.seed, "training minibatches")
         self._dropout = OwnRandomness(stream(config.seed, "dropout"))
-        net = conv4(config, image_shape)
+        self.network = net = conv4(config, image_shape)
         self._tasks: Sequence[Episode] = ()
         self._masks = Masks(config, net, self._mean_loss)
         structured = Structured(torch.zeros(2, *image_shape))

@@ -153,8 +153,8 @@ def comparison_table(judged: Iterable[Judged]) -> str:
 
 
 def _differences(comparison: Comparison, runs: Sequence[FinishedRun], part: str) -> OverSeeds:
-    treated = _by_replicate(comparison.treatment, runs)
-    control = _by_replicate(comparison.control, runs)
+    treated = matching(comparison.treatment, runs)
+    control = matching(comparison.control, runs)
     shared = sorted(treated.keys() & control.keys(), key=str)
     if len(shared) < 2:
         raise ValueError(f"{comparison.title} needs two replicates or more, got {len(shared)}")
@@ -166,12 +166,22 @@ def _differences(comparison: Comparison, runs: Sequence[FinishedRun], part: str)
     )
 
 
-def _by_replicate(
+def matching(
     wanted: Mapping[str, Any], runs: Sequence[FinishedRun]
 ) -> dict[Replicate, FinishedRun]:
+    """The runs that have these settings, by replicate.
+
+    Raises:
+        ValueError: If there is none, or two are of one replicate.
+    """
     found: dict[Replicate, FinishedRun] = {}
     for run in runs:
-        config = run.identity | {"seed": run.seed, "name": run.config["name"], "rate": run.rate}
+        config = run.identity | {
+            "seed": run.seed,
+            "name": run.config["name"],
+            "rate": run.rate,
+            "iterations": run.iterations,
+        }
         if any(config.get(name, ...) != value for name, value in wanted.items()):
             continue
         replicate = (run.seed, run.config.get("split"))

@@ -25,7 +25,7 @@ def compare_one_seed(
     folder: Path,
     console: Console,
     jobs: int | None = None,
-    tensorboard: bool = False,
+    logger: str | None = None,
 ) -> list[RunResult]:
     """Run methods of one seed, those that have not ended yet; print the table, write the files.
 
@@ -35,7 +35,8 @@ def compare_one_seed(
             missing.
         console: Where progress and table are printed.
         jobs: Runs at once; all by default.
-        tensorboard: Write TensorBoard's event files into each run's folder.
+        logger: Also write each run's curves into its folder: a key of
+            :data:`~l2l_prune.experiments.running.loggers.LOGGERS`.
 
     Returns:
         The results in the order of ``configs``, without weights: these are in the folders.
@@ -56,7 +57,7 @@ def compare_one_seed(
             f"{classes} training classes, {config.schedule.iterations} meta-iterations, "
             f"seed {config.seed}"
         )
-        entries = finish_all(configs, folder, console, jobs=jobs, tensorboard=tensorboard)
+        entries = finish_all(configs, folder, console, jobs=jobs, logger=logger)
         results = [
             read_result(entry, folder / run_name(config) / "results.json")
             for config, entry in zip(configs, entries, strict=True)

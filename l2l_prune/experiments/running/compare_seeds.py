@@ -24,7 +24,7 @@ def compare_seeds(
     folder: Path,
     console: Console,
     jobs: int | None = None,
-    tensorboard: bool = False,
+    logger: str | None = None,
 ) -> str:
     """Run what is not yet in ``folder``, and write the table there.
 
@@ -33,7 +33,8 @@ def compare_seeds(
         folder: Gets a folder for each run, filled as it ends, and ``table.md``.
         console: Where progress is shown.
         jobs: Runs at once; all by default.
-        tensorboard: Write TensorBoard's event files into each run's folder.
+        logger: Also write each run's curves into its folder: a key of
+            :data:`~l2l_prune.experiments.running.loggers.LOGGERS`.
 
     Returns:
         The table and the verdicts as Markdown.
@@ -46,7 +47,7 @@ def compare_seeds(
     """
     _check(configs)
     with locked_folder(folder):
-        entries = finish_all(configs, folder, console, jobs=jobs, tensorboard=tensorboard)
+        entries = finish_all(configs, folder, console, jobs=jobs, logger=logger)
         text = _markdown(list(zip(configs, entries, strict=True)))
         with replace_file(folder / "table.md") as path:
             path.write_text(text)

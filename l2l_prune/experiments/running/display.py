@@ -74,7 +74,8 @@ class Display:
         numbers = ""
         if not math.isnan(at.train):  # there was an evaluation
             train, test = map(config.measure.read, (at.train, at.test))
-            numbers = f"train {train:.0f} test {test:.0f}{config.measure.ending}"
+            held_out = "test" if config.held_out == "test" else "val"
+            numbers = f"train {train:.0f} {held_out} {test:.0f}{config.measure.ending}"
         left = self._left(run_name(config), at.iteration, total)
         if self._bars is not None:
             self._bars.update(

@@ -6,9 +6,10 @@ import functools
 import multiprocessing
 import os
 import signal
+import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -40,8 +41,9 @@ def run_all(
     *,
     jobs: int | None = None,
     cluster: str | None = None,
-    tensorboard: bool = False,
+    logger: str | None = None,
     work: Work = run_into,
+    deadline: float | None = None,
 ) -> Generator[Outcome]:
     """Run what has not ended in ``folder`` yet, and show how it goes.
 
@@ -53,8 +55,11 @@ def run_all(
         console: Where progress is shown.
         jobs: Runs at once, one thread each; all by default.
         cluster: Hand the runs to submitit: ``"local"`` or ``"slurm"``.
-        tensorboard: Write TensorBoard's event files into each run's folder.
+        logger: Also write each run's curves into its folder: a key of
+            :data:`~l2l_prune.experiments.running.loggers.LOGGERS`.
         work: What a process does with a run.
+        deadline: When to stop, on the clock of ``time.monotonic``; runs then leave their
+            checkpoints.
 
     Yields:
         The outcomes as runs end; those that had ended before come first.
@@ -75,13 +80,13 @@ def run_all(
     ended = len(configs) - len(missing)
     if ended:
         console.print(f"{ended} of {len(configs)} runs had ended before")
-    work = functools.partial(work, folder=folder, tensorboard=tensorboard)
+    work = functools.partial(work, folder=folder, logger=logger)
     number = len(configs) if jobs is None else jobs
     if cluster:
         events = _submitted(work, missing, folder / "jobs", number, cluster)
     else:
         events = _local(work, missing, folder / "logs", number)
-    with Display(configs, ended, console) as display:
+    with closing(events), Display(configs, ended, console) as display:
         for config, message in events:
             if isinstance(message, Outcome):
                 display.ended(config, message)
@@ -92,6 +97,8 @@ def run_all(
                 display.started(config)
             else:
                 display.said(config, message)
+            if deadline is not None and time.monotonic() > deadline:
+                return
 
 
 def finish_all(
@@ -100,7 +107,7 @@ def finish_all(
     console: Console,
     *,
     jobs: int | None = None,
-    tensorboard: bool = False,
+    logger: str | None = None,
 ) -> list[dict[str, Any]]:
     """Run what has not ended in ``folder`` yet, and stop at the first run that fails.
 
@@ -109,7 +116,7 @@ def finish_all(
         folder: See above.
         console: See above.
         jobs: See above.
-        tensorboard: See above.
+        logger: See above.
 
     Returns:
         The entries of ``results.json`` in the order of ``configs``.
@@ -119,7 +126,7 @@ def finish_all(
         ValueError: If results in ``folder`` are damaged.
     """
     by_name = {run_name(config): config for config in configs}
-    outcomes = run_all(configs, folder, console, jobs=jobs, tensorboard=tensorboard)
+    outcomes = run_all(configs, folder, console, jobs=jobs, logger=logger)
     with closing(outcomes):
         for outcome in outcomes:
             if outcome.error:
@@ -131,7 +138,7 @@ def finish_all(
 
 def _local(
     work: Work, configs: Sequence[RunConfig], logs: Path, jobs: int
-) -> Iterator[tuple[RunConfig, Message]]:
+) -> Generator[tuple[RunConfig, Message]]:
     context = multiprocessing.get_context("spawn")
     waiting, starts = deque(configs), Counter[str]()
     running: dict[Connection, tuple[RunConfig, Any]] = {}
@@ -239,7 +246,7 @@ def _remove_empty(logs: Path) -> None:
 
 def _submitted(
     work: Work, configs: Sequence[RunConfig], folder: Path, jobs: int, cluster: str
-) -> Iterator[tuple[RunConfig, Message]]:
+) -> Generator[tuple[RunConfig, Message]]:
     try:
         import submitit
     except ImportError as error:

@@ -18,8 +18,8 @@ from torch import Tensor
 from l2l_prune.experiments.algorithms import Algorithm, build
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.running.checkpoint import load_checkpoint, save_checkpoint
+from l2l_prune.experiments.running.loggers import EventLog
 from l2l_prune.experiments.running.streams import stream
-from l2l_prune.experiments.running.tensorboard import EventLog
 from l2l_prune.fewshot.data import Episode, EpisodeSampler, Images, load_images
 from l2l_prune.fewshot.data.benchmarks import SPLITS
 from l2l_prune.fewshot.evaluation import Mean, Measure
@@ -27,7 +27,10 @@ from l2l_prune.fewshot.evaluation import Mean, Measure
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: meta-iterations done, phase, sparsity, and the newest scores."""
+    """Where a run is: meta-iterations done, phase, sparsity, and the newest scores.
+
+    ``test`` here and below is of the classes that ``config.held_out`` names.
+    """
 
     iteration: int
     phase: str
@@ -64,6 +67,7 @@ def run(
     checkpoint: Path | None = None,
     checkpoint_every: int = 100,
     events: Path | None = None,
+    logger: str | None = None,
 ) -> Iterator[Progress | RunResult]:
     """Train and evaluate; the same config gives the same result on the same machine.
 
@@ -73,7 +77,9 @@ def run(
             meta-iterations and taken up from it, bit for bit. The caller deletes it once the
             result is safe.
         checkpoint_every: Meta-iterations between checkpoints, >= 1.
-        events: If given, a folder for TensorBoard's event files.
+        events: If given, a folder for the files of ``logger``.
+        logger: A key of :data:`~l2l_prune.experiments.running.loggers.LOGGERS`; TensorBoard by
+            default.
 
     Yields:
         A :class:`Progress` after every meta-iteration, and last the :class:`RunResult`, whose
@@ -84,49 +90,53 @@ def run(
         FileNotFoundError: If a file of the data set is missing.
         FloatingPointError: If scores or the weights at the end are not finite: the run diverged.
     """
-    splits = ("train", "test", "validation") if config.select == "best" else ("train", "test")
-    data = {split: _load(config, split) for split in splits}
+    splits = ["train", config.held_out]
+    if config.select == "best" and config.held_out != "validation":
+        splits.append("validation")
+    data = {split: load_split(config, split) for split in splits}
     _check_memory(config, data["train"].images.shape[1:])
     tasks = _training_tasks(data["train"], config)
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(stream(config.seed, "weights").get_state())
         algorithm = build(config, data["train"].images.shape[1:])
-    curve_episodes = {s: list(_evaluation_tasks(data[s], config, "curve tasks", s)) for s in splits}
+    curve_episodes = {s: list(evaluation_tasks(data[s], config, "curve tasks", s)) for s in splits}
     state = _State()
     saved = load_checkpoint(checkpoint, config) if checkpoint else None
     if saved:
         state.restore(saved, algorithm, tasks, config.measure)
-    log = EventLog(config.measure.name, events, state.done)
-    for done in range(state.done + 1, config.schedule.iterations + 1):
-        started = time.perf_counter()
-        algorithm.train([tasks.sample() for _ in range(config.tasks)])
-        state.seconds += time.perf_counter() - started
-        state.done = done
-        phase, sparsity = algorithm.pruner.segment.label, algorithm.pruner.sparsity
-        if done % config.eval_every == 0 or done == config.schedule.iterations:
-            found = {s: algorithm.evaluate(curve_episodes[s]) for s in splits}
-            train, test = found["train"], found["test"]
-            state.curve.append(Point(done, phase, sparsity, train, test))
-            log.add(done, train=train.mean, test=test.mean, sparsity=sparsity)
-            if config.select == "best" and found["validation"].mean > state.best_score:
-                state.best_score = found["validation"].mean
-                state.best = copy.deepcopy(algorithm.state_dict())
-        if checkpoint and done % checkpoint_every == 0:
-            save_checkpoint(checkpoint, config, state.to_save(algorithm, tasks))
-        newest = state.curve[-1] if state.curve else None
-        yield Progress(
-            done,
-            phase,
-            sparsity,
-            newest.train.mean if newest else float("nan"),
-            newest.test.mean if newest else float("nan"),
-        )
-    log.close()
+    log = EventLog(
+        config.measure.name, events, state.done, logger or "tensorboard", config.to_json()
+    )
+    with log:
+        for done in range(state.done + 1, config.schedule.iterations + 1):
+            started = time.perf_counter()
+            algorithm.train([tasks.sample() for _ in range(config.tasks)])
+            state.seconds += time.perf_counter() - started
+            state.done = done
+            phase, sparsity = algorithm.pruner.segment.label, algorithm.pruner.sparsity
+            if done % config.eval_every == 0 or done == config.schedule.iterations:
+                found = {s: algorithm.evaluate(curve_episodes[s]) for s in splits}
+                train, test = found["train"], found[config.held_out]
+                state.curve.append(Point(done, phase, sparsity, train, test))
+                log.add(done, train=train.mean, test=test.mean, sparsity=sparsity)
+                if config.select == "best" and found["validation"].mean > state.best_score:
+                    state.best_score = found["validation"].mean
+                    state.best = copy.deepcopy(algorithm.state_dict())
+            if checkpoint and done % checkpoint_every == 0:
+                save_checkpoint(checkpoint, config, state.to_save(algorithm, tasks))
+            newest = state.curve[-1] if state.curve else None
+            yield Progress(
+                done,
+                phase,
+                sparsity,
+                newest.train.mean if newest else float("nan"),
+                newest.test.mean if newest else float("nan"),
+            )
     if state.best is not None:
         algorithm.load_state_dict(state.best)
     train, test = (
-        algorithm.evaluate(_evaluation_tasks(data[split], config, "final tasks", split))
-        for split in ("train", "test")
+        algorithm.evaluate(evaluation_tasks(data[split], config, "final tasks", split))
+        for split in ("train", config.held_out)
     )
     weights = algorithm.finalize().state_dict()
     if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
@@ -174,7 +184,8 @@ class _State:
         tasks.load_state_dict(saved["tasks"])
 
 
-def _load(config: RunConfig, split: str) -> Images:
+def load_split(config: RunConfig, split: str) -> Images:
+    """The images that a run sees of ``"train"``, ``"validation"`` or ``"test"``."""
     limit = config.train_classes if split == "train" else None
     needed = config.shots + config.queries
     if split == "train":
@@ -196,7 +207,7 @@ def _training_tasks(data: Images, config: RunConfig) -> EpisodeSampler:
     )
 
 
-def _evaluation_tasks(
+def evaluation_tasks(
     data: Images, config: RunConfig, purpose: str, split: str
 ) -> Iterator[Episode]:
     """The same for all methods of a seed, so that they can be compared task by task.

@@ -32,18 +32,19 @@ class Outcome:
     train: float = math.nan
     test: float = math.nan
     measure: Measure = ACCURACY
+    held_out: str = "test"
 
     def __str__(self) -> str:
         if self.error:
             return self.error
         train, test = map(self.measure.read, (self.train, self.test))
-        return f"train {train:.1f}, test {test:.1f}{self.measure.ending}"
+        return f"train {train:.1f}, {self.held_out} {test:.1f}{self.measure.ending}"
 
 
 def run_into(
     config: RunConfig,
     folder: Path,
-    tensorboard: bool = False,
+    logger: str | None = None,
     tell: Callable[[Progress], None] = lambda progress: None,
 ) -> Outcome:
     """Train in ``folder / run_name(config)``, from its checkpoint if there is one.
@@ -54,20 +55,21 @@ def run_into(
     Args:
         config: The run.
         folder: The folder of all runs.
-        tensorboard: Also write TensorBoard's event files.
+        logger: Also write the curves: a key of
+            :data:`~l2l_prune.experiments.running.loggers.LOGGERS`.
         tell: Called with the progress after each meta-iteration.
     """
     torch.set_num_threads(1)
     name = run_name(config)
     try:
         with locked_folder(folder / name, patience=_PATIENCE):
-            return _train(config, folder / name, tensorboard, tell)
+            return _train(config, folder / name, logger, tell)
     except Exception as error:  # not our folder: nothing in it is touched
         return Outcome(name, _in_a_line(error))
 
 
 def _train(
-    config: RunConfig, place: Path, tensorboard: bool, tell: Callable[[Progress], None]
+    config: RunConfig, place: Path, logger: str | None, tell: Callable[[Progress], None]
 ) -> Outcome:
     checkpoint = place / "checkpoint.pt"
     parent = multiprocessing.parent_process()
@@ -75,16 +77,16 @@ def _train(
         (place / "error.txt").unlink(missing_ok=True)
         if found := finished_run(place, config):  # by the process that we waited for
             train, test = (found[part]["mean"] for part in ("train", "test"))
-            outcome = Outcome(place.name, None, train, test, config.measure)
+            outcome = _ended(config, place.name, train, test)
         else:
-            events = place / "tensorboard" if tensorboard else None
-            for message in run(config, checkpoint, events=events):
+            events = place / logger if logger else None
+            for message in run(config, checkpoint, events=events, logger=logger):
                 if parent is not None and not parent.is_alive():
                     return Outcome(place.name, "its command was killed")
                 if isinstance(message, RunResult):
                     write_results(place, [config], [message])
                     train, test = message.train.mean, message.test.mean
-                    outcome = Outcome(place.name, None, train, test, config.measure)
+                    outcome = _ended(config, place.name, train, test)
                 else:
                     tell(message)
         remove_checkpoint(checkpoint)
@@ -93,6 +95,10 @@ def _train(
             (place / "error.txt").write_text(traceback.format_exc())
         return Outcome(place.name, _in_a_line(error))
     return outcome
+
+
+def _ended(config: RunConfig, name: str, train: float, test: float) -> Outcome:
+    return Outcome(name, None, train, test, config.measure, config.held_out)
 
 
 def _in_a_line(error: Exception) -> str:

@@ -68,7 +68,7 @@ def run_name(config: RunConfig) -> str:
         'reptile-dsd-50-64ch-1shot-seed0'
     """
     rates = [s.sparsity_label.rstrip("%") for s in config.schedule.segments if s.sparse]
-    parts = [config.algorithm, file_name(config.name), *rates[-1:]]
+    parts = [config.algorithm, file_name(config.name), *map(file_name, rates[-1:])]
     sizes = {"conv4": f"{config.channels}ch", "resnet12": "resnet12"}
     size = sizes.get(config.backbone, f"{config.backbone}{config.channels}")
     shots = [] if config.picture_tasks else [f"{config.shots}shot"]

@@ -100,7 +100,7 @@ def sweep(
     *,
     jobs: int = 2,
     cluster: str | None = None,
-    tensorboard: bool = False,
+    logger: str | None = None,
 ) -> list[Outcome]:
     """Run what has not ended yet; a run that fails does not stop the others.
 
@@ -112,7 +112,8 @@ def sweep(
         console: Gets a line for each run that ends, with its accuracies and the time left.
         jobs: Runs at once, one thread each.
         cluster: Hand the runs to submitit: ``"local"`` or ``"slurm"``.
-        tensorboard: Write TensorBoard's event files into each run's folder.
+        logger: Also write each run's curves into its folder: a key of
+            :data:`~l2l_prune.experiments.running.loggers.LOGGERS`.
 
     Returns:
         The outcomes, in the order of ``configs``.
@@ -122,8 +123,6 @@ def sweep(
         ValueError: If another process writes to ``folder``, or results in it are damaged.
     """
     with locked_folder(folder):
-        outcomes = run_all(
-            configs, folder, console, jobs=jobs, cluster=cluster, tensorboard=tensorboard
-        )
+        outcomes = run_all(configs, folder, console, jobs=jobs, cluster=cluster, logger=logger)
         ended = {outcome.name: outcome for outcome in outcomes}
     return [ended[run_name(config)] for config in configs]

@@ -1,0 +1,591 @@
+"""Which method, rate and phases for a network: by layer sensitivity, races and a Pareto front."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from l2l_prune._basics import checks
+from l2l_prune._basics.files import replace_file
+from l2l_prune._basics.tensor_files import load_tensors
+from l2l_prune.experiments.config import RunConfig, file_name
+from l2l_prune.experiments.methods import METHODS
+from l2l_prune.experiments.report.seed_statistics import signed
+from l2l_prune.experiments.report.tables import markdown_table
+from l2l_prune.experiments.running.run import load_split
+from l2l_prune.experiments.running.storage import locked_folder, run_name
+from l2l_prune.experiments.search.costs import Budget, Cost, cost_of, end_network, timed
+from l2l_prune.experiments.search.halving import (
+    Candidate,
+    Runs,
+    Standing,
+    base_settings,
+    race,
+    rungs,
+    same_search,
+    toml_lines,
+)
+from l2l_prune.experiments.search.pictures import front_picture, heat_map
+from l2l_prune.experiments.search.sensitivity import LEARN_MORE, MOST_RATE, Sensitivity, measure
+from l2l_prune.fewshot.evaluation import Mean, paired_difference
+
+RATES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+PHASES: dict[str, tuple[dict[str, Any], ...]] = {
+    "dsd": ({}, {"pretrain": 0.2, "retrain": 0.3}, {"pretrain": 0.1, "retrain": 0.5}),
+    "iht": ({}, {"rounds": 2}),
+    "one-shot": ({}, {"pretrain": 0.5}),
+    "cubic": ({}, {"pretrain": 0.4}),
+}
+"""What is tried of each method's phases, beside what is usual."""
+
+SHARES = ("layerwise", "erk", "global", "by layer", "channels")
+"""How what is pruned is shared among layers: an allocation, rates by sensitivity, or channels."""
+
+SEARCHING = 0.8
+"""Share of the hours for the search; the rest is for the choice on test tasks."""
+
+BRACKET = 9
+"""Candidates of a race."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came out.
+
+    Attributes:
+        settings: Of the choice, as arguments of :func:`~l2l_prune.experiments.config.make_config`.
+        title: Its name.
+        validation: Its scores on validation tasks, by which it was chosen.
+        dense: Those of the dense network.
+        cost: What it costs.
+        test: Its scores on test tasks; ``None`` if the hours ended before.
+        front: The names on the Pareto front of size and score.
+        words: What to know of it, in sentences.
+    """
+
+    settings: dict[str, Any]
+    title: str
+    validation: Mean
+    dense: Mean
+    cost: Cost
+    test: Mean | None
+    front: tuple[str, ...]
+    words: str
+
+
+def tune(
+    base: Mapping[str, Any],
+    out: Path,
+    console: Console,
+    *,
+    methods: Sequence[str] = ("dsd", "iht", "rigl", "cubic"),
+    rates: Sequence[float] = RATES,
+    races: int = 3,
+    budget: Budget | None = None,
+    hours: float | None = None,
+    jobs: int = 2,
+    sensitivity_tasks: int = 50,
+) -> Tuned:
+    """Choose how to prune a network, on validation tasks, within a budget.
+
+    The dense network is trained and each of its layers pruned alone. Races of nine candidates
+    follow, by successive halving: those of the first are drawn at random, later ones by Optuna's
+    tree-structured Parzen estimator from what was found before, and at random where it repeats
+    itself. Those that end dense and those
+    that end sparse race apart, so that the front holds both. Of all that were trained to the
+    full length the best is chosen, trained anew with the same seed, and scored on test tasks once.
+
+    Args:
+        base: Settings of ``run``, ``algorithm`` among them.
+        out: The folder; a search that was stopped goes on from it. It gets ``chosen.toml`` for
+            ``run --config``, ``tune.md``, ``front.png``, ``sensitivity.png`` and ``.json``, and
+            Optuna's journal.
+        console: Where progress is shown.
+        methods: What may be chosen, keys of :data:`~l2l_prune.experiments.methods.METHODS`.
+        rates: Fractions to prune that may be chosen.
+        races: How many, >= 1; with ``hours``, the most.
+        budget: What the network at the end may cost.
+        hours: The most that all may take, over all restarts.
+        jobs: Runs at once, one thread each.
+        sensitivity_tasks: Validation tasks behind each cell of the heat map.
+
+    Raises:
+        ImportError: If Optuna is missing.
+        TypeError: If a value has the wrong type.
+        ValueError: If nothing meets the budget (the nearest is named), settings cannot be, the
+            folder is of another search, or another process writes to it.
+    """
+    _optuna()
+    budget = budget or Budget()
+    checks.whole_number("races", races, least=1)
+    chosen = ("method", "sparsity", "pretrain", "retrain", "rounds", "allocation", "structured")
+    shared = base_settings(base, chosen)
+    if unknown := sorted(set(methods) - (METHODS.keys() - {"dense"})):
+        raise ValueError(f"methods must be of {', '.join(METHODS)} but dense, not {unknown[0]}")
+    dense = Candidate({**shared, "method": "dense"})
+    config = dense.whole
+    length = config.schedule.iterations
+    with locked_folder(out):
+        about = {**shared, "methods": list(methods), "rates": list(rates), **budget.given}
+        same_search(out / "tune.json", about)
+        shape = load_split(config, "train").images.shape[1:]
+        space = _Space(shared, methods, rates, shape, budget, out / "milliseconds.json")
+        space.check()  # before anything is trained
+        runs = Runs(out / "runs", console, jobs=jobs, hours=hours, clock=out / "clock.json")
+        [entry] = runs.finish([config], SEARCHING)
+        if entry is None:
+            why = next(iter(runs.failed.values()), "the hours ended before it did")
+            raise ValueError(f"the dense run did not end: {why}")
+        found = _sensitivity(config, runs.folder, out, rates, sensitivity_tasks, console)
+        space.add_layer_rates(found)
+        standings = [Standing(dense, length, entry)]
+        standings += _search(space, runs, out, length, races, config.seed)
+        return _choose(standings, space, runs, out, length, console)
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError(f'{error}; tune needs: pip install "l2l-prune[tune]"') from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+class _Space:
+    """What may be chosen, as a tree: method, rate, share, phases. All of it meets the budget."""
+
+    def __init__(
+        self,
+        shared: Mapping[str, Any],
+        methods: Sequence[str],
+        rates: Sequence[float],
+        image_shape: Sequence[int],
+        budget: Budget,
+        times: Path,
+    ) -> None:
+        self._shared, self._methods, self._rates = shared, methods, rates
+        self._shape, self.budget = image_shape, budget
+        self._costs: dict[str, Cost] = {}
+        self._times = times
+        self._spent: dict[str, float] = json.loads(times.read_text()) if times.exists() else {}
+        self._layer_rates: dict[float, str] = {}
+        self._nearest: tuple[float, str, Cost] | None = None
+        self.tree = self._grow()
+
+    def cost(self, candidate: Candidate) -> Cost:
+        """What a candidate costs; by what its network ends as, so that phases cost nothing."""
+        config, ends = candidate.whole, self._ends(candidate)
+        if ends not in self._costs:
+            cost = cost_of(config, self._shape)
+            if self.budget.milliseconds is not None:
+                cost = self._timed([candidate], [cost])[0]
+            self._costs[ends] = cost
+        return self._costs[ends]
+
+    def timed_costs(self, candidates: Sequence[Candidate]) -> list[Cost]:
+        """What they cost, with the time of a forward pass."""
+        return self._timed(candidates, [self.cost(candidate) for candidate in candidates])
+
+    def _ends(self, candidate: Candidate) -> str:
+        """As what its network ends: all that costs depend on."""
+        config = candidate.whole
+        last = [segment for segment in config.schedule.segments if segment.iterations][-1]
+        if not last.sparse:
+            return "dense"
+        kind = "channels" if config.structured else config.allocation
+        return f"{kind} {last.sparsity}"
+
+    def _timed(self, candidates: Sequence[Candidate], costs: Sequence[Cost]) -> list[Cost]:
+        """The same with times; masks save none, so that networks are timed where channels are cut.
+
+        Times are kept in a file: what meets a budget is the same after a restart.
+        """
+        keys = [e if e.startswith("channels") else "dense" for e in map(self._ends, candidates)]
+        missing = {
+            key: candidate
+            for key, candidate in zip(keys, candidates, strict=True)
+            if key not in self._spent
+        }
+        if missing:
+            self._spent |= timed(
+                {key: end_network(one.whole, self._shape) for key, one in missing.items()},
+                self._shape,
+            )
+            with replace_file(self._times) as path:
+                path.write_text(json.dumps(self._spent))
+        return [
+            dataclasses.replace(cost, milliseconds=self._spent[key])
+            for key, cost in zip(keys, costs, strict=True)
+        ]
+
+    def check(self) -> None:
+        """Refuse a budget that nothing meets.
+
+        Raises:
+            ValueError: It names what comes nearest.
+        """
+        if self.tree:
+            return
+        if self._nearest is None:
+            raise ValueError("no method and rate go with these settings: give others")
+        _, title, cost = self._nearest
+        costs = ", ".join(
+            f"{getattr(cost, name):,.4g} {name}"
+            if name == "milliseconds"
+            else f"{getattr(cost, name):,} {name}"
+            for name in self.budget.given
+        )
+        raise ValueError(f"nothing meets the budget: the nearest is {title} with {costs}")
+
+    def add_layer_rates(self, found: Sensitivity | None) -> None:
+        """Rates by layer join the shares."""
+        if found is not None:
+            for rate in (rate for rate in self._rates if rate < MOST_RATE):
+                listed = [f"{name}={own}" for name, own in found.layer_rates(rate).items()]
+                self._layer_rates[rate] = ",".join(listed)
+            self.tree = self._grow()
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether rates by layer may be chosen."""
+        return bool(self._layer_rates)
+
+    def draw(self, suggest: Callable[[str, Sequence[Any]], Any]) -> Candidate:
+        """A candidate, from a function that chooses by a parameter's name among its values."""
+        method = suggest("method", list(self.tree))
+        rate = suggest(f"rate of {method}", list(self.tree[method]))
+        shares = self.tree[method][rate]
+        share = suggest(f"share of {method} {rate}", shares)
+        phases = suggest(f"phases of {method}", list(range(len(self._phases(method)))))
+        return self._candidate(method, rate, share, self._phases(method)[phases])
+
+    def _grow(self) -> dict[str, dict[float, list[str]]]:
+        tree: dict[str, dict[float, list[str]]] = {}
+        for method in self._methods:
+            for rate in self._rates:
+                for share in SHARES:
+                    if share == "by layer" and rate not in self._layer_rates:
+                        continue
+                    if self._possible(method, rate, share):
+                        tree.setdefault(method, {}).setdefault(rate, []).append(share)
+        return tree
+
+    def _possible(self, method: str, rate: float, share: str) -> bool:
+        if share == "global" and METHODS[method].settings.get("criterion") == "random":
+            return False  # random scores over all layers are those of each layer
+        try:
+            candidate = self._candidate(method, rate, share, {})
+            title, cost = candidate.title, self.cost(candidate)
+        except ValueError:  # not for this method or algorithm
+            return False
+        except ImportError:  # cutting channels needs an extra
+            if share != "channels":
+                raise
+            return False
+        excess = self.budget.excess(cost)
+        if self._nearest is None or excess < self._nearest[0]:
+            self._nearest = (excess, title, cost)
+        return excess <= 1
+
+    @staticmethod
+    def _phases(method: str) -> tuple[dict[str, Any], ...]:
+        return PHASES.get(method, ({},))
+
+    def _candidate(
+        self, method: str, rate: float, share: str, phases: Mapping[str, Any]
+    ) -> Candidate:
+        settings = {**self._shared, "method": method, "sparsity": rate, **phases}
+        if share == "channels":
+            settings["structured"] = True
+        elif share == "by layer":
+            settings["layer_rates"] = self._layer_rates[rate]
+        elif share != "layerwise":
+            settings["allocation"] = share
+        return Candidate(settings)
+
+
+def _sensitivity(
+    config: RunConfig,
+    folder: Path,
+    out: Path,
+    rates: Sequence[float],
+    tasks: int,
+    console: Console,
+) -> Sensitivity | None:
+    """Measured once, and drawn."""
+    if config.algorithm in LEARN_MORE:
+        console.print(f"no sensitivity by layer: {config.algorithm} adapts by more than weights")
+        return None
+    file = out / "sensitivity.json"
+    if not file.exists():
+        console.print("pruning each layer of the dense network alone")
+        weights = load_tensors(folder / run_name(config) / f"{file_name(config.name)}.pt")
+        with torch.random.fork_rng(devices=[]):
+            measure(config, weights, sorted(rates), tasks).save(file)
+    found = Sensitivity.read(file)
+    heat_map(found, config.measure, out / "sensitivity.png")
+    return found
+
+
+def _search(
+    space: _Space, runs: Runs, out: Path, length: int, races: int, seed: int
+) -> list[Standing]:
+    """Races; Optuna's journal holds who takes part in which, and how it ended.
+
+    A race that the hours or a kill broke off stays as it is there, and goes on from its runs.
+    """
+    optuna = _optuna()
+    from optuna.storages.journal import JournalFileBackend
+    from optuna.trial import TrialState
+
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(out / "optuna.journal")))
+    journal = optuna.create_study(
+        storage=storage, study_name="tune", direction="maximize", load_if_exists=True
+    )
+    seen: dict[str, Standing] = {}
+    for number in range(races):
+        if runs.over(SEARCHING):
+            break
+        drawn = _taking_part(journal, space, number, seen, seed + number)
+        if not drawn:
+            break  # all was tried
+        candidates = [candidate for _, candidate in drawn.values()]
+        lengths = rungs(candidates, length)
+        # Apart, else the front would have no small network where these lose some accuracy.
+        groups = [[c for c in candidates if c.ends_sparse == sparse] for sparse in (False, True)]
+        found = {
+            run_name(standing.candidate.whole): standing
+            for group in groups
+            for standing in race(group, lengths, runs, SEARCHING)
+        }
+        seen |= found
+        if runs.over(SEARCHING):
+            break
+        for name, (trial, _) in drawn.items():
+            if name not in found:  # its run failed
+                journal.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+                continue
+            score, reached = found[name].score.mean, found[name].iterations
+            if not journal.trials[trial.number].state.is_finished():
+                trial.report(score, reached)
+            if reached < length:
+                journal.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+            else:
+                journal.tell(trial, score, skip_if_finished=True)
+    return [standing for standing in seen.values() if standing.iterations == length]
+
+
+def _taking_part(
+    journal: Any, space: _Space, number: int, seen: Mapping[str, Any], seed: int
+) -> dict[str, tuple[Any, Candidate]]:
+    """A race's trials and candidates by the name of their runs: those in the journal, and new ones.
+
+    Args:
+        journal: Optuna's study.
+        space: What may be chosen.
+        number: The race's.
+        seen: Names that took part in races before.
+        seed: Of the draws.
+    """
+    from optuna.samplers import RandomSampler, TPESampler
+    from optuna.trial import Trial, TrialState
+
+    drawn: dict[str, tuple[Any, Candidate]] = {}
+    for frozen in journal.get_trials(deepcopy=False):
+        if frozen.user_attrs.get("race") == number and "copy" not in frozen.user_attrs:
+            candidate = space.draw(_as_in(frozen.params))
+            trial = Trial(journal, frozen._trial_id)
+            drawn[run_name(candidate.whole)] = (trial, candidate)
+        elif "race" not in frozen.user_attrs:  # killed as it was drawn
+            journal.tell(frozen.number, state=TrialState.FAIL, skip_if_finished=True)
+    journal.sampler = TPESampler(seed=seed, n_startup_trials=BRACKET, constant_liar=True)
+    for asked in range(10 * BRACKET):
+        if len(drawn) == BRACKET:
+            break
+        if asked == 2 * BRACKET:  # it repeats itself: values are few, and what was good is tried
+            journal.sampler = RandomSampler(seed=seed)
+        trial = journal.ask()
+        candidate = space.draw(trial.suggest_categorical)
+        name = run_name(candidate.whole)
+        if name in drawn or name in seen:
+            trial.set_user_attr("copy", True)
+            trial.set_user_attr("race", number)
+            journal.tell(trial, state=TrialState.FAIL)
+            continue
+        trial.set_user_attr("race", number)
+        drawn[name] = (trial, candidate)
+    return drawn
+
+
+def _as_in(parameters: Mapping[str, Any]) -> Callable[[str, Sequence[Any]], Any]:
+    """Chooses what was chosen before."""
+    return lambda name, values: parameters[name]
+
+
+def _choose(
+    standings: Sequence[Standing],
+    space: _Space,
+    runs: Runs,
+    out: Path,
+    length: int,
+    console: Console,
+) -> Tuned:
+    """The best within the budget: its files, its test score, and what can be said of it."""
+    dense = standings[0]
+    titles = _titles(standings)
+    costs = space.timed_costs([standing.candidate for standing in standings])
+    within = [i for i, cost in enumerate(costs) if space.budget.excess(cost) <= 1]
+    if not within:
+        raise ValueError(
+            "no run of full length ended within the budget: the same command goes on, with more "
+            "hours if these are used up"
+        )
+    best = max(within, key=lambda i: standings[i].score.mean)
+    front = _front([(cost.bytes, s.score.mean) for cost, s in zip(costs, standings, strict=True)])
+    choice = standings[best].candidate
+    front_picture(
+        [
+            (title, cost.bytes / 1000, standing.score)
+            for title, cost, standing in zip(titles, costs, standings, strict=True)
+        ],
+        front,
+        0,
+        best,
+        out / "front.png",
+    )
+    lines = [f"# {titles[best]}: chosen by l2l-prune tune on validation tasks"]
+    with replace_file(out / "chosen.toml") as path:
+        path.write_text("\n".join([*lines, *toml_lines(choice.settings)]) + "\n")
+    final = runs.beside(out / "chosen")
+    entries = final.finish([c.config(length, "test") for c in (choice, dense.candidate)])
+    scores = [
+        None if entry is None else Mean(tuple(entry["test"]["per_task"]), choice.whole.measure)
+        for entry in entries
+    ]
+    words = _words(titles, standings, costs, best, within, scores)
+    table = _table(titles, standings, costs, front, best)
+    with replace_file(out / "tune.md") as path:
+        path.write_text(
+            f"# Chosen: {titles[best]}\n\n{words}\n\n{table}\n\n![Pareto front](front.png)\n"
+            + ("\n![Sensitivity](sensitivity.png)\n" if space.by_layer else "")
+        )
+    console.print(table, markup=False, soft_wrap=True)
+    console.print(words, markup=False, soft_wrap=True)
+    console.print(f"wrote {out}/chosen.toml: l2l-prune run --config {out}/chosen.toml")
+    return Tuned(
+        dict(choice.settings),
+        titles[best],
+        standings[best].score,
+        dense.score,
+        costs[best],
+        scores[0],
+        tuple(titles[i] for i in front),
+        words,
+    )
+
+
+def _titles(standings: Sequence[Standing]) -> list[str]:
+    """Names that tell all apart: rates by layer say the rate of all."""
+    found = []
+    for standing in standings:
+        settings, title = standing.candidate.settings, standing.candidate.title
+        if "layer_rates" in settings:
+            title += f" {100 * settings['sparsity']:g}%"
+        found.append(title)
+    return found
+
+
+def _front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The places of those for which no other is as small and better, by size."""
+    front: list[int] = []
+    for place in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if not front or points[place][1] > points[front[-1]][1]:
+            front.append(place)
+    return front
+
+
+def _table(
+    titles: Sequence[str],
+    standings: Sequence[Standing],
+    costs: Sequence[Cost],
+    front: Sequence[int],
+    best: int,
+) -> str:
+    order = sorted(range(len(titles)), key=lambda i: -standings[i].score.mean)
+    return markdown_table(
+        [
+            {
+                "network": titles[i],
+                "validation": str(standings[i].score),
+                "weights": f"{costs[i].weights:,}",
+                "KB": f"{costs[i].bytes / 1000:,.1f}",
+                "MACs": f"{costs[i].macs:,}",
+                "ms": f"{costs[i].milliseconds:.2f}",
+                "seconds to train": f"{standings[i].entry['seconds']:,.0f}",
+                "": " ".join(
+                    word for word, said in (("chosen", i == best), ("front", i in front)) if said
+                ),
+            }
+            for i in order
+        ]
+    )
+
+
+def _words(
+    titles: Sequence[str],
+    standings: Sequence[Standing],
+    costs: Sequence[Cost],
+    best: int,
+    within: Sequence[int],
+    test: Sequence[Mean | None],
+) -> str:
+    """What was chosen, against dense, in sentences."""
+    dense, *pruned = standings
+    if not pruned:
+        return "No pruned run of full length ended within the hours: dense is what there is."
+    rival = max((i for i in within if i), key=lambda i: standings[i].score.mean, default=0)
+    said = []
+    if rival == 0:
+        said.append("No pruned network of full length is within the budget.")
+    else:
+        difference = paired_difference(standings[rival].score, dense.score)
+        unit = difference.measure.ending or " points"
+        amount = f"{signed(difference)}{unit} against dense on validation tasks"
+        if difference.mean <= 0:
+            said.append(f"Nothing beats dense: the best pruned network, {titles[rival]}, {amount}.")
+        elif not difference.significant:
+            said.append(
+                f"Nothing beats dense for sure: {titles[rival]}, {amount}, is not significant."
+            )
+        else:
+            said.append(f"{titles[rival]} beats dense: {amount}.")
+        said.append(
+            f"It has {costs[rival].bytes / costs[0].bytes:.2f} of dense's bytes and "
+            f"{costs[rival].macs / costs[0].macs:.2f} of its multiply-accumulate operations."
+        )
+    if 0 not in within:
+        said.append("Dense does not meet the budget.")
+    own, theirs = test
+    if own is None:
+        said.append("The hours ended before the choice was scored on test tasks.")
+    elif best == 0:
+        said.append(f"On test tasks, scored once: dense {own}.")
+    elif theirs is not None:
+        difference = paired_difference(own, theirs)
+        said.append(
+            f"On test tasks, scored once: {titles[best]} {own}, dense {theirs}, difference "
+            f"{signed(difference)}."
+        )
+    said.append(
+        "All of one seed, with intervals over tasks, and the best of several is flattered: "
+        "l2l-prune study repeats it over seeds and splits."
+    )
+    return " ".join(said)

@@ -1,0 +1,193 @@
+"""What a network costs at the end of a run, known before it: from its shapes and counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from l2l_prune.channels.pruner import ChannelPruner
+from l2l_prune.experiments.algorithms import build
+from l2l_prune.experiments.config import RunConfig
+from l2l_prune.schedules.schedule import Schedule
+
+_UNITS = {"": 1, "B": 1, "K": 1e3, "KB": 1e3, "M": 1e6, "MB": 1e6, "G": 1e9, "GB": 1e9}
+_ROUNDS = 31
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network costs.
+
+    Attributes:
+        weights: Parameters that are not 0.
+        bytes: Of its tensors in single precision; of those with zeros what is not 0, with a bitmask
+            or indices, whichever is smaller.
+        macs: Multiply-accumulate operations of one image's forward pass. Masks save none; channels
+            that are cut out do.
+        milliseconds: Of that pass, on one thread; NaN where it was not timed.
+    """
+
+    weights: int
+    bytes: int
+    macs: int
+    milliseconds: float = math.nan
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a network may cost; ``None`` is without a bound.
+
+    Args:
+        bytes: See :class:`Cost`, likewise the others; a number > 0.
+        macs: See above.
+        milliseconds: See above.
+    """
+
+    bytes: float | None = None
+    macs: float | None = None
+    milliseconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"a budget of {name} must be > 0, got {value}")
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The bounds that there are."""
+        return {name: v for name, v in dataclasses.asdict(self).items() if v is not None}
+
+    def excess(self, cost: Cost) -> float:
+        """The largest ratio of cost to bound; at most 1 where all are met, 0 without any."""
+        return max((getattr(cost, name) / most for name, most in self.given.items()), default=0.0)
+
+
+def quantity(text: str) -> float:
+    """A number with K, M or G for thousands, millions and billions, and B of bytes.
+
+    Raises:
+        ValueError: If it is none.
+
+    Examples:
+        >>> quantity("100KB"), quantity("2.5M"), quantity("4096")
+        (100000.0, 2500000.0, 4096.0)
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMG]?B?)\s*", text, re.IGNORECASE)
+    try:
+        return float(match[1]) * _UNITS[match[2].upper()]  # type: ignore[index]
+    except (TypeError, ValueError):
+        raise ValueError(f"{text!r} is no quantity such as 100KB or 2.5M") from None
+
+
+def end_network(config: RunConfig, image_shape: Sequence[int]) -> nn.Module:
+    """The network as a run leaves it, untrained: as many zeros, in the same shapes.
+
+    Args:
+        config: The run.
+        image_shape: ``(C, H, W)``.
+    """
+    last = [segment for segment in config.schedule.segments if segment.iterations][-1]
+    schedule = Schedule((dataclasses.replace(last, iterations=1),))
+    # How many weights stay does not depend on how they are chosen.
+    counted = dataclasses.replace(
+        config, schedule=schedule, criterion="magnitude", rewind=None, regrow=None, compile=False
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        algorithm = build(counted, image_shape)
+    if isinstance(algorithm.pruner, ChannelPruner) and last.sparse:
+        network = algorithm.pruner.export().module
+    else:
+        network = algorithm.finalize()
+    for tensor in network.state_dict().values():
+        if not tensor.any():  # biases start at 0, and training moves them
+            tensor.fill_(1)
+    return network
+
+
+def cost_of(config: RunConfig, image_shape: Sequence[int]) -> Cost:
+    """What the network at the end of a run costs, but for its time."""
+    network = end_network(config, image_shape)
+    weights = sum(int(parameter.count_nonzero()) for parameter in network.parameters())
+    stored = sum(map(_packed, network.state_dict().values()))
+    return Cost(weights, stored, _macs(network, image_shape))
+
+
+def timed(
+    networks: Mapping[Any, nn.Module], image_shape: Sequence[int], rounds: int = _ROUNDS
+) -> dict[Any, float]:
+    """Milliseconds of one image's forward pass on one thread: medians of interleaved rounds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times: dict[Any, list[float]] = {key: [] for key in networks}
+    try:
+        with torch.no_grad():
+            for number in range(rounds + 1):
+                for key, network in networks.items():
+                    forward, x = _forward(network, image_shape)
+                    started = time.perf_counter()
+                    forward(x)
+                    if number:  # the first warms up
+                        times[key].append(1000 * (time.perf_counter() - started))
+    finally:
+        torch.set_num_threads(threads)
+    return {key: statistics.median(found) for key, found in times.items()}
+
+
+def dense_width(config: RunConfig, image_shape: Sequence[int], weights: int) -> int:
+    """Channels of the dense network whose number of weights is nearest to ``weights``.
+
+    Args:
+        config: A dense run of the wide network.
+        image_shape: ``(C, H, W)``.
+        weights: The number that it should have.
+    """
+
+    def count(channels: int) -> int:
+        return cost_of(dataclasses.replace(config, channels=channels), image_shape).weights
+
+    low, high = 1, max(config.channels, 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) <= weights else (low, middle)
+    return min((low, high), key=lambda channels: abs(count(channels) - weights))
+
+
+def _packed(tensor: Tensor) -> int:
+    size, count = tensor.element_size(), tensor.numel()
+    kept = int(tensor.count_nonzero())
+    index = max(1, math.ceil(max(count - 1, 1).bit_length() / 8))
+    return min(count * size, math.ceil(count / 8) + kept * size, kept * (index + size))
+
+
+def _macs(network: nn.Module, image_shape: Sequence[int]) -> int:
+    forward, x = _forward(network, image_shape)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward(x)
+    return int(counter.get_total_flops()) // 2
+
+
+def _forward(network: nn.Module, image_shape: Sequence[int]) -> tuple[Any, Tensor]:
+    """What takes an image, and the image; of a field, its pixels."""
+    from l2l_prune.metalearners.cavia import CAVIA, FiLM
+    from l2l_prune.metalearners.fields import FourierFeatureMLP, Siren
+    from l2l_prune.metalearners.metaoptnet import MetaOptNet
+
+    network.eval()
+    if isinstance(network, (Siren, FourierFeatureMLP)):
+        return network, torch.zeros(math.prod(image_shape[1:]), 2)
+    if any(isinstance(module, FiLM) for module in network.modules()):
+        return CAVIA(network, 1.0).clone(), torch.zeros(1, *image_shape)
+    if isinstance(network, MetaOptNet):
+        return network.features, torch.zeros(1, *image_shape)
+    return network, torch.zeros(1, *image_shape)

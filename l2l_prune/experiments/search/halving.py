@@ -1,0 +1,256 @@
+"""Successive halving on validation tasks, over run folders and the processes of sweeps.
+
+A rung is a length of runs, and a candidate is trained anew for each rung that it reaches: a run
+that is stopped halfway through its schedule says nothing about it (two DSD runs of different rates
+are the same run until the first of them prunes), while phases and the meta step shrink with the
+length.
+A rung ends before the next begins, so that what is kept does not depend on which process was
+faster, and a search that was killed finds its finished runs in their folders.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from l2l_prune._basics import checks
+from l2l_prune._basics.files import replace_file
+from l2l_prune.experiments.config import RunConfig, make_config
+from l2l_prune.experiments.report.finished_runs import schedule_rate
+from l2l_prune.experiments.running.processes import run_all
+from l2l_prune.experiments.running.storage import finished_run, run_name
+from l2l_prune.fewshot.evaluation import Mean
+
+REDUCTION = 3
+"""One in so many goes on to the next rung, which is so many times longer."""
+
+_MOST_RUNGS, _SHORTEST = 3, 20
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings whose score is asked for.
+
+    Args:
+        settings: Arguments of :func:`~l2l_prune.experiments.config.make_config`, with
+            ``algorithm`` and ``method``, for the full length.
+    """
+
+    settings: Mapping[str, Any]
+
+    def config(self, iterations: int, held_out: str = "validation") -> RunConfig:
+        """The run of a length."""
+        given = {**self.settings, "iterations": iterations, "scale": None, "held_out": held_out}
+        return make_config(**given)
+
+    @property
+    def whole(self) -> RunConfig:
+        """The run of the full length, scored on validation tasks."""
+        return make_config(**{**self.settings, "held_out": "validation"})
+
+    @property
+    def title(self) -> str:
+        """``"RigL, erk 90%"``."""
+        config = self.whole
+        rate = schedule_rate(config.schedule)
+        return config.name if rate in ("-", "per layer") else f"{config.name} {rate}"
+
+    @property
+    def ends_sparse(self) -> bool:
+        """Whether weights are 0 at the end, or channels cut."""
+        return [s for s in self.whole.schedule.segments if s.iterations][-1].sparse
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a candidate did in the longest rung that it reached.
+
+    Attributes:
+        candidate: The candidate.
+        iterations: The length of that rung.
+        entry: Its entry of ``results.json``.
+    """
+
+    candidate: Candidate
+    iterations: int
+    entry: Mapping[str, Any]
+
+    @property
+    def score(self) -> Mean:
+        """Its scores on the validation tasks."""
+        return Mean(tuple(self.entry["test"]["per_task"]), self.candidate.whole.measure)
+
+
+class Runs:
+    """The run folders of a search, and the hours that it may take in all, over its restarts.
+
+    Args:
+        folder: Gets a folder for each run; made if missing.
+        console: Where progress is shown.
+        jobs: Runs at once, one thread each.
+        hours: The most that the search may take, counted until the last run that ended.
+        clock: The file that says how long it has taken; shared by the folders of a search.
+
+    Raises:
+        ValueError: If ``hours`` is not > 0.
+    """
+
+    def __init__(
+        self, folder: Path, console: Console, *, jobs: int, hours: float | None, clock: Path
+    ) -> None:
+        if hours is not None:
+            checks.number("hours", hours, above=0)
+        self.folder, self._console, self._jobs = folder, console, jobs
+        self._hours = hours
+        self._most = None if hours is None else 3600 * hours
+        self._clock, self._started = clock, time.monotonic()
+        self._before = float(json.loads(clock.read_text())["seconds"]) if clock.exists() else 0.0
+        self.failed: dict[str, str] = {}
+
+    def beside(self, folder: Path) -> Runs:
+        """The same, with run folders of its own."""
+        return Runs(folder, self._console, jobs=self._jobs, hours=self._hours, clock=self._clock)
+
+    @property
+    def seconds(self) -> float:
+        """How long the search has taken."""
+        return self._before + time.monotonic() - self._started
+
+    def over(self, share: float = 1.0) -> bool:
+        """Whether ``share`` of the hours is used up."""
+        return self._most is not None and self.seconds >= share * self._most
+
+    def finish(
+        self, configs: Sequence[RunConfig], share: float = 1.0
+    ) -> list[dict[str, Any] | None]:
+        """Train what has not ended, until ``share`` of the hours is used up.
+
+        Returns:
+            The entries of ``results.json``; ``None`` where a run failed (see :attr:`failed`) or was
+            stopped: it goes on when the search is started again.
+
+        Raises:
+            ValueError: If results are damaged.
+        """
+        unique = {run_name(config): config for config in configs}
+        if not self.over(share):
+            left = None if self._most is None else share * self._most - self.seconds
+            deadline = None if left is None else time.monotonic() + left
+            self.folder.mkdir(parents=True, exist_ok=True)
+            outcomes = run_all(
+                list(unique.values()),
+                self.folder,
+                self._console,
+                jobs=self._jobs,
+                deadline=deadline,
+            )
+            with closing(outcomes):
+                for outcome in outcomes:
+                    if outcome.error:
+                        self.failed[outcome.name] = outcome.error
+                    self._save_clock()
+            self._save_clock()
+        return [finished_run(self.folder / run_name(config), config) for config in configs]
+
+    def _save_clock(self) -> None:
+        with replace_file(self._clock) as path:
+            path.write_text(json.dumps({"seconds": self.seconds}))
+
+
+def rungs(candidates: Sequence[Candidate], iterations: int) -> list[int]:
+    """The lengths of a race, the full one last: up to three, each a third of the next.
+
+    Those that are too short for the phases of a candidate are left out.
+
+    Raises:
+        ValueError: If ``iterations`` are too few for a candidate.
+    """
+    for candidate in candidates:
+        candidate.config(iterations)
+    lengths = [iterations]
+    while len(lengths) < _MOST_RUNGS and (shorter := lengths[0] // REDUCTION) >= _SHORTEST:
+        try:
+            for candidate in candidates:
+                candidate.config(shorter)
+        except ValueError:
+            break
+        lengths.insert(0, shorter)
+    return lengths
+
+
+def race(
+    candidates: Sequence[Candidate], lengths: Sequence[int], runs: Runs, share: float = 1.0
+) -> list[Standing]:
+    """Let the best third of each rung go on to the next.
+
+    Where the hours end within a rung, the one before it counts; within the first, nothing does.
+
+    Returns:
+        All that were scored: who went furthest comes first, and among those the best.
+    """
+    standings: dict[int, Standing] = {}
+    left = list(range(len(candidates)))
+    for length in lengths:
+        entries = runs.finish([candidates[i].config(length) for i in left], share)
+        found = {i: e for i, e in zip(left, entries, strict=True) if e is not None}
+        failed = [i for i in left if run_name(candidates[i].config(length)) in runs.failed]
+        if len(found) + len(failed) < len(left):
+            break
+        standings |= {i: Standing(candidates[i], length, e) for i, e in found.items()}
+        ranked = sorted(found, key=lambda i: -standings[i].score.mean)
+        left = ranked[: max(1, math.ceil(len(left) / REDUCTION))]
+        if not left:
+            break
+    return sorted(standings.values(), key=lambda s: (-s.iterations, -s.score.mean))
+
+
+def same_search(file: Path, settings: Mapping[str, Any]) -> None:
+    """Write what a folder's search is about, or check that it is this one.
+
+    Raises:
+        ValueError: If it is another.
+    """
+    plain = json.loads(json.dumps(dict(settings)))
+    if file.exists():
+        try:
+            before = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}): choose another folder") from None
+        if before != plain:
+            differing = [k for k in {**before, **plain} if before.get(k, ...) != plain.get(k, ...)]
+            raise ValueError(
+                f"{file.parent} holds a search with other {', '.join(differing)}: choose another "
+                "folder"
+            )
+        return
+    with replace_file(file) as path:
+        path.write_text(json.dumps(plain, indent=1) + "\n")
+
+
+def base_settings(base: Mapping[str, Any], chosen: Sequence[str]) -> dict[str, Any]:
+    """Settings of ``run`` that every candidate shares.
+
+    Args:
+        base: What was given; ``None`` is left out.
+        chosen: What the search chooses by itself.
+
+    Raises:
+        ValueError: If one of these was given.
+    """
+    given = {name: value for name, value in base.items() if value is not None}
+    if both := sorted(given.keys() & {*chosen, "held_out", "name", "layer_rates"}):
+        raise ValueError(f"{', '.join(both)} must not be given: the search chooses it")
+    return given
+
+
+def toml_lines(settings: Mapping[str, Any]) -> list[str]:
+    """Plain values as lines of TOML, whose strings, numbers and booleans are those of JSON."""
+    return [f"{name} = {json.dumps(value)}" for name, value in settings.items()]

@@ -1,0 +1,402 @@
+"""Does pruning help here? Races on validation tasks, a plan, its runs, and a verdict in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+
+from l2l_prune._basics import checks
+from l2l_prune._basics.files import replace_file
+from l2l_prune.experiments.options import read_toml
+from l2l_prune.experiments.report import same_settings
+from l2l_prune.experiments.report.comparisons import (
+    Comparison,
+    Judged,
+    judge,
+    matching,
+    read_comparisons,
+)
+from l2l_prune.experiments.report.finished_runs import FinishedRun, mean_weights, read_folder
+from l2l_prune.experiments.report.report import write_report
+from l2l_prune.experiments.report.seed_statistics import signed
+from l2l_prune.experiments.report.tables import markdown_table
+from l2l_prune.experiments.running.run import load_split
+from l2l_prune.experiments.running.storage import locked_folder
+from l2l_prune.experiments.running.sweep import expand
+from l2l_prune.experiments.search.costs import cost_of, dense_width
+from l2l_prune.experiments.search.halving import (
+    Candidate,
+    Runs,
+    Standing,
+    base_settings,
+    race,
+    rungs,
+    same_search,
+    toml_lines,
+)
+from l2l_prune.fewshot.data.images import OWN_SPLITS
+
+RACING = 0.4
+"""Share of the hours that the races may take; the rest is for the replicates."""
+
+FIRST_REPLICATE = 100
+"""Replicates have seeds, and splits, from here on: none that a race has used."""
+
+LOSS = 0.01
+"""What a smaller network may lose and still be as good (a fraction of accuracy; dB)."""
+
+_ALIKE = 0.1
+"""Up to which share seconds may differ and need no control of the same time."""
+
+_FAMILY = "study"
+
+
+def study(
+    base: Mapping[str, Any],
+    out: Path,
+    console: Console,
+    *,
+    methods: Sequence[str] = ("dsd", "iht", "rigl", "cubic"),
+    rates: Sequence[float] = (0.5, 0.8, 0.9),
+    widths: Sequence[int] = (),
+    lengths: Sequence[int] = (),
+    classes: Sequence[int] = (),
+    replicates: int = 8,
+    hours: float | None = None,
+    jobs: int = 2,
+    fixed_split: bool = False,
+) -> str:
+    """Find the methods and rates that do best, repeat them, and judge them against dense networks.
+
+    In each setting of width, length and classes the methods that end dense and those that end
+    sparse race among themselves on validation tasks. The best of each, a dense network, one of as
+    many weights and one of as many seconds are then written down as a plan, trained with other
+    seeds and splits, and compared on test tasks, with Holm's correction over all comparisons.
+
+    Args:
+        base: Settings of ``run``, ``algorithm`` among them.
+        out: The folder; a study that was stopped goes on from it.
+        console: Where progress is shown.
+        methods: What races, keys of :data:`~l2l_prune.experiments.methods.METHODS`.
+        rates: Fractions to prune.
+        widths: Channels; those of ``base`` without any.
+        lengths: Meta-iterations; likewise.
+        classes: Training classes; likewise.
+        replicates: How many of seed and split together, >= 2.
+        hours: The most that all may take, over all restarts. The races stop after 40% of it at the
+            latest, and replicates are trained one after the other.
+        jobs: Runs at once, one thread each.
+        fixed_split: Replicates differ in their seed alone.
+
+    Returns:
+        The verdict as Markdown; it is in ``verdict.md`` too, the plan in ``plan.toml``, and the
+        report of the replicates in ``confirmation/``.
+
+    Raises:
+        ImportError: If statsmodels is missing.
+        TypeError: If a value has the wrong type.
+        ValueError: If settings cannot be, the folder is of another study, or another process writes
+            to it.
+    """
+    _check_statsmodels()
+    shared = base_settings(base, ("sparsity", "method"))
+    checks.whole_number("replicates", replicates, least=2)
+    for name in ("seed", "split"):
+        if shared.get(name, 0) >= FIRST_REPLICATE:
+            raise ValueError(f"{name} must be below {FIRST_REPLICATE}: replicates begin there")
+    settings = [
+        shared | {name: value for name, value in zip(_AXES, values, strict=True) if value}
+        for values in itertools.product(*(axis or [0] for axis in (widths, lengths, classes)))
+    ]
+    candidates = [_candidates(own, methods, rates) for own in settings]
+    whole = [one.whole for each in candidates for one in each]  # what cannot be is told at once
+    vary_split = whole[0].data not in OWN_SPLITS and not fixed_split
+    with locked_folder(out):
+        about = {
+            **shared,
+            "methods": list(methods),
+            "rates": list(rates),
+            **{name: list(v) for name, v in zip(_AXES, (widths, lengths, classes), strict=True)},
+            "replicates": replicates,
+            "split": "varies" if vary_split else "fixed",
+        }
+        same_search(out / "study.json", about)
+        plan = out / "plan.toml"
+        options: dict[str, Any] = {"jobs": jobs, "hours": hours, "clock": out / "clock.json"}
+        if not plan.exists():
+            racing = Runs(out / "races", console, **options)
+            each_share = RACING / len(candidates)
+            raced = [
+                _race(each, racing, place * each_share, (place + 1) * each_share)
+                for place, each in enumerate(candidates)
+            ]
+            for title, standings in raced:
+                console.print(title, markup=False)
+                console.print(_race_table(standings), markup=False)
+            text = _plan([standings for _, standings in raced], replicates, vary_split)
+            races = "\n\n".join(f"{title}\n\n{_race_table(rows)}" for title, rows in raced)
+            with replace_file(out / "races.md") as path:
+                path.write_text(f"# Races on validation tasks\n\n{races}\n")
+            with replace_file(plan) as path:
+                path.write_text(text)
+            console.print(f"wrote {plan}: what is compared, before it is trained")
+        document = read_toml(plan)
+        configs = expand({}, document["grid"])
+        comparisons = read_comparisons(document["comparison"])
+        confirming = Runs(out / "confirmation", console, **options)
+        confirming.finish(configs)
+        verdict = _verdict(comparisons, confirming, replicates)
+        with replace_file(out / "verdict.md") as path:
+            path.write_text(verdict)
+    return verdict
+
+
+_AXES = ("channels", "iterations", "train_classes")
+
+
+def _check_statsmodels() -> None:
+    """Before hours of runs that could not be judged."""
+    try:
+        import statsmodels  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'{error}; this needs: pip install "l2l-prune[study]"') from None
+
+
+def _candidates(
+    shared: Mapping[str, Any], methods: Sequence[str], rates: Sequence[float]
+) -> list[Candidate]:
+    """The dense network first."""
+    if "dense" in methods:
+        raise ValueError("dense is always there: leave it out of the methods")
+    if not methods or not rates:
+        raise ValueError("a study needs a method and a rate")
+    pruned = [
+        Candidate({**shared, "method": method, "sparsity": rate})
+        for method in methods
+        for rate in rates
+    ]
+    return [Candidate({**shared, "method": "dense"}), *pruned]
+
+
+def _race(
+    candidates: Sequence[Candidate], runs: Runs, before: float, share: float
+) -> tuple[str, list[Standing]]:
+    """One setting: what it is, and how all did.
+
+    The races go on from ``before`` to ``share`` of the hours, and the dense network is trained to
+    the length that they reached.
+    """
+    dense, *others = candidates
+    config = dense.whole
+    lengths = rungs(candidates, config.schedule.iterations)
+    kinds = [[one for one in others if one.ends_sparse == sparse] for sparse in (False, True)]
+    groups = [group for group in kinds if group]
+    found, lengths_reached = [], []
+    for place, group in enumerate(groups, start=1):
+        mine = race(group, lengths, runs, before + (share - before) * place / len(groups))
+        if not mine:
+            why = next(
+                iter(runs.failed.values()),
+                "the hours for it are used up; the same command goes on, with more of them",
+            )
+            raise ValueError(f"the race of {group[0].title} did not end its first rung: {why}")
+        found += mine
+        lengths_reached.append(mine[0].iterations)
+    reached = max(lengths_reached)
+    [entry] = runs.finish([dense.config(reached)])
+    if entry is None:
+        why = next(iter(runs.failed.values()), "the hours ended before it did")
+        raise ValueError(f"the dense run of the races did not end: {why}")
+    classes = "all" if config.train_classes is None else config.train_classes
+    title = (
+        f"{config.channels} channels, {config.schedule.iterations} meta-iterations, {classes} "
+        "training classes:"
+    )
+    if min(lengths_reached) < config.schedule.iterations:
+        title = title[:-1] + f" (the hours ended at runs of {min(lengths_reached)}):"
+    return title, [Standing(dense, reached, entry), *found]
+
+
+def _race_table(standings: Sequence[Standing]) -> str:
+    return markdown_table(
+        [
+            {
+                "method": standing.candidate.title,
+                "ends": "sparse" if standing.candidate.ends_sparse else "dense",
+                "meta-iterations": str(standing.iterations),
+                "validation": str(standing.score),
+                "seconds": f"{standing.entry['seconds']:.0f}",
+            }
+            for standing in standings
+        ]
+    )
+
+
+def _plan(raced: Sequence[Sequence[Standing]], replicates: int, vary_split: bool) -> str:
+    """The arms of each setting with their replicates, and what is compared, as a sweep's file."""
+    arms: list[dict[str, Any]] = []
+    compared: list[tuple[dict[str, Any], dict[str, Any], float]] = []
+    for dense, *others in raced:
+        usual = dict(dense.candidate.settings)
+        config = dense.candidate.whole
+        length = config.schedule.iterations
+        best = _first(others)
+        arms += [usual, dict(best.candidate.settings)]
+        compared.append((dict(best.candidate.settings), usual, 0.0))
+        ratio = best.entry["seconds"] / dense.entry["seconds"]
+        if abs(ratio - 1) > _ALIKE:
+            timely = usual | {"iterations": max(1, round(length * ratio)), "scale": None}
+            timely = {name: value for name, value in timely.items() if value is not None}
+            arms.append(timely)
+            compared.append((dict(best.candidate.settings), timely, 0.0))
+        smaller = [one for one in others if one.candidate.ends_sparse]
+        if smaller:
+            small = _first(smaller).candidate
+            arms.append(dict(small.settings))
+            compared.append((dict(small.settings), usual, -LOSS))
+            if config.backbone != "resnet12":  # whose width is given
+                shape = load_split(config, "train").images.shape[1:]
+                width = dense_width(config, shape, cost_of(small.whole, shape).weights)
+                narrow = usual | {"channels": width}
+                arms.append(narrow)
+                compared.append((dict(small.settings), narrow, 0.0))
+    unique = [arm for place, arm in enumerate(arms) if arm not in arms[:place]]
+    lines = ["# Written by l2l-prune study before any of these runs; l2l-prune sweep takes it."]
+    for number in range(replicates):
+        seed = FIRST_REPLICATE + number
+        own = {"seed": seed, "split": seed} if vary_split else {"seed": seed}
+        for arm in unique:
+            lines += ["", "[[grid]]", *toml_lines({**arm, **own})]
+    varying = same_settings.varying(map(_known_by, unique))
+    for treatment, control, margin in compared:
+        lines += ["", "[[comparison]]", *toml_lines({"family": _FAMILY, "margin": margin})]
+        for side, arm in (("treatment", treatment), ("control", control)):
+            lines += [f"[comparison.{side}]", *toml_lines(_known_by(arm, varying))]
+    return "\n".join(lines) + "\n"
+
+
+def _first(standings: Sequence[Standing]) -> Standing:
+    """Who went furthest, and of those the best on validation tasks."""
+    return min(standings, key=lambda one: (-one.iterations, -one.score.mean))
+
+
+def _known_by(arm: Mapping[str, Any], varying: Sequence[str] | None = None) -> dict[str, Any]:
+    """What tells the runs of an arm from others of the study, where it varies among them."""
+    config = Candidate(arm).whole
+    rates = [float(s.sparsity) for s in config.schedule.segments if s.sparse]  # type: ignore[arg-type]
+    known: dict[str, Any] = {"name": config.name}
+    if rates:
+        known["rate"] = max(rates)
+    known["iterations"] = config.schedule.iterations
+    if config.backbone != "resnet12":
+        known["channels"] = config.channels
+    if config.train_classes is not None:
+        known["train_classes"] = config.train_classes
+    if varying is None:
+        return known
+    always = ("name", "rate")
+    return {name: value for name, value in known.items() if name in always or name in varying}
+
+
+def _verdict(comparisons: Sequence[Comparison], runs: Runs, replicates: int) -> str:
+    head = ["# Does pruning help here?", ""]
+    failed = [f"- A run failed: {name}: {why}" for name, why in runs.failed.items()]
+    found = read_folder(runs.folder).runs if any(runs.folder.glob("*/results.json")) else []
+    able = []
+    for one in comparisons:
+        try:
+            judge([one], found)
+        except ValueError as error:
+            failed.append(f"- Not judged: {error}.")
+        else:
+            able.append(one)
+    if not able:
+        why = "**No verdict yet.** The same command goes on, with more hours if these are used up."
+        return "\n".join([*head, why, "", *failed, ""])
+    judged = judge(able, found)
+    write_report(runs.folder, able)
+    done = min(len(one.difference.values) for one in judged)
+    lines = [*head, f"**{_answer(judged)}**", ""]
+    lines += [f"- {_in_words(one, found)}" for one in judged]
+    if done < replicates:
+        lines.append(
+            f"- {done} of {replicates} replicates are complete: the hours ended. The same command "
+            "with more hours goes on; judging anew after more of them makes errors more frequent "
+            "than 5%."
+        )
+    lines += [
+        *failed,
+        "",
+        f"Intervals and p-values are over replicates, and corrected by Holm for {len(judged)} "
+        "comparisons, which plan.toml stated before the runs. Methods and rates were chosen on "
+        "validation tasks of another seed; the report is confirmation/report.html.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _answer(judged: Sequence[Judged]) -> str:
+    """The first sentence: what was shown, the strongest first."""
+    shown = [one for one in judged if one.verdict not in ("not shown", "worse")]
+    gains = [one for one in shown if not one.comparison.margin and not _other_size(one)]
+    if gains:
+        best = max(gains, key=lambda one: one.difference.mean)
+        return f"Yes: {_title(best)} is {_amount(best)}, and that is significant."
+    small = [one for one in shown if one.comparison.margin or _other_size(one)]
+    if small:
+        best = small[0]
+        words = f"{_title(best)}: {_amount(best)}, {best.verdict}"
+        return f"For size, not for accuracy. {words}."
+    harm = [one for one in judged if one.verdict == "worse"]
+    if len(harm) == len(judged):
+        return "No: all that was compared is worse."
+    return "Not shown: no gain of pruning is significant over these replicates."
+
+
+def _title(judged: Judged) -> str:
+    """The comparison in words; what both sides share comes last, and once."""
+    sides = (judged.comparison.treatment, judged.comparison.control)
+    both = {name: value for name, value in sides[0].items() if sides[1].get(name) == value}
+    alone = [{k: v for k, v in side.items() if k not in both or k == "name"} for side in sides]
+    where = ", ".join(f"{name} {value}" for name, value in both.items() if name != "name")
+    shorter = dataclasses.replace(judged.comparison, treatment=alone[0], control=alone[1])
+    return f"{shorter.title} ({where})" if where else shorter.title
+
+
+def _other_size(judged: Judged) -> bool:
+    treatment, control = judged.comparison.treatment, judged.comparison.control
+    return bool(treatment.get("channels") != control.get("channels"))
+
+
+def _in_words(judged: Judged, runs: Sequence[FinishedRun]) -> str:
+    """A comparison with its certainty and its costs."""
+    measure = judged.difference.measure
+    unit = measure.ending or " points"
+    text = (
+        f"{_title(judged)}: {_amount(judged)} over {len(judged.difference.values)} "
+        f"replicates, **{judged.verdict}** (p = {judged.corrected:.2g})"
+    )
+    if judged.verdict == "not shown":
+        text += f"; {measure.read(judged.detectable):.1f}{unit} could have been seen"
+    sides = [
+        list(matching(side, runs).values())
+        for side in (judged.comparison.treatment, judged.comparison.control)
+    ]
+    times, sizes = (
+        [fmean(run.entry["seconds"] for run in side) for side in sides],
+        [mean_weights(side) for side in sides],
+    )
+    text += f". Training took {times[0] / times[1]:.2f} of its seconds"
+    if sizes[0] and sizes[1]:
+        text += f", and {sizes[0] / sizes[1]:.2f} of its weights are left"
+    return text + "."
+
+
+def _amount(judged: Judged) -> str:
+    return f"{signed(judged.difference)}{judged.difference.measure.ending or ' points'}"
