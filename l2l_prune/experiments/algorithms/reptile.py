@@ -105,7 +105,8 @@ class Reptile(Algorithm):
             if number % ranks != self._rank:
                 deque(batches, maxlen=0)  # drawn all the same: every rank's stream is the run's
                 continue
-            learner = self._reptile.clone()
+            with self._reptile.task_masks():
+                learner = self._reptile.clone()
             for x, y in batches:
                 self._step(learner, x, y)
             self._reptile.collect(learner)
