@@ -23,7 +23,7 @@ from l2l_prune.fewshot.data.episodes import EpisodeSampler
 from l2l_prune.reptile.learner import Workspace
 
 PARTS: list[tuple[object, str, str]] = [
-    (run, "_load", "data"),
+    (run, "load_split", "data"),
     (EpisodeSampler, "sample", "sampling"),
     (PrunedReptile, "clone", "clone"),
     (Reptile, "_loss", "forward"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 
@@ -13,6 +14,7 @@ from l2l_prune import PrunedReptile
 from l2l_prune.experiments.algorithms.base import conv4
 from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.running import run as run_module
+from l2l_prune.experiments.running import run_folder
 from l2l_prune.experiments.running.run import RunResult, run
 from l2l_prune.experiments.running.run_folder import run_into
 from l2l_prune.experiments.running.storage import run_name
@@ -48,7 +50,7 @@ def merged(first, second):
 
 
 def by_hand(config):
-    data = run_module._load(config, "train")
+    data = run_module.load_split(config, "train")
     tasks = run_module._training_tasks(data, config)
     batches = stream(config.seed, "training minibatches")
     reptiles = []
@@ -111,9 +113,8 @@ def test_where_a_rank_dies_the_run_fails_and_goes_on_later(tmp_path, monkeypatch
             for process in multiprocessing.active_children():
                 process.kill()
 
-    monkeypatch.setattr(
-        run_module.run, "__defaults__", (None, 2, None)
-    )  # a checkpoint every 2 meta-iterations
+    every_other = functools.partial(run, checkpoint_every=2)
+    monkeypatch.setattr(run_folder, "run", every_other)
     outcome = run_into(config, tmp_path, tell=kill_it)
     assert outcome.error
     assert (tmp_path / run_name(config) / "error.txt").exists()
