@@ -179,7 +179,7 @@ class Surgery:
     def _tell_sizes(self, kept: Tensor) -> None:
         """Attributes that name the sizes of a layer follow its tensors."""
         for slot in self.channels.slots:
-            _tell_size(slot.module, self._blocks.get(slot.module))
+            tell_size(slot.module, self._blocks.get(slot.module))
         for module in self._model.modules():
             if isinstance(module, FiLM):
                 module.channels = (module.hidden or module.linear).out_features // 2
@@ -197,7 +197,13 @@ def _change_state(
             state[key] = change(value)
 
 
-def _tell_size(module: nn.Module, block: int | None) -> None:
+def tell_size(module: nn.Module, block: int | None) -> None:
+    """Set a layer's attributes (``out_channels``, ``num_features``, ...) to its tensors' sizes.
+
+    Args:
+        module: Any layer; those without such attributes stay as they are.
+        block: Channels of a group of its, where it has groups.
+    """
     weight = module._parameters.get("weight")
     if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
         module.groups = weight.shape[0] // block if block else 1

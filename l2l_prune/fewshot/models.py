@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from l2l_prune._basics.arguments import keeps_arguments
 from l2l_prune.metalearners.cavia import ConcatContext, FiLM
 
 
+@keeps_arguments
 class Conv4(nn.Module):
     """Four blocks of 3x3 convolution, batch normalisation and ReLU, and a linear classifier.
 
@@ -64,6 +66,7 @@ class Conv4(nn.Module):
         return cast(Tensor, self.classifier(torch.flatten(self.features(images), 1)))
 
 
+@keeps_arguments
 class CaviaConv4(nn.Module):
     """CAVIA's classification network: [conv, BN, max-pool, FiLM where asked, ReLU] x 4, linear.
 
@@ -126,6 +129,7 @@ class CaviaConv4(nn.Module):
         return cast(Tensor, self.classifier(torch.flatten(self.features(images), 1)))
 
 
+@keeps_arguments
 class CaviaMLP(nn.Module):
     """CAVIA's regression network: the context joins the input, two hidden layers, ReLU.
 

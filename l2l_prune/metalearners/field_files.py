@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 import zlib
 from collections.abc import Mapping
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from l2l_prune._basics import checks
+from l2l_prune._basics.packing import WAYS, Packed, as_bytes, from_bytes, pack, places_size, unpack
 from l2l_prune.masking.masked_layer import dense_state_dict
 
 _MAGIC = b"l2F1"
 _HEAD = struct.Struct("<4sII")  # magic, checksum of what follows, checksum of names and shapes
 _TENSOR = struct.Struct("<BI")  # how the positions are told, how many values there are
-_ALL, _BITMASK, _INDICES = range(3)
 
 
 def export_field(field: nn.Module) -> bytes:
@@ -82,67 +81,23 @@ def read_field(data: bytes, field: nn.Module) -> nn.Module:
 def _write(name: str, tensor: Tensor) -> bytes:
     if not tensor.is_floating_point():
         raise ValueError(f"{name} is of {tensor.dtype}: only real numbers can be exported")
-    values = tensor.detach().cpu().half().flatten()
+    values = tensor.detach().cpu().half()
     if not bool(values.isfinite().all()):
         raise ValueError(f"{name} holds numbers that are not finite in half precision")
-    places = values.nonzero().squeeze(1)
-    kept = _bytes(values[places])
-    choices = (
-        (_ALL, _bytes(values)),
-        (_BITMASK, _bytes(_packed(values != 0)) + kept),
-        (_INDICES, _index_bytes(places, len(values)) + kept),
-    )
-    how, content = min(choices, key=lambda choice: len(choice[1]))
-    return _TENSOR.pack(how, len(values) if how == _ALL else len(places)) + content
+    packed = pack(values)
+    head = _TENSOR.pack(WAYS.index(packed.how), len(packed.values))
+    return head + as_bytes(packed.places) + as_bytes(packed.values)
 
 
 def _read(body: bytes, place: int, numel: int) -> tuple[Tensor, int]:
     """A tensor's values, and where the next one begins."""
-    how, count = _TENSOR.unpack_from(body, place)
-    place += _TENSOR.size
-    if how == _BITMASK:
-        size = math.ceil(numel / 8)
-        places = _unpacked(_tensor(body[place : place + size])).nonzero().squeeze(1)
-    elif how == _INDICES:
-        width = _index_size(numel)
-        size = count * width
-        raw = _tensor(body[place : place + size]).view(count, width).long()
-        places = (raw << 8 * torch.arange(width)).sum(1)
-    else:
-        size, places = 0, torch.arange(numel)
-    place += size
-    end = place + 2 * count
-    values = torch.zeros(numel, dtype=torch.float16)
-    values[places] = _tensor(body[place:end]).view(torch.float16)
-    return values.float(), end
-
-
-def _index_size(numel: int) -> int:
-    """Bytes that the largest index takes."""
-    return max(1, math.ceil((numel - 1).bit_length() / 8))
-
-
-def _index_bytes(places: Tensor, numel: int) -> bytes:
-    shifts = 8 * torch.arange(_index_size(numel))
-    return _bytes((places[:, None] >> shifts & 255).to(torch.uint8))
-
-
-def _packed(bits: Tensor) -> Tensor:
-    """Eight flags a byte, the first in its lowest bit."""
-    padded = nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).view(-1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
-
-
-def _unpacked(packed: Tensor) -> Tensor:
-    return (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return bytes(tensor.contiguous().view(torch.uint8).flatten().tolist())
-
-
-def _tensor(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0).byte()
+    number, count = _TENSOR.unpack_from(body, place)
+    start = place + _TENSOR.size
+    middle = start + places_size(WAYS[number], count, numel)
+    end = middle + 2 * count
+    places = from_bytes(body[start:middle], torch.uint8)
+    values = from_bytes(body[middle:end], torch.float16)
+    return unpack(Packed(WAYS[number], values, places), numel).float(), end
 
 
 def _fingerprint(state: Mapping[str, Tensor]) -> int:

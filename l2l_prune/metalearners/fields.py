@@ -14,8 +14,10 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from l2l_prune._basics import checks
+from l2l_prune._basics.arguments import keeps_arguments
 
 
+@keeps_arguments
 class Siren(nn.Module):
     """A network of sine layers, with its published initialisation.
 
@@ -72,6 +74,7 @@ class Siren(nn.Module):
         return cast(Tensor, last(x))
 
 
+@keeps_arguments
 class FourierFeatureMLP(nn.Module):
     """A ReLU network on sines and cosines of random frequencies of the coordinates.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 from l2l_prune._basics.files import replace_file
+from l2l_prune.experiments.report.adaptation import adaptation_section
 from l2l_prune.experiments.report.comparisons import Comparison, Judged, comparison_table, judge
 from l2l_prune.experiments.report.figures import (
     bounds_figure,
@@ -75,6 +76,7 @@ def write_report(folder: Path, comparisons: Sequence[Comparison] = ()) -> list[P
             figures += [path for path, _ in written]
             parts.append(f"### {same[0].title}")
             parts += [f"![{title}]({path.name})\n\n{title}" for path, title in written]
+    parts += adaptation_section(folder)
     markdown, page = folder / "report.md", folder / "report.html"
     text = "\n\n".join(part for part in parts if part) + "\n"
     with replace_file(markdown) as temporary:

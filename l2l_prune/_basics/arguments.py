@@ -1,0 +1,41 @@
+"""Networks that know what they were made with, so that a file can say it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from typing import Any, TypeVar
+
+from torch import nn
+
+Network = TypeVar("Network", bound=type[nn.Module])
+
+
+def keeps_arguments(cls: Network) -> Network:
+    """Class decorator: instances hold the arguments of their constructor as ``made_with``.
+
+    Those that a file can hold: generators are left out, which no copy could hold either.
+    """
+    make: Any = cls.__init__
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        given = list(bound.arguments.items())[1:]
+        self.made_with = {name: value for name, value in given if is_plain(value)}
+
+    cls.__init__ = init  # type: ignore[method-assign]
+    return cls
+
+
+def is_plain(value: object) -> bool:
+    """Whether JSON holds it: finite numbers, words, None, and tuples or lists of these."""
+    if isinstance(value, (tuple, list)):
+        return all(map(is_plain, value))
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return value is None or type(value) in (bool, int, float, str)

@@ -1,0 +1,231 @@
+"""What a device gets of finished runs: an export, and what adapting costs there."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from l2l_prune._basics.files import replace_file
+from l2l_prune.channels.surgery import tell_size
+from l2l_prune.experiments.algorithms import build
+from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.report import same_settings
+from l2l_prune.experiments.report.adaptation import write_adaptation
+from l2l_prune.experiments.report.finished_runs import FinishedRun, read_folder, read_weights
+from l2l_prune.experiments.report.results import read_result
+from l2l_prune.experiments.running.run import evaluation_tasks
+from l2l_prune.experiments.running.streams import stream
+from l2l_prune.fewshot.data import Images, load_images
+from l2l_prune.fewshot.evaluation import few_shot_accuracy
+from l2l_prune.reptile.adapt_only import AdaptOnly
+from l2l_prune.reptile.learner import adam
+from l2l_prune.reptile.reptile import PrunedReptile
+from l2l_prune.schedules.schedule import Schedule, Segment
+from l2l_prune.shipping.costs import Adapting, adaptation_costs
+from l2l_prune.shipping.folder import TENSORS, export, fill
+from l2l_prune.shipping.formats import export_onnx, export_program
+
+PARTS: dict[str, AdaptOnly | None] = {
+    "all": None,
+    "last block": ["features.conv4", "features.norm4", "classifier"],
+    "head": "classifier",
+}
+"""What adapts of the four-block network."""
+
+_MOST_TASKS = 200
+_ABOUT = ("algorithm", "ways", "shots", "inner_lr", "eval_steps", "eval_batch", "transductive")
+
+
+def export_run(
+    folder: Path, out: Path, *, half: bool = False, onnx: bool = False, program: bool = False
+) -> list[str]:
+    """Export the network of a finished run; nothing is written unless everything can be.
+
+    Args:
+        folder: The run's folder, or one with a single run in it.
+        out: Made if it is not there.
+        half: As of :func:`~l2l_prune.shipping.export`.
+        onnx: Also write ``model.onnx``.
+        program: Also write ``model.pt2``, of ``torch.export``.
+
+    Returns:
+        What was written, in lines for a person.
+
+    Raises:
+        FileNotFoundError: If the folder or a file is missing.
+        ImportError: If an extra is missing.
+        ValueError: If there are several runs, a file is damaged, or another format gives other
+            outputs.
+    """
+    run = _only_run(folder)
+    config, data = _config(run), _unseen_images(run)
+    net = restored_network(run, config, data)
+    result = read_result(run.entry, run.folder / "results.json")
+    about = {name: getattr(config, name) for name in _ABOUT}
+    about |= {"method": run.method, "seed": config.seed, "measure": config.measure.name}
+    about |= {"scored_on": config.held_out}
+    if config.algorithm == "reptile":
+        about |= {"optimizer_state": "carried over in what was scored, not exported"}
+    shape = (5, 2) if config.picture_tasks else (5, *data.images.shape[1:])
+    example = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    lines = []
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        told = export(net, place, half=half, data=config.data, accuracy=result.test, about=about)
+        if onnx:
+            difference = export_onnx(net, place / "model.onnx", example)
+            lines.append(f"ONNX Runtime gives the same outputs to {difference:.1g}")
+        if program:
+            difference = export_program(net, place / "model.pt2", example)
+            lines.append(f"torch.export's program gives the same outputs to {difference:.1g}")
+        out.mkdir(parents=True, exist_ok=True)
+        for file in sorted(place.iterdir()):
+            with replace_file(out / file.name) as temporary:
+                temporary.write_bytes(file.read_bytes())
+            lines.append(f"wrote {out / file.name}, {file.stat().st_size:,} bytes")
+    rates, size = told["rates"], told["files"][TENSORS]["bytes"]
+    lines.append(
+        f"{run.method}: {rates['parameters']:,} weights, {100 * rates['zero']:.1f}% of them 0; "
+        f"the tensors take {size:,} bytes, dense in float32 they would {4 * rates['parameters']:,}"
+    )
+    return lines
+
+
+def measure_adaptation(folder: Path) -> list[Path]:
+    """Measure what adapting costs the Reptile runs of a folder, for its report.
+
+    Of each method the run of the first seed, on its own unseen classes. Masks are held as in the
+    run's last phase. The inner optimizer starts afresh, as on a device: in the run's own scores it
+    carries its state over from training, so they can be higher.
+
+    Args:
+        folder: As of the report.
+
+    Returns:
+        The files, see :func:`~l2l_prune.experiments.report.adaptation.write_adaptation`.
+
+    Raises:
+        ValueError: If no run is one of Reptile with its weights, or runs have other tasks.
+    """
+    runs: dict[str, FinishedRun] = {}
+    found = [run for run in read_folder(folder).runs if run.config["algorithm"] == "reptile"]
+    found = [run for run in found if run.weights_file.path.is_file()]
+    for run in sorted(found, key=lambda run: (not run.dense, run.seed)):
+        runs.setdefault(f"{run.size} {run.method}", run)
+    if not runs:
+        raise ValueError(
+            f"no run in {folder} is one of reptile with its weights: what adapting costs is "
+            "measured for these"
+        )
+    first = next(iter(runs.values()))
+    config, data = _config(first), _unseen_images(first)
+    tasks = ("data", "data_root", "split", "image_size", "ways", "shots", "queries")
+    for run in runs.values():
+        if other := [n for n in tasks if getattr(_config(run), n) != getattr(config, n)]:
+            raise ValueError(
+                f"the runs in {folder} differ in {', '.join(other)}: give a folder of one setting"
+            )
+    config = dataclasses.replace(config, final_tasks=min(config.final_tasks, _MOST_TASKS))
+    episodes = list(evaluation_tasks(data, config, "final tasks", config.held_out))
+    ways, accuracies = {}, {}
+    for name, run in runs.items():
+        reptile = restored_reptile(run, data)
+        for part, only in PARTS.items():
+            way = f"{name}, {part}"
+            ways[way] = Adapting(reptile, only)
+            accuracies[way] = few_shot_accuracy(
+                reptile,
+                episodes,
+                steps=config.eval_steps,
+                batch_size=config.eval_batch,
+                transductive=config.transductive,
+                generator=stream(config.seed, "evaluation minibatches"),
+                adapt_only=only,
+            )
+    steps, batch = max(1, config.eval_steps), config.eval_batch
+    costs = adaptation_costs(ways, episodes[0], steps=steps, batch_size=batch)
+    return write_adaptation(folder, costs, accuracies)
+
+
+def restored_network(run: FinishedRun, config: RunConfig, data: Images) -> nn.Module:
+    """The network of a finished run with its weights; small if it ended with channels cut out.
+
+    Raises:
+        FileNotFoundError: If the file of its weights is gone.
+        ValueError: If that is damaged, or of another network.
+    """
+    state = read_weights(run.weights_file.path)
+    with torch.random.fork_rng(devices=[]):
+        net = build(config, data.images.shape[1:]).finalize()
+    mine = net.state_dict()
+    if mine.keys() != state.keys() or any(t.dim() != state[n].dim() for n, t in mine.items()):
+        raise ValueError(f"{run.weights_file.path} holds the weights of another network")
+    smaller = any(tensor.shape != state[name].shape for name, tensor in mine.items())
+    fill(net, state)
+    if smaller:
+        for module in net.modules():
+            tell_size(module, None)
+    return net
+
+
+def restored_reptile(run: FinishedRun, data: Images) -> PrunedReptile:
+    """A meta-learner around a finished run's network, as it was in the run's last phase.
+
+    Raises:
+        FileNotFoundError: As of :func:`restored_network`.
+        ValueError: As there.
+    """
+    config = _config(run)
+    net = restored_network(run, config, data)
+    segment = Segment(1)
+    if run.segments[-1]["sparse"] and not config.structured:
+        weights = {name: p for name, p in net.named_parameters() if p.dim() > 1}
+        left = {name: int(p.count_nonzero()) for name, p in weights.items()}
+        keep = {name: count for name, count in left.items() if 0 < count < weights[name].numel()}
+        segment = Segment(1, sparse=True, keep=keep) if keep else segment
+    return PrunedReptile(
+        net,
+        Schedule((segment,)),
+        inner_lr=config.inner_lr,
+        inner_optimizer=functools.partial(adam, weight_decay=config.weight_decay),
+    )
+
+
+def _only_run(folder: Path) -> FinishedRun:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    found = read_folder(folder)
+    if not found.runs:
+        raise ValueError(f"there is no finished run in {folder}")
+    if len(found.runs) > 1:
+        names = ", ".join(sorted({str(run.folder) for run in found.runs}))
+        raise ValueError(f"{folder} holds {len(found.runs)} runs, give the folder of one: {names}")
+    return found.runs[0]
+
+
+def _config(run: FinishedRun) -> RunConfig:
+    """The settings of a finished run."""
+    values: dict[str, Any] = same_settings.complete(run.config)
+    segments: list[dict[str, Any]] = [
+        {k: dict(v) if isinstance(v, list) else v for k, v in segment.items()}
+        for segment in values["schedule"]["segments"]
+    ]
+    try:
+        schedule = Schedule(tuple(Segment(**segment) for segment in segments))
+        return RunConfig(**{**values, "schedule": schedule})
+    except TypeError as error:
+        raise ValueError(
+            f"{run.folder / 'results.json'} was written by another version ({error})"
+        ) from None
+
+
+def _unseen_images(run: FinishedRun) -> Images:
+    config = _config(run)
+    needed = config.shots + config.queries
+    return load_images(config.data, config.held_out, least_images=needed, **config.data_options)

@@ -1,0 +1,75 @@
+"""The JSON beside exported tensors: what they are, of which network, and their checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import l2l_prune
+from l2l_prune._basics.files import replace_file
+from l2l_prune._basics.tensor_files import DamagedFile
+
+NAME = "export.json"
+_FORMAT, _VERSION = "l2l_prune export", 1
+_KEYS = {"versions", "network", "tensors", "rates", "data", "accuracy", "about", "files"}
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Add versions and the checksum of the whole, and write it.
+
+    Args:
+        folder: The export's folder.
+        content: Plain values.
+
+    Returns:
+        What was written, as it is read.
+    """
+    versions = {
+        "l2l_prune": l2l_prune.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    head = {"format": _FORMAT, "format_version": _VERSION, "versions": versions}
+    whole = {**head, **content}
+    whole["sha256"] = _checksum(whole)
+    with replace_file(folder / NAME) as temporary:
+        temporary.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return read_manifest(folder)
+
+
+def read_manifest(folder: Path | str) -> dict[str, Any]:
+    """What an export says about itself: network, shapes, rates, data, accuracy, versions.
+
+    Args:
+        folder: Written by :func:`~l2l_prune.shipping.export`.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is damaged, or an export of another version of the format.
+    """
+    path = Path(folder) / NAME
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(path, type(error).__name__) from None
+    if not isinstance(found, dict) or found.get("format") != _FORMAT:
+        raise DamagedFile(path, "it does not say that it is an export")
+    if (version := found.get("format_version")) != _VERSION:
+        raise ValueError(
+            f"{path} is an export of format {version!r}, this l2l_prune reads {_VERSION}: load it "
+            "with the l2l_prune that wrote it"
+        )
+    checksum = found.pop("sha256", None)
+    if checksum != _checksum(found) or not found.keys() >= _KEYS:
+        raise DamagedFile(path, "its checksum is wrong")
+    return {**found, "sha256": checksum}
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,178 @@
+"""Runs for a device: the export command, and the report's part on what adapting costs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from l2l_prune.experiments.cli import app
+from l2l_prune.experiments.config import make_config
+from l2l_prune.experiments.device import restored_network, restored_reptile
+from l2l_prune.experiments.report.finished_runs import read_folder
+from l2l_prune.experiments.running.run_folder import run_into
+from l2l_prune.fewshot.data import load_images
+from l2l_prune.shipping import load, read_manifest
+
+pytest.importorskip("safetensors.torch")
+
+SETTINGS = {"iterations": 20, "channels": 8, "final_tasks": 4, "curve_tasks": 2, "tasks": 1}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for method, more in (
+        ("dense", {}),
+        ("static", {"sparsity": 0.9}),
+        ("dsd", {"sparsity": 0.5, "structured": True, "pretrain": 5, "retrain": 0}),
+    ):
+        if more.get("structured"):
+            pytest.importorskip("torch_pruning")
+        assert run_into(make_config("reptile", method, **SETTINGS, **more), folder).error is None
+    return folder
+
+
+def command(*words):
+    return CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, list(map(str, words)))
+
+
+def places(runs):
+    found = read_folder(runs).runs
+    small = next(run for run in found if run.config["structured"])
+    masked = next(run for run in found if run.pruned and run is not small)
+    return next(run for run in found if run.dense), masked, small
+
+
+def test_the_network_of_a_run_is_exported(runs, tmp_path):
+    x = torch.rand(5, 1, 28, 28)
+    for run in places(runs):
+        done = command("export", run.folder, "--out", tmp_path / "out")
+        assert done.exit_code == 0, done.output
+        net, told = load(tmp_path / "out"), read_manifest(tmp_path / "out")
+        state = torch.load(run.weights_file, weights_only=True)
+        assert all(torch.equal(t, state[name]) for name, t in net.state_dict().items())
+        assert net.training
+        assert net(x).shape == (5, 5)
+        assert told["accuracy"]["mean"] == pytest.approx(run.entry["test"]["mean"])
+        assert told["data"] == "glyphs"
+        assert told["about"]["algorithm"] == "reptile"
+        shown = int(re.search(r"the tensors take ([\d,]+) bytes", done.output)[1].replace(",", ""))
+        assert shown == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert net.features.conv2.weight.shape == (4, 4, 3, 3)
+
+
+def test_other_formats_and_half_precision(runs, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    small = places(runs)[2]
+    done = command("export", small.folder, "--out", tmp_path, "--half", "--onnx", "--program")
+    assert done.exit_code == 0, done.output
+    images = load_images("glyphs", "test")
+    net = restored_network(
+        small, make_config("reptile", "dsd", sparsity=0.5, structured=True, **SETTINGS), images
+    )
+    x = torch.rand(7, 1, 28, 28)
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    expected = net(x).detach()
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-3)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(program(x).detach(), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_masks_are_held_again(runs):
+    dense, masked, small = places(runs)
+    images = load_images("glyphs", "test")
+    for run, zeros in ((dense, False), (masked, True), (small, False)):
+        reptile = restored_reptile(run, images)
+        learner = reptile.clone()
+        loss = torch.nn.functional.cross_entropy(learner(torch.rand(5, 1, 28, 28)), torch.arange(5))
+        learner.adapt(loss)
+        state = torch.load(run.weights_file, weights_only=True)
+        before = state["features.conv2.weight"] == 0
+        assert bool(before.any()) == zeros
+        assert torch.equal(learner.module.features.conv2.weight == 0, before)
+
+
+def test_the_report_shows_what_adapting_costs(runs):
+    done = command("report", runs, "--adaptation")
+    assert done.exit_code == 0, done.output
+    with (runs / "adaptation.csv").open(newline="") as file:
+        rows = {row["way"]: row for row in csv.DictReader(file)}
+    kinds = [way.rpartition(", ")[0] for way in rows]
+    assert len(rows) == 9
+    assert "dense" in kinds[0]
+    assert {way.rpartition(", ")[2] for way in rows} == {"all", "last block", "head"}
+    dense, masked, small = dict.fromkeys(kinds)
+    first = rows[f"{dense}, all"]
+
+    assert float(first["episode ratio"]) == 1
+    macs = {way: float(row["episode MMACs"]) for way, row in rows.items()}
+    by_rate = sorted({macs[f"{kind}, all"] for kind in (dense, masked, small)})
+    assert len(by_rate) == 2  # masks save none
+    for kind in (dense, masked, small):
+        assert macs[f"{kind}, head"] < macs[f"{kind}, last block"] < macs[f"{kind}, all"]
+        assert all(float(rows[f"{kind}, {part}"]["memory kB"]) > 0 for part in ("all", "head"))
+    text = (runs / "report.md").read_text()
+    assert "## What adapting costs" in text
+    assert "](adaptation.png)" in text
+
+
+# ---- what must be refused: nothing is written ------------------------------------------------
+
+
+def refused(out, *words):
+    done = command(*words, "--out", out)
+    assert done.exit_code == 2, done.output
+    assert not out.exists()
+    return " ".join(done.output.split())
+
+
+def test_several_runs_no_run_no_folder(runs, tmp_path):
+    out = tmp_path / "out"
+    assert "holds 3 runs, give the folder of one" in refused(out, "export", runs)
+    assert "there is no folder" in refused(out, "export", tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert "there is no finished run" in refused(out, "export", tmp_path / "empty")
+    assert "Missing option '--out'" in command("export", runs).output
+    (tmp_path / "file").write_text("")
+    assert "is a file" in command("export", runs, "--out", tmp_path / "file").output
+
+
+def copied(run, folder):
+    folder.mkdir()
+    for name in (run.weights_file.name, "results.json"):
+        (folder / name).write_bytes((run.folder / name).read_bytes())
+    return folder
+
+
+def test_damaged_runs(runs, tmp_path):
+    run, out = places(runs)[0], tmp_path / "out"
+    gone = copied(run, tmp_path / "gone")
+    (gone / run.weights_file.name).unlink()
+    assert "dense.pt: No such file" in refused(out, "export", gone)
+    broken = copied(run, tmp_path / "broken")
+    weights = broken / run.weights_file.name
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "dense.pt is damaged" in refused(out, "export", broken)
+    other = copied(run, tmp_path / "other")
+    torch.save({"a": torch.ones(2)}, other / run.weights_file.name)
+    assert "holds the weights of another network" in refused(out, "export", other)
+    newer = copied(run, tmp_path / "newer")
+    document = json.loads((newer / "results.json").read_text())
+    document["runs"][0]["config"]["brightness"] = 3
+    (newer / "results.json").write_text(json.dumps(document))
+    assert "was written by another version" in refused(out, "export", newer)
+
+
+def test_costs_of_runs_that_are_not_reptiles(tmp_path):
+    pytest.importorskip("learn2learn")
+    assert run_into(make_config("anil", "dense", **SETTINGS), tmp_path).error is None
+    done = command("report", tmp_path, "--adaptation")
+    assert done.exit_code == 2
+    assert "no run in" in done.output
