@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from l2l_prune._basics.packing import pack
 from l2l_prune.channels.pruner import ChannelPruner
 from l2l_prune.experiments.algorithms import build
 from l2l_prune.experiments.config import RunConfig
@@ -119,7 +120,7 @@ def cost_of(config: RunConfig, image_shape: Sequence[int]) -> Cost:
     """What the network at the end of a run costs, but for its time."""
     network = end_network(config, image_shape)
     weights = sum(int(parameter.count_nonzero()) for parameter in network.parameters())
-    stored = sum(map(_packed, network.state_dict().values()))
+    stored = sum(pack(tensor).nbytes for tensor in network.state_dict().values())
     return Cost(weights, stored, _macs(network, image_shape))
 
 
@@ -161,13 +162,6 @@ def dense_width(config: RunConfig, image_shape: Sequence[int], weights: int) -> 
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) <= weights else (low, middle)
     return min((low, high), key=lambda channels: abs(count(channels) - weights))
-
-
-def _packed(tensor: Tensor) -> int:
-    size, count = tensor.element_size(), tensor.numel()
-    kept = int(tensor.count_nonzero())
-    index = max(1, math.ceil(max(count - 1, 1).bit_length() / 8))
-    return min(count * size, math.ceil(count / 8) + kept * size, kept * (index + size))
 
 
 def _macs(network: nn.Module, image_shape: Sequence[int]) -> int:
