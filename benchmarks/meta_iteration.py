@@ -43,6 +43,7 @@ from l2l_prune.fewshot import minibatches
 
 TASKS, SHOTS = 5, 15
 Draw = Callable[[], Iterator[Batches]]
+Adapted = Callable[[Batches], list[Tensor]]
 
 
 def draw_tasks(size: int) -> Draw:
@@ -64,18 +65,21 @@ def reptile(
 
 
 def by_hand(
-    net: nn.Module, draw: Draw, adapted: Callable[[Batches], list[Tensor]]
+    net: nn.Module,
+    draw: Draw,
+    adapted: Adapted,
+    rate: Callable[[], float] = lambda: 0.1,
 ) -> Callable[[], None]:
     """Reptile without the library: ``adapted`` gives the weights that a task leads to."""
 
     def iteration() -> None:
-        total = [torch.zeros_like(p) for p in net.parameters()]
+        total, tasks = [torch.zeros_like(p) for p in net.parameters()], 0
         for batches in draw():
-            for held, weight in zip(total, adapted(batches), strict=True):
-                held.add_(weight, alpha=1 / TASKS)
+            torch._foreach_add_(total, adapted(batches))
+            tasks += 1
         with torch.no_grad():
-            for p, mean in zip(net.parameters(), total, strict=True):
-                p.lerp_(mean, 0.1)
+            for p, summed in zip(net.parameters(), total, strict=True):
+                p.lerp_(summed / tasks, rate())
 
     return iteration
 
@@ -84,11 +88,10 @@ def adam(net: nn.Module) -> torch.optim.Adam:
     return torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.0, 0.999))
 
 
-def example(size: int, draw: Draw, pruned: bool) -> Callable[[], None]:
-    """The loop of learn2learn's Reptile example; with torch's masks copies go through pickle,
+def by_copies(net: nn.Module, pruned: bool = False) -> Adapted:
+    """The inner loop of learn2learn's Reptile example; with torch's masks copies go through pickle,
     because deepcopy refuses pruned models after a forward.
     """
-    net = conv4(size, memory_format=torch.contiguous_format)
     if pruned:
         for module in net.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -103,11 +106,11 @@ def example(size: int, draw: Draw, pruned: bool) -> Callable[[], None]:
             optimizer.step()
         return [p.detach() for p in learner.parameters()]
 
-    return by_hand(net, draw, adapted)
+    return adapted
 
 
-def with_higher(size: int, draw: Draw) -> Callable[[], None]:
-    net = conv4(size, memory_format=torch.contiguous_format)
+def by_higher(net: nn.Module) -> Adapted:
+    """higher's inner loop, without a graph through its steps."""
     optimizer = adam(net)  # never steps itself: higher takes its settings
 
     def adapted(batches: Batches) -> list[Tensor]:
@@ -116,7 +119,13 @@ def with_higher(size: int, draw: Draw) -> Callable[[], None]:
                 inner.step(F.cross_entropy(learner(x), y))
             return [p.detach() for p in learner.parameters()]
 
-    return by_hand(net, draw, adapted)
+    return adapted
+
+
+def peer(size: int, draw: Draw, inner_loop: Callable[[nn.Module], Adapted]) -> Callable[[], None]:
+    """A peer's loop around a network in torch's default memory format."""
+    net = conv4(size, memory_format=torch.contiguous_format)
+    return by_hand(net, draw, inner_loop(net))
 
 
 def processor() -> str:
@@ -143,9 +152,11 @@ def main(rounds: int) -> None:
             ),
             "compiled, dense": reptile(size, draw, DENSE, compiled),
             "compiled, 50% masked": reptile(size, draw, SPARSE, compiled),
-            "learn2learn's loop, dense": example(size, draw, pruned=False),
-            "learn2learn's loop, torch's masks": example(size, draw, pruned=True),
-            "higher, dense": with_higher(size, draw),
+            "learn2learn's loop, dense": peer(size, draw, by_copies),
+            "learn2learn's loop, torch's masks": peer(
+                size, draw, functools.partial(by_copies, pruned=True)
+            ),
+            "higher, dense": peer(size, draw, by_higher),
         }
         # A CPU without these instructions takes seconds at 84x84.
         if device().type != "cpu" or "avx512_bf16" in processor():

@@ -3,6 +3,7 @@
 from l2l_prune._basics.moved import install as _install
 from l2l_prune.channels import ChannelPruner, Structured
 from l2l_prune.masking.masked_layer import dense_state_dict
+from l2l_prune.masking.task_masks import TaskMasks
 from l2l_prune.methods import Regrowth, Rewind
 from l2l_prune.pruner import Pruner
 from l2l_prune.reptile import CompiledStep, PrunedReptile
@@ -22,6 +23,7 @@ __all__ = [
     "Schedule",
     "Segment",
     "Structured",
+    "TaskMasks",
     "dense_state_dict",
 ]
 

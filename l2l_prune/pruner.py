@@ -22,6 +22,7 @@ from l2l_prune.masking.layers import Layers, Rule, select
 from l2l_prune.masking.named_masks import check_saved, mask_table, updated
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.plan import MaskChoice
+from l2l_prune.masking.task_masks import TaskBlocks, TaskMasks
 from l2l_prune.scheduled import ScheduledPruner
 from l2l_prune.schedules.schedule import Schedule
 
@@ -63,6 +64,8 @@ class Pruner(ScheduledPruner):
             ``"match"``: as large as the largest kept one of the tensor, and at the first step at
             least as large as the gradient asks, so that released weights do not jump. ``"keep"``:
             as the optimizer left them.
+        task_masks: How masks of single tasks are drawn, for schedules with sparse segments of
+            ``masks="task"``; see :meth:`task_masks`.
         dense_keys: Let the model's ``state_dict()`` give ``weight`` (pruned entries 0), as if it
             had no masks, instead of torch's ``weight_orig`` and ``weight_mask``: for programs
             that save checkpoints while they train and load them into plain models.
@@ -107,6 +110,7 @@ class Pruner(ScheduledPruner):
         pattern: Pattern = UNSTRUCTURED,
         allocation: Allocation = "layerwise",
         release_state: Literal["match", "keep"] = "match",
+        task_masks: TaskMasks | None = None,
         dense_keys: bool = False,
         group: dist.ProcessGroup | None = None,
         regrow_state: Literal["match", "keep"] | None = None,
@@ -124,6 +128,7 @@ class Pruner(ScheduledPruner):
         self._choice = MaskChoice(
             self._tensors, schedule, criterion, pattern, allocation, self.group
         )
+        self._tasks = TaskBlocks(task_masks, model, self._tensors, schedule, allocation, self.group)
         self._optimizers = MaskedOptimizers(
             model, self._tensors, optimizer, match=release_state == "match"
         )
@@ -139,8 +144,8 @@ class Pruner(ScheduledPruner):
 
     @property
     def sparse(self) -> bool:
-        """Whether masks prune now."""
-        return self.segment.sparse and not self._finalized
+        """Whether masks prune the model itself now; those of single tasks do not."""
+        return self.segment.held and not self._finalized
 
     @property
     def sparsity(self) -> float:
@@ -153,12 +158,19 @@ class Pruner(ScheduledPruner):
     @property
     def masks(self) -> dict[str, Tensor]:
         """Boolean mask of each selected tensor by its dense name; True stays."""
-        return {t.full_name: m for t, m in zip(self._tensors, self._held.values, strict=True)}
+        return self._named(self._held.values)
+
+    @property
+    def learner_masks(self) -> dict[str, Tensor]:
+        """What a learner that is made now adapts under: no masks where nothing is pruned."""
+        if self._tasks.lent is not None:
+            return self._named(self._tasks.lent)
+        return self.masks if self.sparse else {}
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """The stored parameter (``weight_orig``) of each selected tensor by its dense name."""
-        return dict(zip((t.full_name for t in self._tensors), self._held.originals(), strict=True))
+        return self._named(self._held.originals())
 
     @property
     def layerwise(self) -> bool:
@@ -218,6 +230,31 @@ class Pruner(ScheduledPruner):
         self._put_masks(list(new.values()))
 
     @contextmanager
+    def task_masks(self, masks: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
+        """One task: what is cloned within has masks of its own; see :class:`TaskMasks`.
+
+        Args:
+            masks: Masks to use instead of drawn ones, in any segment: boolean tensors by dense
+                name; other tensors keep theirs. Those that a block gave, to go on with its task.
+
+        Yields:
+            The masks by dense name, all True for a task that is not pruned.
+
+        Raises:
+            RuntimeError: Within another such block, or after :meth:`finalize`.
+            ValueError: If a name, shape or type of ``masks`` does not fit.
+        """
+        self._check_usable()
+        given = None if masks is None else list(updated(self.masks, masks).values())
+        with self._tasks.block(self._position, self._held, given) as held:
+            yield self._named(held)
+
+    def more_task_masks(self, tasks: int) -> list[dict[str, Tensor]]:
+        """Draw for further tasks in a block of :meth:`task_masks`, for learners made together."""
+        drawn = self._tasks.more(tasks, self._held.originals())
+        return [{} if masks is None else self._named(masks) for masks in drawn]
+
+    @contextmanager
     def opened_masks(self) -> Iterator[None]:
         """Within it gradients with respect to :attr:`weights` reach pruned entries, which are 0.
 
@@ -245,6 +282,7 @@ class Pruner(ScheduledPruner):
         Holds only tensors and plain values, so ``torch.load(weights_only=True)`` reads it.
         """
         return {
+            **self._tasks.state_dict(),
             "version": _STATE_VERSION,
             "schedule": self.schedule.to_dict(),
             "pattern": str(self._pattern),
@@ -265,7 +303,8 @@ class Pruner(ScheduledPruner):
         """
         self._check_usable(masks=False)
         keys = {"version", "schedule", "pattern", "iteration", "masks", "regrown"}
-        self._check_state(state, keys, _STATE_VERSION)
+        self._check_state(state, keys | set(self._tasks.state_dict()), _STATE_VERSION)
+        self._tasks.check_state(state)
         if state["pattern"] != str(self._pattern):
             raise ValueError(
                 f"the checkpoint has masks of {state['pattern']}, this Pruner {self._pattern}"
@@ -274,6 +313,7 @@ class Pruner(ScheduledPruner):
         position = self.schedule.index(state["iteration"])
         in_order = {tensor.full_name: state["masks"][tensor.full_name] for tensor in self._tensors}
         self._choice.check(in_order, position, f"iteration {state['iteration']}'s")
+        self._tasks.load_state_dict(state)
         self._iteration, self._position = state["iteration"], position
         self._held.set(list(self._restored(state["masks"]).values()))
         self._optimizers.resume(self._held.values, self._restored(state["regrown"]))
@@ -281,9 +321,11 @@ class Pruner(ScheduledPruner):
     # ---- inside -----------------------------------------------------------------------------
 
     def _end_iteration(self, entered: int | None) -> None:
+        self._tasks.check_begun(self._position, self._iteration)
         self.project()
         if entered is not None:
             self._put_masks(self._new_masks(entered, self._held.originals()))
+        self._tasks.end_iteration()
 
     def _let_go(self) -> None:
         self._held.take_off()
@@ -292,6 +334,8 @@ class Pruner(ScheduledPruner):
     def _check_usable(self, *, thoroughly: bool = False, masks: bool = True) -> None:
         if self._finalized:
             raise RuntimeError("the Pruner was finalized: make a new one to prune again")
+        if self._tasks.inside:
+            raise RuntimeError("this cannot be done within task_masks(): leave that block first")
         self._held.check_there()
         if masks:
             self._held.check_same(self._iteration, thoroughly=thoroughly)
@@ -303,6 +347,9 @@ class Pruner(ScheduledPruner):
             for name, weight in self.weights.items()
             if name in saved
         }
+
+    def _named(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+        return dict(zip((t.full_name for t in self._tensors), tensors, strict=True))
 
     def _new_masks(self, position: int, weights: list[Tensor]) -> list[Tensor]:
         masks = self._choice.masks(position, weights, f"at iteration {self._iteration}")

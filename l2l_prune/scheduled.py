@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -77,6 +78,11 @@ class ScheduledPruner(ABC):
         return {}
 
     @property
+    def learner_masks(self) -> dict[str, Tensor]:
+        """What a learner that is made now adapts under: no masks where nothing is pruned."""
+        return {}
+
+    @property
     @abstractmethod
     def sparse(self) -> bool:
         """Whether something is pruned now."""
@@ -145,6 +151,17 @@ class ScheduledPruner(ABC):
         """Resume from what :meth:`state_dict` gave, for the same model and schedule."""
 
     # ---- for learners that train on copies of the model --------------------------------------
+
+    @contextmanager
+    def task_masks(self, masks: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
+        """One task, with masks of its own where there are any (:meth:`Pruner.task_masks`)."""
+        if masks is not None:
+            raise RuntimeError(f"{type(self).__name__} holds no masks")
+        yield {}
+
+    def more_task_masks(self, tasks: int) -> list[dict[str, Tensor]]:
+        """Masks of further tasks that begin together; none where tasks have none of their own."""
+        return []
 
     def first_step_hook(self, model: nn.Module) -> StepPreHook | None:
         """A step pre-hook for the optimizer of a copy ``model``, so that no released weight jumps.

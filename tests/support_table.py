@@ -19,6 +19,8 @@ TITLES = {
     "tests/hosts/test_timm.py": "timm",
     "tests/hosts/test_lightning.py": "Lightning",
     "tests/metalearners/test_cavia.py": "CAVIA",
+    "tests/hosts/test_task_masks.py": "Masks for each task: other hosts",
+    "tests/reptile/test_task_masks.py": "Masks for each task: Reptile",
     "tests/hosts/test_metaoptnet.py": "MetaOptNet",
     "tests/hosts/test_published_loops.py": "Loops of the public CAVIA and MetaOptNet scripts",
     "tests/masking/test_masked_layer.py": "torch: copies, functional calls, layers, state dicts",

@@ -36,6 +36,8 @@ def channel_counts(channels: Channels, segment: Segment) -> list[int] | None:
         ValueError: If the segment names no layer that there is, means two things for layers that
             lose the same channels, or would leave one no channel.
     """
+    if segment.per_task:
+        raise ValueError('channels are cut once for a phase: masks="task" goes with weights only')
     if not segment.sparse:
         return None
     keep, rates = dict(segment.keep or ()), segment.sparsity

@@ -148,7 +148,7 @@ class ChannelPruner(ScheduledPruner):
         self._kept: Tensor | None = None
         self._full: dict[str, Tensor] = {}
         self.released: dict[str, Tensor] = {}
-        if self.segment.sparse:
+        if self.segment.held:
             self._shrink(self._choose(self._position))
         self._stepped = False  # whether an optimizer has stepped since the release
         self._handles: list[RemovableHandle] = []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
+
+import torch
 
 try:
     import typer
@@ -97,7 +100,7 @@ def run(
     seeds: Annotated[
         int, typer.Option(min=1, help="Number of seeds; with more than one, a table over them.")
     ] = 1,
-    jobs: JobsOption = 2,
+    jobs: JobsOption = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the results.", show_default="runs/ALGORITHM-METHODS"),
@@ -125,6 +128,7 @@ def run(
             for kind in sorted(set(method), key=baseline_first)
         ]
         check_files(data, **configs[0].data_options, download=download)
+        jobs = _jobs(jobs, configs[0].ranks)
         if seeds == 1:
             compare_one_seed(configs, out, Console(), jobs, logger)
         else:
@@ -137,7 +141,7 @@ def sweep(
     out: Annotated[Path, typer.Option(help="Folder; each run gets one in it.")] = Path(
         "runs/sweep"
     ),
-    jobs: JobsOption = 2,
+    jobs: JobsOption = None,
     cluster: ClusterOption = None,
     logger: LoggerOption = None,
     tensorboard: TensorboardOption = False,
@@ -185,7 +189,7 @@ def tune(
     ] = None,
     races: Annotated[int, typer.Option(min=1, help="Races of nine candidates.")] = 3,
     hours: HoursOption = None,
-    jobs: JobsOption = 2,
+    jobs: JobsOption = None,
     out: Annotated[Path, typer.Option(help="Folder; the search goes on from it.")] = Path(
         "runs/tune"
     ),
@@ -212,7 +216,7 @@ def tune(
             races=races,
             budget=Budget(size, macs, max_ms),
             hours=hours,
-            jobs=jobs,
+            jobs=_jobs(jobs),
         )
 
 
@@ -243,7 +247,7 @@ def study(
         bool, typer.Option("--fixed-split", help="Replicates keep the split of the classes.")
     ] = False,
     hours: HoursOption = None,
-    jobs: JobsOption = 2,
+    jobs: JobsOption = None,
     out: Annotated[Path, typer.Option(help="Folder; the study goes on from it.")] = Path(
         "runs/study"
     ),
@@ -271,7 +275,7 @@ def study(
             classes=classes or (),
             replicates=replicates,
             hours=hours,
-            jobs=jobs,
+            jobs=_jobs(jobs),
             fixed_split=fixed_split,
         )
         typer.echo(verdict)
@@ -316,7 +320,7 @@ def paper(
     out: Annotated[
         Path | None, typer.Option(help="Folder for runs and report.", show_default="runs/NAME")
     ] = None,
-    jobs: JobsOption = 2,
+    jobs: JobsOption = None,
     cluster: ClusterOption = None,
     logger: LoggerOption = None,
     tensorboard: TensorboardOption = False,
@@ -342,12 +346,21 @@ def paper(
             typer.echo(f"wrote {path}")
 
 
+def _jobs(jobs: int | None, ranks: int = 1) -> int:
+    """As many runs at once as given, by default as the free cores hold."""
+    from l2l_prune.experiments.running.cores import free_cores
+
+    return jobs or max(1, free_cores() // ranks)
+
+
 def _run_all(
-    configs: list[RunConfig], out: Path, jobs: int, cluster: str | None, logger: str | None
+    configs: list[RunConfig], out: Path, jobs: int | None, cluster: str | None, logger: str | None
 ) -> None:
     """A sweep; where runs failed, it says so and ends the command."""
     from l2l_prune.experiments.running.sweep import sweep as run_all
 
+    if jobs is None and cluster != "slurm":
+        jobs = _jobs(jobs, max(config.ranks for config in configs))
     outcomes = run_all(configs, out, Console(), jobs=jobs, cluster=cluster, logger=logger)
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
@@ -441,5 +454,12 @@ def export(
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script.
+
+    One thread here and in all processes from here, unless ``OMP_NUM_THREADS`` says otherwise: on a
+    busy machine threads wait for each other, which takes many times as long.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
     app()

@@ -47,6 +47,9 @@ class Phases:
     rounds: int | None = setting(
         None, "Rounds of IHT, cycles of cyclic.", least=1, shown=_BY_METHOD
     )
+    task_share: float | None = setting(
+        None, "Share of the tasks that task masks prune, in (0, 1].", above=0, shown="all"
+    )
     layer_rates: str | None = setting(
         None,
         "Rates of single layers, which then are those that are pruned: "
@@ -172,6 +175,7 @@ class RunConfig:
         choices=("random", "gradient"),
         shown=_BY_METHOD,
     )
+    prune_head: bool = setting(True, "Prune the classifier, too.")
     structured: bool = setting(False, "Cut out whole channels instead (reptile only).")
     compile: bool = setting(
         False,
@@ -187,6 +191,11 @@ class RunConfig:
         share=True,
     )
     tasks: int = setting(5, "Tasks in a meta-iteration.", least=1, shown=_BY_ALGORITHM)
+    ranks: int = setting(
+        1,
+        "Processes that share the tasks of each meta-iteration, one thread each (reptile only).",
+        least=1,
+    )
     inner_steps: int = setting(5, "Inner steps in training.", least=1, shown=_BY_ALGORITHM)
     inner_batch: int = setting(10, "Examples in an inner step in training (reptile only).", least=1)
     inner_lr: float = setting(
@@ -242,9 +251,17 @@ class RunConfig:
                 "dropout, weight_decay, structured, compile and bf16 go with the algorithm "
                 "reptile only"
             )
+        self._check_ranks()
         masks = (self.criterion, self.allocation, self.rewind, self.regrow)
         if self.structured and masks != ("magnitude", "layerwise", None, None):
             raise ValueError("structured takes no criterion, allocation, rewind or regrow")
+        per_task = any(segment.per_task for segment in self.schedule.segments)
+        if self.structured and per_task:
+            raise ValueError("structured cuts channels once for a phase: it takes no task masks")
+        if per_task and (self.criterion, self.rewind, self.regrow) != ("magnitude", None, None):
+            raise ValueError(
+                "task masks are drawn by chance: they take no criterion, rewind or regrow"
+            )
         if self.criterion == "grasp" and self.algorithm in _NO_THIRD_DERIVATIVE:
             raise ValueError(
                 f"criterion grasp does not go with {self.algorithm}, whose meta-gradient cannot be "
@@ -254,6 +271,21 @@ class RunConfig:
             raise ValueError("regrow counts layer by layer: it goes without allocation global")
         if self.backbone == "resnet12" and self.algorithm != "metaoptnet":
             raise ValueError("backbone resnet12 goes with the algorithm metaoptnet only")
+
+    def _check_ranks(self) -> None:
+        if self.ranks == 1:
+            return
+        if self.algorithm != "reptile":
+            raise ValueError("ranks goes with the algorithm reptile only")
+        if self.tasks % self.ranks:
+            raise ValueError(
+                f"tasks must be a multiple of ranks, which share them alike: {self.tasks} tasks "
+                f"and {self.ranks} ranks"
+            )
+        if self.dropout or self.criterion == "grasp":
+            raise ValueError(
+                "dropout and grasp look at all tasks of a meta-iteration: leave ranks out"
+            )
 
     def _check_data(self) -> None:
         if self.split is not None and self.data in OWN_SPLITS:
@@ -378,7 +410,7 @@ def make_config(algorithm: str, method: str, **settings: Any) -> RunConfig:
     paper = published_phases(method, data, channels) if phases.published else {}
     shape = {
         name: value
-        for name in ("sparsity", "pretrain", "retrain", "rounds")
+        for name in ("sparsity", "pretrain", "retrain", "rounds", "task_share")
         if (value := getattr(phases, name)) is not None
     }
     if phases.layer_rates is not None:
@@ -425,6 +457,8 @@ def _name(
             parts.append(f"{phase} {100 * phases[phase]:g}%" if phases[phase] else f"no {phase}")
     if "rounds" in phases:
         parts.append(f"{phases['rounds']} rounds")
+    if "task_share" in phases:
+        parts.append(f"{100 * phases['task_share']:g}% of tasks")
     if by_layer and kind != "dense":
         parts.append("rates by layer")
     usual = {"criterion": "magnitude", "allocation": "layerwise", **method.settings}

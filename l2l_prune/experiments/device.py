@@ -115,7 +115,7 @@ def measure_adaptation(folder: Path) -> list[Path]:
     """
     runs: dict[str, FinishedRun] = {}
     found = [run for run in read_folder(folder).runs if run.config["algorithm"] == "reptile"]
-    found = [run for run in found if run.weights_file.is_file()]
+    found = [run for run in found if run.weights_file.path.is_file()]
     for run in sorted(found, key=lambda run: (not run.dense, run.seed)):
         runs.setdefault(f"{run.size} {run.method}", run)
     if not runs:
@@ -161,13 +161,13 @@ def restored_network(run: FinishedRun, data: Images) -> nn.Module:
         ValueError: If that is damaged, or of another network.
     """
     config, shape = _config(run), data.images.shape[1:]
-    state = read_weights(run.weights_file)
+    state = read_weights(run.weights_file.path)
     with torch.random.fork_rng(devices=[]):
         dense = dataclasses.replace(config, schedule=Schedule((Segment(1),)), structured=False)
         net = build(dense, shape).finalize()
     sizes = {name: tensor.shape for name, tensor in net.state_dict().items()}
     if sizes != {name: tensor.shape for name, tensor in state.items()}:
-        raise ValueError(f"{run.weights_file} holds the weights of another network")
+        raise ValueError(f"{run.weights_file.path} holds the weights of another network")
     net.load_state_dict(state)
     last = next(s for s in reversed(config.schedule.segments) if s.iterations)
     if not config.structured or not last.sparse:

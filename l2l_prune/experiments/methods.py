@@ -115,6 +115,16 @@ def _ramp_lengths(iterations: int, most_steps: int) -> dict[str, int]:
     return {"steps": steps, "interval": interval, "hold": iterations - steps * interval}
 
 
+def _task_masks(
+    iterations: int,
+    sparsity: float,
+    pretrain: float = 0.0,
+    retrain: float = 0.0,
+    task_share: float = 1.0,
+) -> Schedule:
+    return _dsd(iterations, sparsity, pretrain, retrain).per_task(task_share)
+
+
 METHODS: dict[str, Method] = {
     "dense": Method("dense", _dense, ()),
     "dsd": Method("DSD", _dsd, ("pretrain", "retrain")),
@@ -126,6 +136,7 @@ METHODS: dict[str, Method] = {
     "static": Method("static", _sparse, settings={"criterion": "random"}),
     "set": Method("SET", _sparse, settings={"criterion": "random", "regrow": "random"}),
     "rigl": Method("RigL", _sparse, settings={"criterion": "random", "regrow": "gradient"}),
+    "task-masks": Method("task masks", _task_masks, ("pretrain", "retrain", "task_share")),
     "metasparse": Method(
         "Meta-SparseINR", _metasparse, settings={"allocation": "global"}, sparsity=0.95
     ),
@@ -166,6 +177,7 @@ def make_schedule(
     pretrain: float | None = None,
     retrain: float | None = None,
     rounds: int | None = None,
+    task_share: float | None = None,
 ) -> Schedule:
     """A schedule of ``iterations``, with the method's usual fractions where nothing else is given.
 
@@ -176,11 +188,12 @@ def make_schedule(
             by default, 0.95 of metasparse. Or fractions by layer, where it does not grow within
             the run.
         pretrain: Pre-training as a fraction of the run: 0.3 (DSD, one-shot), 0.2 (IHT, cubic,
-            cyclic), 0.5 (lottery), 0 (static, SET, RigL) or the length of five rounds
-            (metasparse) by default.
+            cyclic), 0.5 (lottery), 0 (static, SET, RigL, task masks) or the length of five
+            rounds (metasparse) by default.
         retrain: Retraining as a fraction of the run (DSD, default 0.1) or of each round (IHT,
-            default 0.25); what is left over is sparse.
+            default 0.25; task masks, default 0); what is left over is sparse.
         rounds: Rounds of IHT, or cycles of cyclic, >= 1, 4 by default.
+        task_share: Share of the tasks that task masks prune, in (0, 1], 1 by default.
 
     Raises:
         ValueError: If ``kind`` is none of :data:`METHODS`, a number is not possible, or the method
@@ -197,11 +210,16 @@ def make_schedule(
             raise ValueError(f"method {kind} takes one sparsity for all layers: it grows to it")
     elif checks.fraction("sparsity", sparsity) == 0:
         raise ValueError(f"sparsity must be in (0, 1), got {sparsity}")
-    given = {"pretrain": pretrain, "retrain": retrain, "rounds": rounds}
+    given = {
+        "pretrain": pretrain,
+        "retrain": retrain,
+        "rounds": rounds,
+        "task_share": task_share,
+    }
     phases = {name: value for name, value in given.items() if value is not None}
     if unknown := sorted(phases.keys() - set(method.takes)):
         raise ValueError(f"method {kind} takes no {', '.join(unknown)}")
-    shares = {name: value for name, value in phases.items() if name != "rounds"}
+    shares = {name: phases[name] for name in phases if name in ("pretrain", "retrain")}
     checks.check_fractions(shares)
     return method.make(iterations, sparsity, **phases)
 

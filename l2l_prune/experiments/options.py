@@ -72,7 +72,14 @@ DownloadOption = Annotated[
         rich_help_panel="What",
     ),
 ]
-JobsOption = Annotated[int, typer.Option(min=1, help="Runs at once, one thread each.")]
+JobsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Runs at once, one thread each.",
+        show_default="as many as cores are free; on slurm all",
+    ),
+]
 
 
 def _check_cluster(cluster: str | None) -> str | None:

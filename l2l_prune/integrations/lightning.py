@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from l2l_prune.masking.criteria import Criterion, magnitude
 from l2l_prune.masking.layers import Layers, Rule, select
 from l2l_prune.masking.masked_layer import attach, dense_state_dict, detach, held_names
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
+from l2l_prune.masking.task_masks import TaskMasks
 from l2l_prune.pruner import Pruner
 from l2l_prune.schedules.schedule import Schedule
 
@@ -47,17 +48,22 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
     has not fitted takes masks from the checkpoint only, and is plain again afterwards. Each
     module that is fitted starts the schedule anew, unless a checkpoint of its own is given.
 
+    Where the schedule draws masks for each task, each training batch is a task, as in
+    learn2learn's Lightning algorithms: it has masks of its own from its start to the step of the
+    counting optimizer, or to its end. Evaluation has none.
+
     Args:
         schedule: When to prune, and how much, in optimizer steps.
         layers: As in :class:`~l2l_prune.Pruner`, likewise ``only``, ``skip``,
-            ``criterion``, ``pattern``, ``allocation`` and ``release_state``; names start at the
-            LightningModule.
+            ``criterion``, ``pattern``, ``allocation``, ``release_state`` and ``task_masks``; names
+            start at the LightningModule.
         only: See ``layers``.
         skip: See ``layers``.
         criterion: See ``layers``.
         pattern: See ``layers``.
         allocation: See ``layers``.
         release_state: See ``layers``.
+        task_masks: See ``layers``.
         regrow_state: Deprecated: the old name of ``release_state``.
         dense_weights: If given, at the end of the fit the weights are written to this file under
             dense keys, as ``torch.save`` of a state dict.
@@ -84,6 +90,7 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         pattern: Pattern = UNSTRUCTURED,
         allocation: Allocation = "layerwise",
         release_state: Literal["match", "keep"] = "match",
+        task_masks: TaskMasks | None = None,
         regrow_state: Literal["match", "keep"] | None = None,
         dense_weights: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -101,11 +108,13 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
             "pattern": pattern,
             "allocation": allocation,
             "release_state": release_state,
+            "task_masks": task_masks,
         }
         self._dense_weights = dense_weights
         self._restored: dict[str, Any] | None = None
         self._handles: list[Any] = []
         self._lent: list[tuple[nn.Module, str]] = []
+        self._task = ExitStack()  # the masks of the batch that is running
 
     def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         """Attach before Lightning restores weights, whose keys are those of a pruned model.
@@ -143,8 +152,14 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
             then = self._count if number == 0 else self._project
             self._handles.append(optimizer.register_step_post_hook(then))
 
+    def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, *args: Any) -> None:
+        """A batch is a task: draw its masks, if the schedule says so."""
+        if self._attached().segment.per_task:
+            self._task.enter_context(self._attached().task_masks())
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Log sparsity and phase."""
+        self._task.close()  # where gradients are accumulated, no step has ended it
         pruner = self._attached()
         position = float(self.schedule.index(pruner.iteration))
         pl_module.log("pruning/sparsity", pruner.sparsity, on_step=True, on_epoch=False)
@@ -185,6 +200,7 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
     def _count(self, optimizer: Optimizer, *args: Any) -> None:
         # A scaler leaves it to fused optimizers to skip a step; it then tells them by this tensor.
         overflow = getattr(optimizer, "found_inf", None)
+        self._task.close()
         if overflow is None or not overflow.item():
             self._attached().step()
 
@@ -206,6 +222,7 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         self._lent = []
 
     def _unhook(self) -> None:
+        self._task.close()
         for handle in self._handles:
             handle.remove()
         self._handles = []

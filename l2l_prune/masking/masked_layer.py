@@ -132,11 +132,23 @@ def set_mask(module: nn.Module, name: str, mask: Tensor) -> None:
         name: Name of the parameter in ``module``.
         mask: Boolean tensor of the parameter's shape; True stays.
     """
+    put_mask(module, name, mask)
+    original, new = held_tensors(module, name)
+    with torch.no_grad():
+        original.masked_fill_(new == 0, 0)  # also where it is infinite
+
+
+def put_mask(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Replace the mask by a new buffer; the stored weights stay as they are.
+
+    Args:
+        module: A module that holds a mask on ``name``.
+        name: Name of the parameter in ``module``.
+        mask: Boolean tensor of the parameter's shape; True stays.
+    """
     original, _ = held_tensors(module, name)
     new = torch.empty_like(original).copy_(mask)  # in its memory format, or products are slow
     module._buffers[f"{name}_mask"] = _marked(new.data)  # counts its versions from 0
-    with torch.no_grad():
-        original.masked_fill_(new == 0, 0)  # also where it is infinite
 
 
 def open_mask(module: nn.Module, name: str) -> bool:

@@ -162,4 +162,25 @@ class Block(Pattern):
         return spread.reshape(scores.shape)
 
 
+@dataclass(frozen=True)
+class Rows(Pattern):
+    """Whole output channels, or neurons, stay or go: all weights that make one.
+
+    A channel's score is the sum of its weights' scores. The tensor keeps its shape; a network that
+    is physically smaller is what :class:`~l2l_prune.ChannelPruner` makes.
+
+    Examples:
+        >>> Rows().mask(torch.tensor([[3.0, 1.0], [2.0, 0.5]]), 2).tolist()
+        [[True, True], [False, False]]
+    """
+
+    def count(self, shape: torch.Size, keep: int) -> int:
+        """The weights of the nearest number of channels."""
+        return Block(1, shape[1:].numel()).count(shape, keep)
+
+    def mask(self, scores: Tensor, keep: int) -> Tensor:
+        """The channels with the largest sums."""
+        return Block(1, scores.shape[1:].numel()).mask(scores, keep)
+
+
 UNSTRUCTURED = Unstructured()

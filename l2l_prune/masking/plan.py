@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from l2l_prune._basics import ranks
 from l2l_prune._basics.checks import describe, of_type
 from l2l_prune.masking.allocation import ALLOCATIONS, Allocation, global_masks, kept_counts
 from l2l_prune.masking.criteria import Criterion, scores_of
+from l2l_prune.masking.one_mask import all_true, arranged, named
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.prunable import LayerTensor
 from l2l_prune.masking.topk import check_finite
@@ -24,7 +25,7 @@ class MaskChoice:
 
     Args:
         tensors: The selected tensors.
-        schedule: When to prune, and how much.
+        schedule: When to prune, and how much; segments without a mask of their own are dense here.
         criterion: Gives the scores.
         pattern: Where pruned weights may lie in each tensor.
         allocation: How what is pruned is shared among the tensors.
@@ -56,7 +57,8 @@ class MaskChoice:
         self._group = group
         self._tensors, self._criterion, self._pattern = tensors, criterion, pattern
         self._counts = [  # by segment: what each tensor keeps, or what all keep together
-            kept_counts(tensors, segment, allocation, pattern) for segment in schedule.segments
+            kept_counts(tensors, s if s.held else replace(s, sparse=False), allocation, pattern)
+            for s in schedule.segments
         ]
 
     @property
@@ -100,7 +102,7 @@ class MaskChoice:
                         "clip gradients)"
                     )
         if self.kept(position) == sum(weight.numel() for weight in weights):  # nothing to choose
-            return [_all_true(weight) for weight in weights]
+            return [all_true(weight) for weight in weights]
         counts, pattern = self._counts[position], self._pattern
         if self._global:
             pairs = zip(self._tensors, weights, strict=True)
@@ -108,33 +110,16 @@ class MaskChoice:
         masks = []
         for tensor, weight, keep in zip(self._tensors, weights, counts, strict=True):
             if keep == weight.numel():
-                masks.append(_all_true(weight))
+                masks.append(all_true(weight))
                 continue
             scores = self._scores(tensor, weight, when)
-            with _named(tensor, when):
-                if pattern == UNSTRUCTURED:  # has no directions; ties go by the weight's own order
-                    masks.append(pattern.mask(scores, keep))
-                else:
-                    masks.append(tensor.swapped(pattern.mask(tensor.swapped(scores), keep)))
+            with named(tensor, when):
+                masks.append(arranged(tensor, scores, keep, pattern))
         return masks
 
     def _scores(self, tensor: LayerTensor, weight: Tensor, when: str) -> Tensor:
         """Finite scores of a tensor, of all ranks together."""
-        with ranks.failing_together(self._group, weight.device), _named(tensor, when):
+        with ranks.failing_together(self._group, weight.device), named(tensor, when):
             scores = scores_of(weight, self._criterion)
             check_finite(scores)
         return ranks.total(scores, self._group)
-
-
-@contextmanager
-def _named(tensor: LayerTensor, when: str) -> Iterator[None]:
-    """Errors within name the tensor whose scores they are about."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        place = f"cannot prune {tensor.full_name} {when}"
-        raise type(error)(f"{place} by the scores of criterion: {error}") from None
-
-
-def _all_true(weight: Tensor) -> Tensor:
-    return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)

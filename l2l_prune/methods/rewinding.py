@@ -47,7 +47,7 @@ class Rewind:
                 f"{checks.describe(trainer)}"
             )
         self._to = checks.whole_number("to", to)
-        sparse = [start for start, _, segment in pruner.schedule.spans() if segment.sparse]
+        sparse = [start for start, _, segment in pruner.schedule.spans() if segment.held]
         if not sparse or to > sparse[0]:
             raise ValueError(
                 f"to={to} must not be after the first sparse phase begins"

@@ -32,8 +32,9 @@ COUNTS = ("step", "mu_product")  # one number for a whole parameter in their sta
 class BatchedLearners:
     """Learners of one :class:`~l2l_prune.PrunedReptile` for several tasks, adapted by ``vmap``.
 
-    The same numbers as of one learner after the other, to rounding. Faster for narrow networks on
-    small images, whose many small operations become few; slower for wide ones.
+    The same numbers as of one learner after the other, to rounding; made within
+    :meth:`~l2l_prune.PrunedReptile.task_masks` each has masks of its own. Faster for narrow
+    networks on small images, whose many small operations become few; slower for wide ones.
 
     Args:
         reptile: Whose learners; it is left as it was.
@@ -74,16 +75,17 @@ class BatchedLearners:
             )
 
         def stacked(tensor: Tensor) -> Tensor:
-            return tensor.detach().expand(tasks, *tensor.shape).clone()
+            # vmap's convolutions of many networks are faster so, also where those of one are not.
+            held = tensor.detach().expand(tasks, *tensor.shape)
+            return held.clone(memory_format=torch.contiguous_format)
 
         self._module = workspace.module
         self.buffers = {name: stacked(b) for name, b in self._module.named_buffers()}
-        self.weights = {
-            name: stacked(p).requires_grad_(p.requires_grad)
-            for name, p in self._module.named_parameters()
+        own = zip(self._module.named_parameters(), reptile.module.parameters(), strict=True)
+        self.weights = {  # the model's: the learner's are under its task's mask already
+            name: stacked(weight).requires_grad_(p.requires_grad) for (name, p), weight in own
         }
-        self._masked = [self.weights[name].detach() for name in workspace.masks]
-        self._masks = list(workspace.masks.values())
+        self._masks = self._all_masks(tasks)
         trained = [p for p in self.weights.values() if p.requires_grad]
         self._optimizer = reptile.inner_optimizer(trained, lr=reptile.inner_lr)
         for name, parameter in self._module.named_parameters():
@@ -91,6 +93,23 @@ class BatchedLearners:
                 key: stacked(value) if isinstance(value, Tensor) and key not in COUNTS else value
                 for key, value in copied_state(workspace.optimizer.state[parameter]).items()
             }
+
+    def _all_masks(self, tasks: int) -> dict[str, Tensor]:
+        """Masks by name: one for all learners, or, where each has its own, stacked."""
+        first = self._learner.workspace.masks
+        others = self._reptile.pruner.more_task_masks(tasks - 1)
+        held = first
+        if others:
+            every = [first, *others]
+            names = {name for masks in every for name in masks}
+            whole = {name: torch.ones_like(self.weights[name][0].detach()) for name in names}
+            held = {
+                name: torch.stack([masks.get(name, whole[name]).to(whole[name]) for masks in every])
+                for name in names
+            }
+        for name, mask in held.items():
+            self.weights[name].detach().mul_(mask)
+        return held
 
     def discard(self) -> None:
         """Use the learners up; this spares Reptile's next ``clone()`` a copy of the model."""
@@ -127,4 +146,5 @@ class BatchedLearners:
         self._optimizer.step()
         if self._masks:
             with torch.no_grad():
-                torch._foreach_mul_(self._masked, self._masks)
+                masked = [self.weights[name].detach() for name in self._masks]
+                torch._foreach_mul_(masked, list(self._masks.values()))

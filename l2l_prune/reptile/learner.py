@@ -145,11 +145,12 @@ class Workspace:
         if self._first_step and self._pruner.first_step_hook(self.module) is None:
             self._first_step.remove()
             self._first_step = None
-        self.masks = {}
-        if self._pruner.sparse:
-            for name, mask in self._pruner.masks.items():
-                self.masks[name] = torch.empty_like(self._by_name[name].data).copy_(mask)
+        self.masks = {
+            name: torch.empty_like(self._by_name[name].data).copy_(mask)
+            for name, mask in self._pruner.learner_masks.items()
+        }
         self._masked = [self._by_name[name].data for name in self.masks]
+        self.project()  # the model's own weights are not pruned by a task's masks
         self.before_last = [p.detach().clone() for p in self.parameters] if self._foml else []
         self._adapt_all()
         # Some optimizers (Adagrad in older torch) make their state when they are made.
@@ -215,6 +216,14 @@ class Workspace:
         """Pruned weights to exactly 0; ``.data`` so that a pending backward is not disturbed."""
         if self._masked:
             torch._foreach_mul_(self._masked, list(self.masks.values()))
+
+    def moves(self, start: Iterable[Tensor]) -> list[Tensor]:
+        """How far each parameter is from ``start``; pruned weights have not moved."""
+        moved = torch._foreach_sub([p.detach() for p in self.parameters], [*start])
+        by_name = dict(zip(self._by_name, moved, strict=True))
+        for name, mask in self.masks.items():
+            by_name[name].mul_(mask)
+        return list(moved)
 
     def clear_momentum(self) -> None:
         """Pruned weights must not be pushed by an old momentum when they are released."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ from l2l_prune.masking.allocation import Allocation
 from l2l_prune.masking.criteria import Criterion, magnitude
 from l2l_prune.masking.layers import Layers, Rule
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
+from l2l_prune.masking.task_masks import TaskMasks
 from l2l_prune.pruner import Pruner
 from l2l_prune.reptile.adapt_only import AdaptOnly, chosen_parameters
 from l2l_prune.reptile.learner import Learner, OptimizerFactory, Workspace, adam, copied_state
@@ -53,7 +55,7 @@ class PrunedReptile(nn.Module):
             as the authors and learn2learn's example do; else each task starts afresh.
         foml: First-order MAML: move by the last inner step only, instead of by all.
         layers: As in :class:`~l2l_prune.Pruner`, likewise ``only``, ``skip``,
-            ``criterion``, ``pattern`` and ``allocation``.
+            ``criterion``, ``pattern``, ``allocation`` and ``task_masks``.
         structured: Cut out whole channels instead of masking weights, so that sparse phases run on
             a small network: see :class:`~l2l_prune.channels.pruner.ChannelPruner`. Of the arguments
             before it, only ``skip`` goes with this, as names of layers.
@@ -99,6 +101,7 @@ class PrunedReptile(nn.Module):
         criterion: Criterion = magnitude,
         pattern: Pattern = UNSTRUCTURED,
         allocation: Allocation = "layerwise",
+        task_masks: TaskMasks | None = None,
         structured: Structured | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -132,6 +135,7 @@ class PrunedReptile(nn.Module):
                 criterion=criterion,
                 pattern=pattern,
                 allocation=allocation,
+                task_masks=task_masks,
                 group=group,
             )
         else:
@@ -222,6 +226,17 @@ class PrunedReptile(nn.Module):
             workspace.narrow(chosen_parameters(workspace.module, adapt_only))
         return Learner(self, self.iteration, workspace)
 
+    @contextmanager
+    def task_masks(self, masks: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
+        """One task: a learner that is cloned within has masks of its own, for all its life.
+
+        In the meta-update, weights that they prune count as where the model has them: this task
+        moves them by nothing. See :meth:`l2l_prune.Pruner.task_masks`; arguments and errors are
+        the same.
+        """
+        with self.pruner.task_masks(masks) as held:
+            yield held
+
     @torch.no_grad()
     def collect(self, learner: Learner) -> None:
         """Take the adapted weights of ``learner`` into this meta-iteration, and use it up.
@@ -232,9 +247,11 @@ class PrunedReptile(nn.Module):
         """
         self._check_usable()
         workspace = self._taken_back(learner)
-        moved = [p.detach() for p in workspace.parameters]
-        if self.foml:
-            moved = list(torch._foreach_sub(moved, workspace.before_last))
+        if self._collects_moves:
+            start = workspace.before_last if self.foml else self.module.parameters()
+            moved = workspace.moves(start)
+        else:
+            moved = [p.detach() for p in workspace.parameters]
         if not self._collected:
             self._collected = [p.clone() for p in moved]
         else:
@@ -283,7 +300,7 @@ class PrunedReptile(nn.Module):
             if observed:
                 self._show_gradients(mean)
                 self._step_pre_hooks.call(self, (), {})
-            if self.foml:
+            if self._collects_moves:
                 torch._foreach_add_([p.detach() for p in parameters], mean, alpha=self.meta_lr)
             else:
                 torch._foreach_lerp_([p.detach() for p in parameters], mean, self.meta_lr)
@@ -366,7 +383,12 @@ class PrunedReptile(nn.Module):
     def _show_gradients(self, means: list[Tensor]) -> None:
         """Reptile's meta-gradient as ``grad``: Nichol et al., 2018, Section 2."""
         for parameter, mean in zip(self.module.parameters(), means, strict=True):
-            parameter.grad = -mean if self.foml else parameter.detach() - mean
+            parameter.grad = -mean if self._collects_moves else parameter.detach() - mean
+
+    @property
+    def _collects_moves(self) -> bool:
+        """Whether learners give differences, so that what none has moved stays bit for bit."""
+        return self.foml or self.pruner.segment.per_task
 
     def _taken_back(self, learner: Learner) -> Workspace:
         if not isinstance(learner, Learner):

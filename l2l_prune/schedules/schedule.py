@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, Literal
 
 from l2l_prune._basics.checks import (
     Counts,
@@ -18,6 +18,7 @@ from l2l_prune._basics.checks import (
     describe,
     frozen_counts,
     frozen_sparsity,
+    number,
     of_type,
     set_field,
     true_or_false,
@@ -32,6 +33,11 @@ class Segment:
     Args:
         iterations: Length in meta-iterations, >= 0. An empty segment is skipped.
         sparse: Whether masks are held during the segment.
+        masks: ``"phase"``: one mask, in the model itself, for the whole segment. ``"task"``: the
+            model stays dense, and each task's learner gets a mask of its own; see
+            :class:`~l2l_prune.TaskMasks`. Ignored when dense.
+        share: Of ``masks="task"``, the share of the tasks that are masked, in (0, 1]; which ones is
+            drawn.
         sparsity: Fraction of each selected tensor to prune, in [0, 1), or a mapping from layer
             name or ``fnmatch`` pattern to such a fraction (layers that it does not name stay
             dense). Ignored when dense.
@@ -50,6 +56,8 @@ class Segment:
     sparse: bool = False
     sparsity: Sparsity = 0.0
     keep: Counts | None = None
+    masks: Literal["phase", "task"] = "phase"
+    share: float = 1.0
     phase: str = ""
     round: int = 0
 
@@ -59,8 +67,25 @@ class Segment:
         set_field(self, "keep", frozen_counts("keep", self.keep))
         set_field(self, "sparse", true_or_false("sparse", self.sparse))
         set_field(self, "round", whole_number("round", self.round))
+        if self.masks not in ("phase", "task"):
+            raise ValueError(f'masks must be "phase" or "task", got {self.masks!r}')
+        set_field(self, "share", number("share", self.share, above=0))
+        if self.share > 1:
+            raise ValueError(f"share must be in (0, 1], got {self.share}")
+        if self.share < 1 and self.masks == "phase":
+            raise ValueError('share goes with masks="task" only')
         of_type("phase", self.phase, str, "a string")
         set_field(self, "phase", self.phase or ("sparse" if self.sparse else "dense"))
+
+    @property
+    def held(self) -> bool:
+        """Whether the model itself is under a mask."""
+        return self.sparse and self.masks == "phase"
+
+    @property
+    def per_task(self) -> bool:
+        """Whether each task's learner is under a mask of its own."""
+        return self.sparse and self.masks == "task"
 
     @property
     def label(self) -> str:
@@ -142,6 +167,28 @@ class Schedule:
         """The segment that holds ``iteration`` (see :meth:`index`)."""
         return self.segments[self.index(iteration)]
 
+    def per_task(self, share: float = 1.0) -> Schedule:
+        """The same phases, with masks drawn for each task instead of once for each sparse phase.
+
+        Args:
+            share: Share of the tasks that are masked, in (0, 1].
+
+        Raises:
+            TypeError: If ``share`` is no number.
+            ValueError: If it is out of range.
+
+        Examples:
+            >>> dsd = Schedule([Segment(10), Segment(5, sparse=True, sparsity=0.5), Segment(5)])
+            >>> [segment.masks for segment in dsd.per_task(0.5).segments if segment.sparse]
+            ['task']
+        """
+        return Schedule(
+            tuple(
+                replace(segment, masks="task", share=share) if segment.sparse else segment
+                for segment in self.segments
+            )
+        )
+
     def spans(self) -> list[tuple[int, int, Segment]]:
         """``(start, stop, segment)`` of each non-empty segment, ``stop`` exclusive."""
         start, spans = 0, []
@@ -156,7 +203,7 @@ class Schedule:
         from tabulate import tabulate
 
         rows = [
-            (segment.label, start, stop - 1, stop - start, segment.sparsity_label)
+            (segment.label, start, stop - 1, stop - start, _described(segment))
             for start, stop, segment in self.spans()
         ]
         rows.append(("total", 0, self.iterations - 1, self.iterations, ""))
@@ -215,10 +262,19 @@ class Schedule:
                     "keep": as_lists(segment.keep),
                     "phase": segment.phase,
                     "round": segment.round,
+                    # Only where it is not the usual, so that older checkpoints still fit.
+                    **({"masks": "task", "share": segment.share} if segment.per_task else {}),
                 }
                 for segment in self.segments
             ],
         }
+
+
+def _described(segment: Segment) -> str:
+    if not segment.per_task:
+        return segment.sparsity_label
+    tasks = "each task" if segment.share == 1 else f"{100 * segment.share:g}% of the tasks"
+    return f"{segment.sparsity_label} in {tasks}"
 
 
 def _plotted(segment: Segment) -> float:

@@ -99,6 +99,8 @@ def test_names_tell_methods_apart():
     assert name(retrain=0.0, criterion="random") == "DSD, no retrain, random"
     assert name("iht", pretrain=0.1, rounds=8) == "IHT, pretrain 10%, 8 rounds"
     assert name("rigl") == "RigL"
+    assert name("task-masks", retrain=0.2) == "task masks, retrain 20%"
+    assert name("task-masks", task_share=0.5) == "task masks, 50% of tasks"
     assert name("rigl", criterion="magnitude", allocation="erk") == "RigL, magnitude, erk"
     assert name("dense", retrain=0.0, criterion="random") == "dense"  # nothing is pruned
     assert name("dense", dropout=0.1, weight_decay=2.0) == "dense, dropout 0.1, decay 2"
@@ -132,6 +134,11 @@ def test_all_classes_are_trained_on_outside_glyphs():
         (lambda: make_config("reptile", "dsd", dropout=1.0), "dropout must be in"),
         (lambda: make_config("reptile", "dsd", weight_decay=-1.0), "weight_decay must be"),
         (lambda: make_config("maml", "dsd", dropout=0.1), "reptile only"),
+        (lambda: make_config("reptile", "dsd", task_share=0.5), "takes no task_share"),
+        (lambda: make_config("reptile", "task-masks", task_share=2.0), "share must be in"),
+        (lambda: make_config("reptile", "task-masks", structured=True), "task masks"),
+        (lambda: make_config("reptile", "task-masks", criterion="random"), "by chance"),
+        (lambda: make_config("reptile", "task-masks", regrow="random"), "by chance"),
         (lambda: make_config("maml", "dsd", structured=True), "reptile only"),
         (lambda: make_config("cavia", "dsd", compile=True), "reptile only"),
         (lambda: make_config("anil", "dsd", bf16=True), "reptile only"),

@@ -55,7 +55,7 @@ def test_the_network_of_a_run_is_exported(runs, tmp_path):
         done = command("export", run.folder, "--out", tmp_path / "out")
         assert done.exit_code == 0, done.output
         net, told = load(tmp_path / "out"), read_manifest(tmp_path / "out")
-        state = torch.load(run.weights_file, weights_only=True)
+        state = torch.load(run.weights_file.path, weights_only=True)
         whole = Conv4(5, 8)
         whole.load_state_dict(state)
         torch.testing.assert_close(net(x), whole(x), atol=1e-4, rtol=1e-3)
@@ -94,7 +94,7 @@ def test_masks_are_held_again(runs):
         learner = reptile.clone()
         loss = torch.nn.functional.cross_entropy(learner(torch.rand(5, 1, 28, 28)), torch.arange(5))
         learner.adapt(loss)
-        state = torch.load(run.weights_file, weights_only=True)
+        state = torch.load(run.weights_file.path, weights_only=True)
         before = state["features.conv2.weight"] == 0
         assert bool(before.any()) == zeros
         assert torch.equal(learner.module.features.conv2.weight == 0, before)
@@ -147,7 +147,7 @@ def test_several_runs_no_run_no_folder(runs, tmp_path):
 
 def copied(run, folder):
     folder.mkdir()
-    for name in (run.weights_file.name, "results.json"):
+    for name in (run.weights_file.path.name, "results.json"):
         (folder / name).write_bytes((run.folder / name).read_bytes())
     return folder
 
@@ -155,14 +155,14 @@ def copied(run, folder):
 def test_damaged_runs(runs, tmp_path):
     run, out = places(runs)[0], tmp_path / "out"
     gone = copied(run, tmp_path / "gone")
-    (gone / run.weights_file.name).unlink()
+    (gone / run.weights_file.path.name).unlink()
     assert "dense.pt: No such file" in refused(out, "export", gone)
     broken = copied(run, tmp_path / "broken")
-    weights = broken / run.weights_file.name
+    weights = broken / run.weights_file.path.name
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "dense.pt is damaged" in refused(out, "export", broken)
     other = copied(run, tmp_path / "other")
-    torch.save({"a": torch.ones(2)}, other / run.weights_file.name)
+    torch.save({"a": torch.ones(2)}, other / run.weights_file.path.name)
     assert "holds the weights of another network" in refused(out, "export", other)
     newer = copied(run, tmp_path / "newer")
     document = json.loads((newer / "results.json").read_text())

@@ -16,7 +16,7 @@ from rich.console import Console
 from scipy import stats
 
 from l2l_prune.experiments.config import RunConfig, make_config
-from l2l_prune.experiments.report import figures, results
+from l2l_prune.experiments.report import figures, finished_runs, results
 from l2l_prune.experiments.report.comparisons import Comparison
 from l2l_prune.experiments.report.finished_runs import read_folder, schedule_rate
 from l2l_prune.experiments.report.report import write_report
@@ -578,3 +578,42 @@ def test_a_failed_run_of_several_seeds_leaves_its_reason(tmp_path, no_curves):
     shown, accuracies = reported(tmp_path)
     assert "has only 20 examples" in shown[run_name(bad)]["score"]
     assert accuracies["dense"]["seeds"] == "1"
+
+
+def counted_reads(monkeypatch) -> list[Path]:
+    """The files of weights that are read from now on."""
+    read: list[Path] = []
+    load = finished_runs.load_tensors
+    monkeypatch.setattr(finished_runs, "load_tensors", lambda p: read.append(p) or load(p))
+    return read
+
+
+def test_a_file_of_weights_is_read_once_and_only_where_results_do_not_count_them(
+    tmp_path, no_curves, monkeypatch
+):
+    older = [finish(tmp_path, "dense", 0.9, 0.7, seed=seed) for seed in (0, 1)]
+    for place in older:
+        with_weights(place, 10)
+    config = make_config("reptile", "dsd", iterations=40)
+    newer = tmp_path / run_name(config)
+    newer.mkdir()
+    state = {"1.weight": torch.tensor([0.0, 1.0, 2.0]), "2.running_mean": torch.ones(4)}
+    result = RunResult("DSD", Mean((0.9, 0.9)), Mean((0.8, 0.8)), 3.0, [], state)
+    write_results(newer, [config], [result])
+    read = counted_reads(monkeypatch)
+    (rows, *_) = reported(tmp_path)
+    assert sorted(read) == sorted(place / "dense.pt" for place in older)
+    assert rows["dense"]["weights"] == "10"
+    assert rows["DSD 50%"]["weights"] == "2"
+    assert json.loads((newer / "results.json").read_text())["runs"][0]["weights"] == 2
+
+
+def test_a_run_with_damaged_weights_is_not_taken_as_finished(tmp_path, no_curves):
+    config = make_config("reptile", "dsd", iterations=40)
+    state = {"1.weight": torch.ones(30)}
+    result = RunResult("DSD", Mean((0.9, 0.9)), Mean((0.8, 0.8)), 3.0, [], state)
+    write_results(tmp_path, [config], [result])
+    assert finished_run(tmp_path, config) is not None
+    (tmp_path / "dsd.pt").write_bytes((tmp_path / "dsd.pt").read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"dsd\.pt is damaged"):
+        finished_run(tmp_path, config)

@@ -194,7 +194,7 @@ def test_hours_count_over_restarts(tmp_path):
         Runs(tmp_path / "runs", QUIET, hours=0, **options)
 
 
-def never_ends(config, folder, tensorboard, tell):
+def never_ends(config, folder, logger, tell):
     from l2l_prune.experiments.running.run import Progress
 
     for iteration in itertools.count(1):

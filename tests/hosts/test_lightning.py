@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from l2l_prune import Pruner, Schedule, Segment
+from l2l_prune import Pruner, Schedule, Segment, TaskMasks
 
 pl = pytest.importorskip("pytorch_lightning")
 algorithms = pytest.importorskip("learn2learn.algorithms.lightning")
@@ -443,6 +443,39 @@ def test_killed_fits_end_as_if_they_never_were(name):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_batch_is_a_task_with_masks_of_its_own(tmp_path, name, accumulate):
+    """Masks in the forward of each training batch, none in the weights that are kept."""
+    seen = []
+
+    class Look(pl.Callback):
+        def on_after_backward(self, trainer, pl_module):
+            pruner = pruning.pruner
+            seen.append({n: m.clone() for n, m in pruner.learner_masks.items()})
+            gradients = {n: w.grad for n, w in pruner.weights.items()}
+            if accumulate == 1:
+                for tensor, mask in seen[-1].items():
+                    assert (gradients[tensor][~mask] == 0).all()
+
+    schedule = Schedule((Segment(1), Segment(5, sparse=True, sparsity=0.5, masks="task")))
+    draws = TaskMasks(torch.Generator().manual_seed(0))
+    pruning = PruningCallback(schedule, task_masks=draws)
+    module = MODULES[name]()
+    trainer(
+        tmp_path, [pruning, Look()], accumulate_grad_batches=accumulate, limit_val_batches=1
+    ).fit(module, loader(6 * accumulate), loader(1))
+    assert len(seen) == 6 * accumulate
+    assert not any(seen[:accumulate])
+    first = next(iter(pruning.pruner.masks))
+    drawn = [masks[first].flatten().tolist() for masks in seen[accumulate:]]
+    assert len({str(mask) for mask in drawn}) > 1
+    assert all(sum(mask) == len(mask) - round(len(mask) / 2) for mask in drawn)
+    assert all(bool(mask.all()) for mask in pruning.pruner.masks.values())
+    assert pruning.pruner.iteration == 6
+    pruning.pruner.finalize()
 
 
 class Looking(pl.Callback):

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from l2l_prune import DSDSchedule, PrunedReptile
 from l2l_prune.channels.pruner import Structured
+from l2l_prune.experiments.algorithms.reptile import tasks_at_once
 from l2l_prune.fewshot.data import Episode
 from l2l_prune.fewshot.evaluation import few_shot_accuracy
-from l2l_prune.fewshot.models import CaviaMLP
+from l2l_prune.fewshot.models import CaviaMLP, Conv4
 from l2l_prune.metalearners.cavia import CAVIA
 from l2l_prune.reptile import learner as inner_loop
 from l2l_prune.reptile.batched import ELEMENTWISE, BatchedLearners
@@ -127,6 +128,28 @@ def test_accuracy_is_the_same_together(net, transductive, iterations):
     }
     assert values[1] == values[2] == values[100]
     assert len(set(values[1])) > 1  # they do differ from task to task
+
+
+@pytest.mark.parametrize("iterations", [0, 2], ids=["dense", "sparse"])
+def test_accuracy_is_the_same_together_for_the_network_of_runs(iterations):
+    """In channels-last, as runs train it; together its weights lie in torch's default format."""
+    torch.manual_seed(0)
+    net = Conv4(3, 8, 1, 6, "stride").double().to(memory_format=torch.channels_last)
+    reptile = PrunedReptile(net, SCHEDULE, inner_lr=0.02)
+    train(reptile, iterations)
+    alone, together = (
+        few_shot_accuracy(
+            reptile,
+            episodes(),
+            steps=5,
+            batch_size=4,
+            generator=torch.Generator().manual_seed(1),
+            tasks_at_once=number,
+        ).values
+        for number in (1, tasks_at_once(64, 28))
+    )
+    assert alone == together
+    assert len(set(alone)) > 1
 
 
 def test_dropout_is_drawn_anew_for_each_task():

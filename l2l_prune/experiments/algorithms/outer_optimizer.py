@@ -22,6 +22,7 @@ class WithOuterOptimizer(Algorithm):
     """Gradients of the mean loss over the tasks, an optimizer, and the pruner."""
 
     network: nn.Module
+    pruner: Pruner
     trained: nn.Module  # holds every trained parameter: the network, or a wrapper around it
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
@@ -31,8 +32,11 @@ class WithOuterOptimizer(Algorithm):
     def train(self, tasks: Sequence[Episode]) -> None:
         self._tasks = tasks
         self.optimizer.zero_grad()
-        for loss in self.losses(tasks):
-            (loss / len(tasks)).backward()  # type: ignore[no-untyped-call]
+        together = not self.pruner.segment.per_task
+        for part in [tasks] if together else [[task] for task in tasks]:
+            with self.pruner.task_masks():
+                for loss in self.losses(part):
+                    (loss / len(tasks)).backward()  # type: ignore[no-untyped-call]
         if self.clamp is not None:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_value_(parameters, self.clamp)

@@ -12,6 +12,7 @@ from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.running.streams import stream
 from l2l_prune.masking import criteria
 from l2l_prune.masking.criteria import Criterion, Movement
+from l2l_prune.masking.task_masks import TaskMasks
 from l2l_prune.methods.regrowth import Regrowth
 from l2l_prune.methods.rewinding import Rewind
 from l2l_prune.pruner import Pruner
@@ -38,6 +39,8 @@ class Masks:
             "layers": config.layers,
             "criterion": self._criterion(model),
             "allocation": config.allocation,
+            "skip": self._skipped(model),
+            "task_masks": self._task_masks(),  # whose state is the Pruner's
         }
 
     def follow(self, trainer: Pruner | PrunedReptile, steps: Optimizer | PrunedReptile) -> None:
@@ -74,6 +77,15 @@ class Masks:
             held.load_state_dict(state[name])
         for purpose, generator in self._generators.items():
             generator.set_state(state["generators"][purpose])
+
+    def _task_masks(self) -> TaskMasks | None:
+        if not any(segment.per_task for segment in self._config.schedule.segments):
+            return None
+        return TaskMasks(stream(self._config.seed, "task masks"))
+
+    def _skipped(self, model: nn.Module) -> list[str]:
+        heads = [name for name, _ in model.named_modules() if name.split(".")[-1] == "classifier"]
+        return [] if self._config.prune_head else heads
 
     def _criterion(self, model: nn.Module) -> Criterion:
         name, parameters = self._config.criterion, list(model.parameters())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -29,6 +31,17 @@ from l2l_prune.reptile.learner import Learner, adam
 from l2l_prune.reptile.reptile import PrunedReptile
 
 
+def tasks_at_once(channels: int, size: int) -> int:
+    """How many tasks of evaluation are adapted together: where vmap won in the benchmarks.
+
+    A rule and no measurement at run time, which would come out now so and now so: the same run
+    then ended in other bits. Wider networks and larger images are fastest one by one.
+    """
+    if size > 28 or channels > 64:
+        return 1
+    return 20 if channels <= 32 else 12
+
+
 class Reptile(Algorithm):
     """The paper's: :class:`~l2l_prune.PrunedReptile` on minibatches of each task's support set."""
 
@@ -40,6 +53,7 @@ class Reptile(Algorithm):
         self._tasks: Sequence[Episode] = ()
         self._masks = Masks(config, net, self._mean_loss)
         structured = Structured(torch.zeros(2, *image_shape))
+        self._rank = dist.get_rank() if config.ranks > 1 else 0
         self._reptile = PrunedReptile(
             net,
             config.schedule,
@@ -47,15 +61,14 @@ class Reptile(Algorithm):
             meta_lr=config.meta_lr,
             annealing=config.annealing,  # type: ignore[arg-type]
             inner_optimizer=functools.partial(adam, weight_decay=config.weight_decay),
+            group=dist.group.WORLD if config.ranks > 1 else None,
             **({"structured": structured} if config.structured else self._masks.options),
         )
         self._masks.follow(self._reptile, self._reptile)
         self.pruner = self._reptile.pruner
         self._step = CompiledStep(self._loss) if config.compile else self._plain_step
-        # Where vmap was faster in benchmarks/evaluation.py; wider networks fill the cores by one.
-        narrow = config.channels <= 32 and image_shape[-1] <= 28
         alone = config.structured or config.compile or config.bf16
-        self._tasks_at_once = 20 if narrow and not alone else 1
+        self._tasks_at_once = 1 if alone else tasks_at_once(config.channels, image_shape[-1])
 
     def _loss(self, learner: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self._config.bf16):
@@ -79,16 +92,22 @@ class Reptile(Algorithm):
             self._train(tasks)
 
     def _train(self, tasks: Sequence[Episode]) -> None:
-        self._tasks = tasks
-        for task in tasks:
-            learner = self._reptile.clone()
-            for x, y in minibatches(
+        ranks = self._config.ranks
+        self._tasks = tasks[self._rank :: ranks]
+        for number, task in enumerate(tasks):
+            batches = minibatches(
                 task.support_x,
                 task.support_y,
                 batch_size=self._config.inner_batch,
                 steps=self._config.inner_steps,
                 generator=self._batches,
-            ):
+            )
+            if number % ranks != self._rank:
+                deque(batches, maxlen=0)  # drawn all the same: every rank's stream is the run's
+                continue
+            with self._reptile.task_masks():
+                learner = self._reptile.clone()
+            for x, y in batches:
                 self._step(learner, x, y)
             self._reptile.collect(learner)
         self._reptile.step()

@@ -182,7 +182,7 @@ def bounds_figure(runs: list[FinishedRun], path: Path) -> bool:
     dense = [run for run in plain if run.dense]
     if len(rates) < 3 or not dense or dense[0].config["algorithm"] != "reptile":
         return False
-    weights = dense[0].weights_file
+    weights = dense[0].weights_file.path
     if not weights.is_file():
         return False
     figure, (left, right) = new_figure((10, 3.8), 2)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,19 +33,59 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Buffers of batch normalisation, which are no parameters."""
 
 
+class WeightsFile:
+    """The file of a run's weights at its end; however much is asked of it, it is read once.
+
+    Args:
+        path: Where it is, if nobody deleted it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def _found(self) -> tuple[str, int | None]:
+        """A tensor that is not finite, and how many parameters are not 0; no tensor is kept."""
+        if not self.path.is_file():  # who deletes them has seen them
+            return "", None
+        state = read_weights(self.path)
+        for name, value in state.items():
+            if not torch.isfinite(value).all():
+                return name, None
+        return "", count_weights(state)
+
+    @property
+    def not_finite(self) -> str:
+        """The first tensor that is not finite; empty if all are, or the file is gone.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        return self._found[0]
+
+    @property
+    def count(self) -> int | None:
+        """How many parameters are not 0; ``None`` if the file is gone or holds none."""
+        return self._found[1]
+
+
+_NO_WEIGHTS = WeightsFile(Path())
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     """A run of ``results.json``.
 
     Args:
         entry: Its entry in the file.
-        folder: The folder of the file, where its weights are too.
+        folder: The folder of the file.
         usual_iterations: Meta-iterations of most runs in the same setting.
         usual_regularisers: What :attr:`regularisers` are where the method adds none: those that
             all runs in the same setting share, 0 of the others.
         variation: Regularisers and length in words, where they vary among the runs of its table.
         settings: All other settings that vary there, in words.
         special: What else tells it from runs of the same name, in words.
+        weights_file: The file of its weights; copies of this object share it.
     """
 
     entry: dict[str, Any]
@@ -55,6 +95,7 @@ class FinishedRun:
     variation: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     special: tuple[str, ...] = ()
+    weights_file: WeightsFile = _NO_WEIGHTS
 
     @property
     def config(self) -> dict[str, Any]:
@@ -200,6 +241,8 @@ class FinishedRun:
         numbers = self._scores()
         for point in self.entry["curve"]:
             numbers += [point[key] for key in ("iteration", "sparsity")]
+        if self.entry.get("weights") is not None:
+            numbers.append(self.entry["weights"])
         for value in (*numbers, self.entry["seconds"], self.seed):
             checks.of_type("a number of the results", value, (int, float), "a number")  # type: ignore[arg-type]
             float(value)  # not beyond all floats
@@ -217,37 +260,44 @@ class FinishedRun:
         """What of it is not finite, in words; empty if all is.
 
         Accuracies of weights that are not finite are those of chance, and look like a result. What
-        l2l_prune writes today cannot be so, but older files can.
+        l2l_prune writes today cannot be so, but older files can: those are known by that they do
+        not say how many weights there are.
 
         Raises:
             ValueError: If the file of its weights is damaged.
         """
         if not all(map(math.isfinite, self._scores())):
             return "its scores are not finite"
-        file = self.weights_file
-        if file.is_file():  # who deletes them has seen them
-            for name, value in read_weights(file).items():
-                if not torch.isfinite(value).all():
-                    return f"its weights are not finite ({name} of {file.name})"
-        return ""
-
-    @cached_property
-    def weights(self) -> int | None:
-        """How many of its parameters are not 0 at the end, if the file of them is there."""
-        if not self.weights_file.is_file():
-            return None
-        state = read_weights(self.weights_file)
-        counted = (v for name, v in state.items() if name.rpartition(".")[2] not in _STATISTICS)
-        return sum(int(value.count_nonzero()) for value in counted) or None
+        return self.spoilt_weights if self.entry.get("weights") is None else ""
 
     @property
-    def weights_file(self) -> Path:
-        """Where its weights are, if nobody deleted them."""
-        return self.folder / f"{file_name(self.config['name'])}.pt"
+    def spoilt_weights(self) -> str:
+        """What in the file of its weights is not finite, in words; empty if all is.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        name = self.weights_file.not_finite
+        return f"its weights are not finite ({name} of {self.weights_file.path.name})" * bool(name)
+
+    @property
+    def weights(self) -> int | None:
+        """How many of its parameters are not 0 at the end.
+
+        Results of older versions do not say it: then of the file, if that is there.
+        """
+        recorded: int | None = self.entry.get("weights")
+        return self.weights_file.count if recorded is None else recorded
 
     def phase_iterations(self, phase: str) -> int:
         """Meta-iterations in all segments of a phase."""
         return sum(s["iterations"] for s in self.segments if s["phase"] == phase)
+
+
+def count_weights(state: Mapping[str, Tensor]) -> int | None:
+    """How many parameters of a state dict are not 0; ``None`` if it has none."""
+    held = [value for name, value in state.items() if name.rpartition(".")[2] not in _STATISTICS]
+    return sum(int(value.count_nonzero()) for value in held) or None
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -288,11 +338,12 @@ def read_runs(file: Path) -> list[dict[str, Any]]:
     """The entries of a ``results.json``, each with all that a report reads of it.
 
     Raises:
-        ValueError: If the file is damaged, or holds a run that diverged.
+        ValueError: If the file or one of weights is damaged, or holds a run that diverged.
     """
     runs = _read(file)
     for run in runs:
-        if why := run.diverged:
+        # Nobody counts on a run as finished whose weights have been spoilt since.
+        if why := run.diverged or run.spoilt_weights:
             raise ValueError(f"{file} holds a run that diverged, {why}: delete it and run it again")
     return [run.entry for run in runs]
 
@@ -300,7 +351,7 @@ def read_runs(file: Path) -> list[dict[str, Any]]:
 def _read(file: Path) -> list[FinishedRun]:
     try:
         entries: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["runs"]
-        runs = [FinishedRun(entry, file.parent, 0) for entry in entries]
+        runs = [_finished(entry, file.parent) for entry in entries]
         for run in runs:
             run.check()
         if not runs:
@@ -317,6 +368,11 @@ def _read(file: Path) -> list[FinishedRun]:
             f"{file} is damaged ({type(error).__name__}: {error}): delete it and run it again"
         ) from None
     return runs
+
+
+def _finished(entry: dict[str, Any], folder: Path) -> FinishedRun:
+    weights = WeightsFile(folder / f"{file_name(entry['config']['name'])}.pt")
+    return FinishedRun(entry, folder, 0, weights_file=weights)
 
 
 @dataclass(frozen=True)

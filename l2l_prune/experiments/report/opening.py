@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from l2l_prune.experiments.config import RunConfig
@@ -86,7 +86,8 @@ def _explored(runs: Sequence[FinishedRun]) -> list[str]:
     problems = grouped(runs, lambda run: run.shared_settings)
     compared = 0
     for same in problems.values():
-        rivals = [_Rival(m, mine, same) for m, mine in by_method(same).items()]
+        of_seed = grouped(same, lambda run: run.seed)
+        rivals = [_Rival(m, mine, of_seed) for m, mine in by_method(same).items()]
         rivals = [rival for rival in rivals if rival.pairs and not rival.runs[0].baseline]
         if not rivals:
             continue
@@ -129,10 +130,10 @@ class _Rival:
     """A method beside the dense runs of its setting."""
 
     def __init__(
-        self, method: str, runs: list[FinishedRun], setting: Sequence[FinishedRun]
+        self, method: str, runs: list[FinishedRun], of_seed: Mapping[int, list[FinishedRun]]
     ) -> None:
         self.method, self.runs = method, runs
-        self.pairs = [(r, d) for r in runs if (d := dense_partner(r, list(setting)))]
+        self.pairs = [(r, d) for r in runs if (d := dense_partner(r, of_seed[r.seed]))]
 
     @property
     def difference(self) -> OverSeeds:

@@ -150,7 +150,9 @@ def _local(
                 starts[run_name(config)] += 1
                 receiving, sending = context.Pipe(duplex=False)
                 process = context.Process(
-                    target=_work, args=(work, config, _log(logs, config), sending), daemon=True
+                    target=_work,
+                    args=(work, config, _log(logs, config), sending),
+                    daemon=config.ranks == 1,  # a daemon could not start other ranks
                 )
                 _start(process)
                 sending.close()  # else its end would not be seen here
@@ -253,7 +255,9 @@ def _submitted(
         raise ImportError(f'{error}; --cluster needs: pip install "l2l-prune[cluster]"') from None
     executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
     executor.update_parameters(
-        timeout_min=3 * 24 * 60, cpus_per_task=1, slurm_array_parallelism=jobs
+        timeout_min=3 * 24 * 60,
+        cpus_per_task=max((config.ranks for config in configs), default=1),
+        slurm_array_parallelism=jobs,
     )
     handed = dict(zip(executor.map_array(work, configs), configs, strict=True))
     for job, config in handed.items():

@@ -19,6 +19,7 @@ from l2l_prune.experiments.algorithms import Algorithm, build
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.running.checkpoint import load_checkpoint, save_checkpoint
 from l2l_prune.experiments.running.loggers import EventLog
+from l2l_prune.experiments.running.rank_processes import shared_tasks
 from l2l_prune.experiments.running.streams import stream
 from l2l_prune.fewshot.data import Episode, EpisodeSampler, Images, load_images
 from l2l_prune.fewshot.data.benchmarks import SPLITS
@@ -71,6 +72,8 @@ def run(
 ) -> Iterator[Progress | RunResult]:
     """Train and evaluate; the same config gives the same result on the same machine.
 
+    With ``config.ranks`` above 1 it starts as many processes, less this one.
+
     Args:
         config: The settings.
         checkpoint: If given, the run's state is kept in this file every ``checkpoint_every``
@@ -95,13 +98,43 @@ def run(
         splits.append("validation")
     data = {split: load_split(config, split) for split in splits}
     _check_memory(config, data["train"].images.shape[1:])
-    tasks = _training_tasks(data["train"], config)
+    saved = load_checkpoint(checkpoint, config) if checkpoint else None
+    with shared_tasks(config, checkpoint if saved else None):
+        yield from _trained(config, data, saved, checkpoint, checkpoint_every, events, logger)
+
+
+def follow(config: RunConfig, checkpoint: Path | None) -> None:
+    """Train on another rank than the first, which alone scores and keeps what comes out."""
+    data = load_split(config, "train")
+    tasks, algorithm = _training_tasks(data, config), _fresh(config, data)
+    saved = load_checkpoint(checkpoint, config) if checkpoint else None
+    state = _State()
+    if saved:
+        state.restore(saved, algorithm, tasks, config.measure)
+    for _ in range(state.done, config.schedule.iterations):
+        algorithm.train([tasks.sample() for _ in range(config.tasks)])
+
+
+def _fresh(config: RunConfig, train: Images) -> Algorithm:
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(stream(config.seed, "weights").get_state())
-        algorithm = build(config, data["train"].images.shape[1:])
+        return build(config, train.images.shape[1:])
+
+
+def _trained(
+    config: RunConfig,
+    data: dict[str, Images],
+    saved: dict[str, Any] | None,
+    checkpoint: Path | None,
+    checkpoint_every: int,
+    events: Path | None,
+    logger: str | None,
+) -> Iterator[Progress | RunResult]:
+    """What :func:`run` yields, from the data and the checkpoint's state, if there is one."""
+    splits = tuple(data)
+    tasks, algorithm = _training_tasks(data["train"], config), _fresh(config, data["train"])
     curve_episodes = {s: list(evaluation_tasks(data[s], config, "curve tasks", s)) for s in splits}
     state = _State()
-    saved = load_checkpoint(checkpoint, config) if checkpoint else None
     if saved:
         state.restore(saved, algorithm, tasks, config.measure)
     log = EventLog(

@@ -16,6 +16,7 @@ PURPOSES = {
     "criterion": 7,
     "regrowth": 8,
     "inner-step scores": 9,
+    "task masks": 10,
 }
 """What is drawn, and its key. A key never changes and is never used again: published runs are
 repeated by it."""

@@ -98,7 +98,7 @@ def sweep(
     folder: Path,
     console: Console,
     *,
-    jobs: int = 2,
+    jobs: int | None = 2,
     cluster: str | None = None,
     logger: str | None = None,
 ) -> list[Outcome]:
@@ -110,7 +110,7 @@ def sweep(
         configs: The runs.
         folder: Gets a folder for each.
         console: Gets a line for each run that ends, with its accuracies and the time left.
-        jobs: Runs at once, one thread each.
+        jobs: Runs at once, one thread each; all with ``None``.
         cluster: Hand the runs to submitit: ``"local"`` or ``"slurm"``.
         logger: Also write each run's curves into its folder: a key of
             :data:`~l2l_prune.experiments.running.loggers.LOGGERS`.

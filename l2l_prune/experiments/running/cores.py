@@ -1,0 +1,36 @@
+"""How many runs at once a machine has room for."""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""A container's share of the processor: microseconds of each period, or ``max``."""
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: by its affinity, and by its container's quota."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):
+        allowed, period = _QUOTA.read_text().split()
+        cores = min(cores, math.ceil(int(allowed) / int(period)))
+    return max(cores, 1)
+
+
+def free_cores() -> int:
+    """Usable cores that nobody works on now, at least 1: the usual number of runs at once.
+
+    Each run has one thread, and so the same numbers at any load. Load is the last minute's mean;
+    where the system does not tell it, all cores count as free.
+    """
+    busy = 0.0
+    if hasattr(os, "getloadavg"):  # not on Windows
+        with suppress(OSError):
+            busy = os.getloadavg()[0]
+    idle = round((os.cpu_count() or 1) - busy)
+    return max(1, min(usable_cores(), idle))

@@ -1,0 +1,38 @@
+"""The mask of one tensor from its scores, and errors that name it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
+from l2l_prune.masking.prunable import LayerTensor
+
+
+def arranged(tensor: LayerTensor, scores: Tensor, keep: int, pattern: Pattern) -> Tensor:
+    """The mask of a tensor that keeps ``keep`` of its weights where the pattern lets them be.
+
+    Raises:
+        ValueError: If ``scores`` hold NaN or infinity.
+    """
+    if pattern == UNSTRUCTURED:  # has no directions; ties go by the weight's own order
+        return pattern.mask(scores, keep)
+    return tensor.swapped(pattern.mask(tensor.swapped(scores), keep))
+
+
+@contextmanager
+def named(tensor: LayerTensor, when: str) -> Iterator[None]:
+    """Errors within name the tensor whose scores they are about."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        place = f"cannot prune {tensor.full_name} {when}"
+        raise type(error)(f"{place} by the scores of criterion: {error}") from None
+
+
+def all_true(weight: Tensor) -> Tensor:
+    """A mask that prunes nothing."""
+    return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
