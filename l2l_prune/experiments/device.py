@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from l2l_prune._basics.files import replace_file
-from l2l_prune.channels.surgery import tell_size
+from l2l_prune.channels.pruner import ChannelPruner
 from l2l_prune.experiments.algorithms import build
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.report import same_settings
@@ -28,7 +28,7 @@ from l2l_prune.reptile.learner import adam
 from l2l_prune.reptile.reptile import PrunedReptile
 from l2l_prune.schedules.schedule import Schedule, Segment
 from l2l_prune.shipping.costs import Adapting, adaptation_costs
-from l2l_prune.shipping.folder import TENSORS, export, fill
+from l2l_prune.shipping.folder import TENSORS, export
 from l2l_prune.shipping.formats import export_onnx, export_program
 
 PARTS: dict[str, AdaptOnly | None] = {
@@ -65,7 +65,7 @@ def export_run(
     """
     run = _only_run(folder)
     config, data = _config(run), _unseen_images(run)
-    net = restored_network(run, config, data)
+    net = restored_network(run, data)
     result = read_result(run.entry, run.folder / "results.json")
     about = {name: getattr(config, name) for name in _ABOUT}
     about |= {"method": run.method, "seed": config.seed, "measure": config.measure.name}
@@ -153,25 +153,34 @@ def measure_adaptation(folder: Path) -> list[Path]:
     return write_adaptation(folder, costs, accuracies)
 
 
-def restored_network(run: FinishedRun, config: RunConfig, data: Images) -> nn.Module:
+def restored_network(run: FinishedRun, data: Images) -> nn.Module:
     """The network of a finished run with its weights; small if it ended with channels cut out.
 
     Raises:
         FileNotFoundError: If the file of its weights is gone.
         ValueError: If that is damaged, or of another network.
     """
+    config, shape = _config(run), data.images.shape[1:]
     state = read_weights(run.weights_file.path)
     with torch.random.fork_rng(devices=[]):
-        net = build(config, data.images.shape[1:]).finalize()
-    mine = net.state_dict()
-    if mine.keys() != state.keys() or any(t.dim() != state[n].dim() for n, t in mine.items()):
+        dense = dataclasses.replace(config, schedule=Schedule((Segment(1),)), structured=False)
+        net = build(dense, shape).finalize()
+    sizes = {name: tensor.shape for name, tensor in net.state_dict().items()}
+    if sizes != {name: tensor.shape for name, tensor in state.items()}:
         raise ValueError(f"{run.weights_file.path} holds the weights of another network")
-    smaller = any(tensor.shape != state[name].shape for name, tensor in mine.items())
-    fill(net, state)
-    if smaller:
-        for module in net.modules():
-            tell_size(module, None)
-    return net
+    net.load_state_dict(state)
+    last = next(s for s in reversed(config.schedule.segments) if s.iterations)
+    if not config.structured or not last.sparse:
+        return net
+    # Of the channels that the run had cut out all weights are 0, so that none is worth less.
+    again = Schedule((dataclasses.replace(last, iterations=1),))
+    pruner = ChannelPruner(net, again, example_inputs=torch.zeros(2, *shape))
+    small, whole = pruner.export().module, type(net)(**net.made_with)
+    whole.load_state_dict(state)
+    x = torch.rand(5, *shape, generator=torch.Generator().manual_seed(0))
+    if not torch.allclose(small(x), whole(x), rtol=1e-3, atol=1e-4):
+        raise ValueError(f"the channels that {run.folder} had cut out cannot be told from the rest")
+    return small
 
 
 def restored_reptile(run: FinishedRun, data: Images) -> PrunedReptile:
@@ -182,7 +191,7 @@ def restored_reptile(run: FinishedRun, data: Images) -> PrunedReptile:
         ValueError: As there.
     """
     config = _config(run)
-    net = restored_network(run, config, data)
+    net = restored_network(run, data)
     segment = Segment(1)
     if run.segments[-1]["sparse"] and not config.structured:
         weights = {name: p for name, p in net.named_parameters() if p.dim() > 1}

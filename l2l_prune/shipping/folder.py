@@ -145,7 +145,7 @@ def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
     _check_shapes(model, state, cut=bool(sizes))
     for module, name, value in sizes:
         setattr(module, name, value)
-    fill(model, state)
+    _fill(model, state)
     return model.train(network["training"])
 
 
@@ -321,7 +321,7 @@ def _check_shapes(model: nn.Module, state: dict[str, Tensor], cut: bool) -> None
 
 
 @torch.no_grad()
-def fill(model: nn.Module, state: dict[str, Tensor]) -> None:
+def _fill(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Write a state into a model: tensors of another size are replaced (tied ones by one)."""
     new: dict[int, Tensor] = {}
     for path, module in model.named_modules():

@@ -15,6 +15,7 @@ from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.device import restored_network, restored_reptile
 from l2l_prune.experiments.report.finished_runs import read_folder
 from l2l_prune.experiments.running.run_folder import run_into
+from l2l_prune.fewshot import Conv4
 from l2l_prune.fewshot.data import load_images
 from l2l_prune.shipping import load, read_manifest
 
@@ -29,11 +30,11 @@ def runs(tmp_path_factory):
     for method, more in (
         ("dense", {}),
         ("static", {"sparsity": 0.9}),
-        ("dsd", {"sparsity": 0.5, "structured": True, "pretrain": 5, "retrain": 0}),
+        ("dsd", {"sparsity": 0.5, "structured": True, "pretrain": 0.25, "retrain": 0}),
     ):
         if more.get("structured"):
             pytest.importorskip("torch_pruning")
-        assert run_into(make_config("reptile", method, **SETTINGS, **more), folder).error is None
+        assert run_into(make_config("reptile", method, **(SETTINGS | more)), folder).error is None
     return folder
 
 
@@ -54,8 +55,10 @@ def test_the_network_of_a_run_is_exported(runs, tmp_path):
         done = command("export", run.folder, "--out", tmp_path / "out")
         assert done.exit_code == 0, done.output
         net, told = load(tmp_path / "out"), read_manifest(tmp_path / "out")
-        state = torch.load(run.weights_file, weights_only=True)
-        assert all(torch.equal(t, state[name]) for name, t in net.state_dict().items())
+        state = torch.load(run.weights_file.path, weights_only=True)
+        whole = Conv4(5, 8)
+        whole.load_state_dict(state)
+        torch.testing.assert_close(net(x), whole(x), atol=1e-4, rtol=1e-3)
         assert net.training
         assert net(x).shape == (5, 5)
         assert told["accuracy"]["mean"] == pytest.approx(run.entry["test"]["mean"])
@@ -73,9 +76,7 @@ def test_other_formats_and_half_precision(runs, tmp_path):
     done = command("export", small.folder, "--out", tmp_path, "--half", "--onnx", "--program")
     assert done.exit_code == 0, done.output
     images = load_images("glyphs", "test")
-    net = restored_network(
-        small, make_config("reptile", "dsd", sparsity=0.5, structured=True, **SETTINGS), images
-    )
+    net = restored_network(small, images)
     x = torch.rand(7, 1, 28, 28)
     session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
@@ -86,14 +87,14 @@ def test_other_formats_and_half_precision(runs, tmp_path):
 
 
 def test_masks_are_held_again(runs):
-    dense, masked, small = places(runs)
+    dense, masked, _ = places(runs)
     images = load_images("glyphs", "test")
-    for run, zeros in ((dense, False), (masked, True), (small, False)):
+    for run, zeros in ((dense, False), (masked, True)):
         reptile = restored_reptile(run, images)
         learner = reptile.clone()
         loss = torch.nn.functional.cross_entropy(learner(torch.rand(5, 1, 28, 28)), torch.arange(5))
         learner.adapt(loss)
-        state = torch.load(run.weights_file, weights_only=True)
+        state = torch.load(run.weights_file.path, weights_only=True)
         before = state["features.conv2.weight"] == 0
         assert bool(before.any()) == zeros
         assert torch.equal(learner.module.features.conv2.weight == 0, before)
@@ -146,7 +147,7 @@ def test_several_runs_no_run_no_folder(runs, tmp_path):
 
 def copied(run, folder):
     folder.mkdir()
-    for name in (run.weights_file.name, "results.json"):
+    for name in (run.weights_file.path.name, "results.json"):
         (folder / name).write_bytes((run.folder / name).read_bytes())
     return folder
 
@@ -154,14 +155,14 @@ def copied(run, folder):
 def test_damaged_runs(runs, tmp_path):
     run, out = places(runs)[0], tmp_path / "out"
     gone = copied(run, tmp_path / "gone")
-    (gone / run.weights_file.name).unlink()
+    (gone / run.weights_file.path.name).unlink()
     assert "dense.pt: No such file" in refused(out, "export", gone)
     broken = copied(run, tmp_path / "broken")
-    weights = broken / run.weights_file.name
+    weights = broken / run.weights_file.path.name
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "dense.pt is damaged" in refused(out, "export", broken)
     other = copied(run, tmp_path / "other")
-    torch.save({"a": torch.ones(2)}, other / run.weights_file.name)
+    torch.save({"a": torch.ones(2)}, other / run.weights_file.path.name)
     assert "holds the weights of another network" in refused(out, "export", other)
     newer = copied(run, tmp_path / "newer")
     document = json.loads((newer / "results.json").read_text())
