@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import tempfile
@@ -173,10 +174,9 @@ def restored_network(run: FinishedRun, data: Images) -> nn.Module:
     if not config.structured or not last.sparse:
         return net
     # Of the channels that the run had cut out all weights are 0, so that none is worth less.
-    again = Schedule((dataclasses.replace(last, iterations=1),))
+    whole, again = copy.deepcopy(net), Schedule((dataclasses.replace(last, iterations=1),))
     pruner = ChannelPruner(net, again, example_inputs=torch.zeros(2, *shape))
-    small, whole = pruner.export().module, type(net)(**net.made_with)
-    whole.load_state_dict(state)
+    small = pruner.export().module
     x = torch.rand(5, *shape, generator=torch.Generator().manual_seed(0))
     if not torch.allclose(small(x), whole(x), rtol=1e-3, atol=1e-4):
         raise ValueError(f"the channels that {run.folder} had cut out cannot be told from the rest")

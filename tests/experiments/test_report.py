@@ -263,6 +263,8 @@ def test_runs_that_differ_in_any_setting_are_rows_of_their_own(tmp_path, no_curv
         changes = {field.name: other(field, getattr(base, field.name))}
         if field.name == "skip_damaged":
             changes["data"] = "folder"
+        if field.name == "ranks":
+            changes["ranks"] = base.tasks
         if field.name == "structured":  # which takes no rewind
             changes["rewind"] = None
         configs.append(dataclasses.replace(base, **changes))

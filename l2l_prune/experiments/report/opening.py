@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.defaults import DEFAULTS
 from l2l_prune.experiments.report import same_settings
 from l2l_prune.experiments.report.comparisons import Judged
 from l2l_prune.experiments.report.finished_runs import (
@@ -45,9 +46,10 @@ def shared_by_all(runs: Sequence[FinishedRun]) -> str:
     parts = []
     if len(lengths) == 1:
         parts.append(f"{lengths[0]:,} meta-iterations")
-    fields = RunConfig.__dataclass_fields__
+    defaults = {name: field.default for name, field in RunConfig.__dataclass_fields__.items()}
+    defaults |= DEFAULTS[str(runs[0].config["algorithm"])]
     for name, value in settings[0].items():
-        unset = value is None or (name in fields and value == fields[name].default)
+        unset = value is None or value == defaults.get(name, ...)
         if name not in varying and (name in ("backbone", "channels") or not unset):
             parts.append(same_settings.in_words(name, value))
     seeds = {run.seed for run in runs}
