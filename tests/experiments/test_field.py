@@ -210,6 +210,7 @@ def test_the_command_says_psnr_in_db_everywhere(tmp_path):
     assert not any(word in text for word in ("accuracy", "Accuracy", "-way", "-shot", "shots"))
 
 
+@pytest.mark.slow
 def test_seeds_are_compared_in_db(tmp_path):
     configs = [
         tiny(method, iterations=8, seed=seed, sparsity=0.5)

@@ -46,6 +46,7 @@ def entry_of(folder, name):
     return run
 
 
+@pytest.mark.slow
 def test_one_seed_gives_the_demos_files_and_is_not_trained_twice(tmp_path):
     arguments = (
         *("--algorithm", "fomaml", "--schedule", "iht", "--schedule", "dense"),
@@ -161,6 +162,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_settings_from_a_file(tmp_path):
     (tmp_path / "run.toml").write_text(
         'algorithm = "protonet"\nschedule = ["dense"]\niterations = 40\nscale = 0.5\n'

@@ -85,6 +85,7 @@ def by_hand(config):
     return reptiles[0].finalize().state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_two_ranks_give_what_two_learners_merged_by_hand_give(tmp_path):
     config = settings(ranks=2)
@@ -104,6 +105,7 @@ def test_two_ranks_give_what_two_learners_merged_by_hand_give(tmp_path):
     assert resumed.test == result.test
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_where_a_rank_dies_the_run_fails_and_goes_on_later(tmp_path, monkeypatch):
     config = settings(ranks=2)

@@ -66,7 +66,8 @@ def test_bad_grids(base, grid, words):
         expand(base, grid)
 
 
-@pytest.mark.parametrize("cluster", [None, pytest.param("local", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster", [None, "local"])
 def test_a_failed_run_does_not_lose_the_others_and_a_second_sweep_mends_it(tmp_path, cluster):
     if cluster:
         pytest.importorskip("submitit")

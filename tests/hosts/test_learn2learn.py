@@ -407,7 +407,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "WRN28" else n for n in MODELS]
+)
 def test_its_models(name):
     """Gradients of a meta-objective; the two big nets without an inner step, to save time."""
     make, shape = MODELS[name]
