@@ -40,7 +40,9 @@ def looped(oracle, iteration, adapted):
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "compiled"])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "compiled"]
+)
 @pytest.mark.parametrize("adapted", ["", "head."], ids=["maml", "anil"])
 def test_all_tasks_at_once_equal_a_loop_over_tasks(example, adapted, compiled):
     """Through dense, sparse, dense and sparse phases; compiled once, in one graph, for all."""
