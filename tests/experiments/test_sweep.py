@@ -66,6 +66,7 @@ def test_bad_grids(base, grid, words):
         expand(base, grid)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("cluster", [None, pytest.param("local", marks=pytest.mark.slow)])
 def test_a_failed_run_does_not_lose_the_others_and_a_second_sweep_mends_it(tmp_path, cluster):
     if cluster:
@@ -109,6 +110,7 @@ def kill_itself_always(config, folder, logger, tell):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_killed_worker_does_not_lose_the_others(tmp_path):
     configs = expand({**BASE, "schedule": "dense"}, {"seeds": 3})
@@ -121,6 +123,7 @@ def test_a_killed_worker_does_not_lose_the_others(tmp_path):
     assert all("was killed" in outcome.error for outcome in outcomes)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_workers_end_with_a_killed_sweep_and_the_next_one_goes_on(tmp_path):
     settings = {**BASE, "schedule": '"dense"', "algorithm": '"reptile"', "iterations": 5000}
