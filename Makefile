@@ -9,14 +9,14 @@ INSTALLED = $(VENV)/.installed
 demo: install
 	$(BIN)/l2l-prune demo
 
-# Each process takes one thread, so that two do not wait for each other.
+# Each process uses one thread, so that the two do not compete for cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# A file of tests stays in one process.
+# All tests of a file run in the same process.
 test: install
 	$(PYTEST) --dist loadfile -m "not slow"
 
-# Kills, whole commands, documents and every example.
+# Tests that kill processes, run whole commands, build the documentation or run every example.
 test-slow: install
 	$(PYTEST) -m slow
 
@@ -26,15 +26,15 @@ test-all: test test-slow
 test-cuda: install
 	L2L_PRUNE_TEST_DEVICE=$(or $(DEVICE),cuda) $(BIN)/python -m pytest tests/cuda/test_cuda.py
 
-# The hosts' own tests with the plugin attached; HIGHER=DIR adds those of a checkout of higher, and
-# CAVIA=DIR, METAOPTNET=DIR or LIBFEWSHOT=DIR runs the public scripts with the diffs of docs/guides/.
+# The hosts' own tests, with pruning attached. HIGHER=DIR adds the tests of a checkout of higher;
+# CAVIA=DIR, METAOPTNET=DIR or LIBFEWSHOT=DIR runs the public scripts with the diffs in docs/guides/.
 test-peers: install
 	$(BIN)/python tests/peers/run.py $(if $(HIGHER),--higher $(HIGHER))
 	$(BIN)/python tests/peers/published.py $(if $(CAVIA),--cavia $(CAVIA)) \
 		$(if $(METAOPTNET),--metaoptnet $(METAOPTNET)) \
 		$(if $(LIBFEWSHOT),--libfewshot $(LIBFEWSHOT))
 
-# docs/support.md from the tests' results
+# Writes docs/support.md from the test results.
 support: install
 	$(BIN)/python -m pytest -q -p tests.support_table --support-table docs/support.md \
 		tests/hosts tests/metalearners/test_cavia.py tests/masking/test_masked_layer.py tests/masking/test_layers.py tests/reptile/test_distributed.py tests/reptile/test_task_masks.py \

@@ -1,4 +1,4 @@
-"""Sphinx roles of the docstrings as plain code for the site: ``:class:`~a.b.C``` becomes ``C``."""
+"""Turns Sphinx roles in docstrings into plain code for the site: ``:class:`~a.b.C``` is ``C``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _plain(match: re.Match[str]) -> str:
 
 
 class PlainRoles(griffe.Extension):
-    """Rewrites each docstring as it is loaded."""
+    """Replaces the roles in each docstring as it is loaded."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:

@@ -1,4 +1,4 @@
-"""ANIL on glyphs: the features are pruned, the head that adapts stays dense.
+"""ANIL on glyphs: the features are pruned, and the head, which adapts, stays dense.
 
 The lines marked l2l_prune are all that pruning adds to learn2learn's own loop.
 """

@@ -1,4 +1,4 @@
-"""CAVIA with dense-sparse-dense training on glyphs: the network is pruned, the context never.
+"""CAVIA with dense-sparse-dense training on glyphs: only the network is pruned, not the context.
 
 The lines marked l2l_prune are all that pruning adds to the loop.
 """

@@ -1,4 +1,4 @@
-"""CAVIA on sine regression with iterative hard thresholding; the published settings, fewer steps.
+"""CAVIA with iterative hard thresholding on sines: the published settings with fewer steps.
 
 The lines marked l2l_prune are all that pruning adds to the loop.
 """

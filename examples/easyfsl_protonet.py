@@ -20,7 +20,7 @@ WAYS, SHOTS, QUERIES = 5, 1, 3
 
 
 class GlyphsDataset(FewShotDataset):
-    """Glyphs as easyfsl wants its data: in three colours, and with their labels."""
+    """Glyphs in the form that easyfsl expects: with three colour channels, and with labels."""
 
     def __init__(self):
         self.glyphs = Glyphs("train")
@@ -37,14 +37,14 @@ class GlyphsDataset(FewShotDataset):
 
 
 class DataSource(Sampler):
-    """torch's Sampler no longer takes the argument that easyfsl 1.5.0 gives it."""
+    """Drops the argument that easyfsl 1.5.0 passes, which torch's Sampler no longer takes."""
 
     def __init__(self, data_source=None):
         super().__init__()
 
 
 class Tasks(TaskSampler, DataSource):
-    """easyfsl's sampler, with old and new torch."""
+    """easyfsl's sampler, made to work with old and new versions of torch."""
 
 
 def main():

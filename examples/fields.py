@@ -1,4 +1,4 @@
-"""Meta-learnt neural fields of glyphs, pruned in Meta-SparseINR's rounds to a tenth.
+"""Meta-learnt neural fields of glyphs, pruned to a tenth in the rounds of Meta-SparseINR.
 
 The lines marked l2l_prune are all that pruning adds to the loop.
 """

@@ -1,7 +1,7 @@
-"""MetaOptNet (SVM head) with dense-sparse-dense training on glyphs; a small embedding for a CPU.
+"""MetaOptNet (SVM head) with dense-sparse-dense training on glyphs, small enough for a CPU.
 
 The lines marked l2l_prune are all that pruning adds to the loop. For the published network
-take ``resnet12(84, 3, drop_block=False)`` as the features.
+use ``resnet12(84, 3, drop_block=False)`` as the features.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A timm transformer (vit_tiny) under ProtoNet's and MetaOptNet's heads, pruned on glyphs.
+"""A timm transformer (vit_tiny) with ProtoNet's or MetaOptNet's heads, pruned on glyphs.
 
 python timm_vit.py [ITERATIONS] [prototype | ridge | svm]
 

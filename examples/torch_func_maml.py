@@ -1,4 +1,4 @@
-"""MAML and ANIL in plain PyTorch: torch.func's functional_call, grad, and vmap over the tasks.
+"""MAML and ANIL in plain PyTorch: torch.func's functional_call, grad and vmap over the tasks.
 
 python torch_func_maml.py [ITERATIONS] [maml | anil] [compile]
 
@@ -19,7 +19,7 @@ INNER_LR, INNER_STEPS = 0.5, 1
 
 
 def adapt(model, params, part, x, y):
-    """The task's own weights; those whose names begin with ``part`` are adapted."""
+    """The task's own weights; only those whose names begin with ``part`` are adapted."""
 
     def loss(adapted):
         return F.cross_entropy(functional_call(model, params | adapted, (x,)), y)
@@ -32,7 +32,7 @@ def adapt(model, params, part, x, y):
 
 
 def meta_gradient(model, params, part, episodes):
-    """Gradient of the mean query loss, and the mean accuracy; all tasks at once."""
+    """The gradient of the mean query loss and the mean accuracy, for all tasks at once."""
 
     def task(params, xs, ys, xq, yq):
         scores = functional_call(model, adapt(model, params, part, xs, ys), (xq,))
@@ -47,7 +47,7 @@ def meta_gradient(model, params, part, episodes):
 
 def main():
     iterations = int(sys.argv[1]) if len(sys.argv) > 1 else 60
-    part = "classifier." if "anil" in sys.argv else ""  # ANIL adapts the head, MAML all
+    part = "classifier." if "anil" in sys.argv else ""  # ANIL adapts the head, MAML everything
     torch.manual_seed(0)
     glyphs = Glyphs("train")
     tasks = EpisodeSampler(

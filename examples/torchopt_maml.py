@@ -17,7 +17,7 @@ INNER_STEPS = 1
 
 
 def meta_backward(model, inner, episodes):
-    """Gradients of the mean query loss into ``.grad``; the model's weights stay. Mean accuracy."""
+    """Put the mean query loss's gradients into ``.grad``; return the mean accuracy."""
     weights = torchopt.extract_state_dict(model, by="reference", detach_buffers=True)
     state = torchopt.extract_state_dict(inner, by="reference")
     accuracy = 0.0

@@ -109,6 +109,7 @@ def test_described_outputs_are_what_is_printed():
     assert lines == [line.split() for line in blocks(page, "text")[0].splitlines()]
 
 
+@pytest.mark.process
 def test_the_site_builds_strictly(tmp_path):
     pytest.importorskip("mkdocs")
     import subprocess

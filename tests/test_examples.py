@@ -50,6 +50,7 @@ QUICK = ("maml",)
 HOSTS = {"torchopt_maml": "torchopt", "easyfsl_protonet": "easyfsl", "timm_vit": "timm"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "path",
     [

@@ -56,6 +56,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.slow
 def test_ten_thousand_meta_iterations_and_two_thousand_mask_changes_hold_no_more():

@@ -23,6 +23,7 @@ def test_public_names_and_version():
     assert (PACKAGE / "py.typed").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("blocked", [OPTIONAL, OPTIONAL + EXPERIMENTS])
 def test_import_and_use_without_optional_packages(blocked):
     code = f"""
@@ -42,12 +43,14 @@ pruner.finalize()
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.process
 def test_importing_loads_no_host():
     code = f"import l2l_prune, sys; print([m for m in {OPTIONAL!r} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert out.stdout.strip() == "[]"
 
 
+@pytest.mark.process
 def test_the_long_description_links_to_nothing_in_the_checkout(tmp_path):
     """As an index shows it: read from what is built."""
     pytest.importorskip("build")

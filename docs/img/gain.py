@@ -1,4 +1,4 @@
-"""The picture of the start page, from docs/results/glyphs.csv: ``python docs/img/gain.py``."""
+"""Draw the start page's picture from docs/results/glyphs.csv: ``python docs/img/gain.py``."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ EACH = 600
 
 
 def write_folders(out: Path, source: Path = SOURCE) -> None:
-    """The first pictures of each class of the training file, ``out/class/number.png``."""
+    """Write the first pictures of each class in the training file to ``out/class/number.png``."""
     with gzip.open(source / "train-images-idx3-ubyte.gz") as file:
         images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
     with gzip.open(source / "train-labels-idx1-ubyte.gz") as file:

@@ -1,7 +1,7 @@
 """The study of docs/results/fields-plan.md: ``python docs/results/fields.py --out runs/fields``.
 
-Every job (one seed, one method) writes a file when it is done, and one that has its file is not run
-again. With ``--report``: fields.csv, the figures and the tables from the jobs that are there.
+Each job (one seed and one method) writes a file when done, and is not run again after that.
+``--report`` writes fields.csv, the figures and the tables from the jobs that are finished.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ HERE = Path(__file__).parent
 WIDTH, DEPTH, OMEGA = 64, 3, 30.0
 SIGNALS, INNER_LR, OUTER_LR, FIT_LR = 3, 0.01, 1e-3, 3e-3
 SCHEDULE = metasparse(0.95, pretrain=400, interval=100)
-LEVELS = {100: 0, 50: 3, 25: 6, 10: 10, 5: 14}  # percent of the weights, about: after which round
+LEVELS = {100: 0, 50: 3, 25: 6, 10: 10, 5: 14}  # about this % of weights: after which round
 UNSEEN, SHOWN = 32, 3
 ARMS = ("magnitude", "narrow", "random", "one-shot", "no meta-learning", "dense", "layerwise")
 
 
 class Data:
-    """Signals of one seed: disjoint characters to learn from and to be measured on."""
+    """The signals of one seed: characters to learn from, and other characters to evaluate on."""
 
     def __init__(self, seed: int) -> None:
         def glyphs(split: str) -> Tensor:
@@ -78,7 +78,7 @@ def biases(maml: FieldMAML) -> int:
 
 
 def kept(level: int) -> int:
-    """Weights and biases that are left at a level."""
+    """The number of weights and biases that remain at a level."""
     full = learner(0)
     weights = total(full) - biases(full)
     rate = SCHEDULE.segments[LEVELS[level]].sparsity if LEVELS[level] else 0.0
@@ -86,7 +86,7 @@ def kept(level: int) -> int:
 
 
 def narrow_width(level: int) -> int:
-    """The width whose dense network has the number of parameters nearest to a level's."""
+    """The width of the dense network whose number of parameters is closest to a level's."""
     return min(range(2, WIDTH + 1), key=lambda w: abs(total(learner(0, w)) - kept(level)))
 
 
@@ -122,7 +122,7 @@ def evaluate(maml: FieldMAML, level: int, parameters: int, data: Data) -> dict[s
 
 
 def pretrained(seed: int, data: Data, out: Path) -> dict[str, Any]:
-    """The dense phase, which magnitude, random and one-shot go on from."""
+    """The dense phase, from which magnitude, random and one-shot continue."""
     path = out / f"{seed}-pretrained.pt"
     if not path.exists():
         maml, drawn = learner(seed), generator(seed, 3)
@@ -156,7 +156,7 @@ def rounds(seed: int, arm: str, data: Data, out: Path) -> Iterator[dict[str, Any
     ends = {LEVELS[level] * schedule.segments[0].iterations: level for level in LEVELS}
     for iteration in train(maml, opt, data, drawn, schedule.iterations):
         if level := ends.get(iteration + 1):
-            # The optimizer's step has left pruned weights as they are: their gradients are 0.
+            # The optimizer's step does not move pruned weights: their gradients are 0.
             left = sum(int(mask.sum()) for mask in pruner.masks.values()) + biases(maml)
             assert left == kept(level) or arm == "layerwise"
             yield evaluate(maml, level, left, data)
@@ -210,7 +210,7 @@ Rows = dict[tuple[str, int], dict[int, dict[str, Any]]]  # by method and level, 
 
 
 def finished(out: Path) -> tuple[Rows, dict[int, Tensor]]:
-    """All rows, and the shown signals of each seed."""
+    """All rows, and the signals of each seed that are shown."""
     rows: Rows = defaultdict(dict)
     shown = {}
     for seed in range(100):
@@ -225,7 +225,7 @@ def finished(out: Path) -> tuple[Rows, dict[int, Tensor]]:
 
 
 def over_seeds(by_seed: dict[int, dict[str, Any]], steps: str) -> OverSeeds:
-    """Mean over the unseen signals of each seed."""
+    """The mean over the unseen signals of each seed."""
     means = (sum(row[steps]) / len(row[steps]) for _, row in sorted(by_seed.items()))
     return OverSeeds(tuple(means), PSNR)
 
@@ -235,7 +235,7 @@ def told(mean: OverSeeds) -> str:
 
 
 def difference(rows: Rows, arm: str, rival: str, level: int, steps: str) -> str:
-    """PSNR over the seeds that both have."""
+    """The difference in PSNR over the seeds that both have."""
     a, b = rows[arm, level], rows[rival, level]
     both = a.keys() & b.keys()
     if len(both) < 2:
@@ -272,7 +272,7 @@ def tables(rows: Rows) -> str:
 
 
 def stated(rows: Rows) -> str:
-    """The plan's comparisons, each family corrected by Holm for how many it states."""
+    """The plan's comparisons, with Holm's correction within each hypothesis."""
     from scipy import stats
     from statsmodels.stats.multitest import multipletests
     from tabulate import tabulate
@@ -294,7 +294,7 @@ def stated(rows: Rows) -> str:
                 continue
             pair = [over_seeds({s: r[s] for s in both}, steps) for r in (a, b)]
             apart = paired_difference(*pair)
-            # Hypothesis 4 sets a bound of 1 dB, to one side.
+            # Hypothesis 4 has a one-sided bound of 1 dB.
             bound, side = (-1.0, "greater") if family == "4" else (0.0, "two-sided")
             p = float(stats.ttest_1samp(apart.values, bound, alternative=side).pvalue)
             judged.append(((f"{arm} - {rival}", f"{level}%", steps), apart, p))
@@ -313,7 +313,7 @@ def stated(rows: Rows) -> str:
 
 
 def sizes(rows: Rows, shown: dict[int, Tensor]) -> str:
-    """Mean bytes of the exported fields of the shown signals, and of their PNG files."""
+    """The mean bytes of the exported fields and the PNG files of the signals that are shown."""
     import io
 
     from PIL import Image
@@ -380,7 +380,7 @@ def curve(rows: Rows, name: str) -> None:
 
 
 def pictures(rows: Rows, shown: dict[int, Tensor], level: int, name: str) -> None:
-    """The same unseen signals by each method at equal size, beside the originals."""
+    """The same unseen signals by each method at equal size, next to the originals."""
     import matplotlib.pyplot as plt
 
     seed = min(shown)

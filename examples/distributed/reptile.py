@@ -1,14 +1,14 @@
-"""PrunedReptile on several processes that share the tasks, and that can be stopped at any time.
+"""PrunedReptile on several processes, which share the tasks and can be stopped at any time.
 
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --standalone --nproc-per-node 2 --max-restarts 3 \\
         examples/distributed/reptile.py checkpoint.pt
 
-Every 5 meta-iterations the first rank writes a checkpoint. If a rank is killed, torchrun starts all
-of them again and they go on from it; so does the same command later. (Without the variable the
-restarted ranks may find the addresses of the dead ones in torchrun's store.) The tasks of a
-meta-iteration depend on its number and the rank alone, so such a run ends with the weights of one
-that was never stopped.
+Every 5 meta-iterations the first rank writes a checkpoint. If a rank is killed, torchrun restarts
+all ranks and they continue from it; running the same command again later does so, too. (Without the
+variable, restarted ranks may find the addresses of the dead ones in torchrun's store.) The tasks of
+a meta-iteration depend only on its number and the rank, so an interrupted run ends with the same
+weights as one that was never stopped.
 """
 
 import os
@@ -24,7 +24,7 @@ from l2l_prune.fewshot import Conv4, EpisodeSampler, Glyphs, minibatches
 
 CHECKPOINT = Path(sys.argv[1] if len(sys.argv) > 1 else "checkpoint.pt")
 ITERATIONS = int(sys.argv[2]) if len(sys.argv) > 2 else 40
-TASKS = 4  # a meta-iteration, over all ranks
+TASKS = 4  # per meta-iteration, over all ranks
 
 
 def main():
@@ -55,7 +55,7 @@ def main():
         if rank == 0 and (iteration + 1) % 5 == 0:
             new = CHECKPOINT.with_suffix(".new")
             torch.save(reptile.state_dict(), new)
-            os.replace(new, CHECKPOINT)  # never half a checkpoint
+            os.replace(new, CHECKPOINT)  # so that a checkpoint is never incomplete
             print(f"{iteration + 1:4d}  {reptile.pruner.segment.label}", flush=True)
     dist.destroy_process_group()
 

@@ -95,6 +95,7 @@ def test_a_path_that_never_was_is_still_unknown(name, warned):
         importlib.import_module(f"l2l_prune.{name}")
 
 
+@pytest.mark.process
 def test_new_paths_do_not_warn():
     """Neither does the library use an old path itself."""
     names = [m.name for m in pkgutil.walk_packages(l2l_prune.__path__, "l2l_prune.")]

@@ -384,4 +384,12 @@ CHECKS: list[Check] = [
     if getattr(function, "__module__", None) == module.__name__
     and getattr(function, "__annotations__", {}) == {"place": "Place", "return": "None"}
 ]
-each_check = pytest.mark.parametrize("check", CHECKS, ids=[check.__name__ for check in CHECKS])
+
+
+def as_case(check: Check, *more: object, name: str):
+    """A row of ``parametrize``, marked if the check starts processes."""
+    marks = pytest.mark.process if check is ranks_checks.two_ranks else ()
+    return pytest.param(check, *more, marks=marks, id=name)
+
+
+each_check = pytest.mark.parametrize("check", [as_case(c, name=c.__name__) for c in CHECKS])

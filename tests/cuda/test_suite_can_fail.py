@@ -6,7 +6,7 @@ import pytest
 from torch.multiprocessing import ProcessRaisedException
 
 from tests.cuda.conftest import full_precision
-from tests.cuda.faults import CHECKS, PLANTED, each_check
+from tests.cuda.faults import CHECKS, PLANTED, as_case, each_check
 from tests.cuda.place import Place
 
 
@@ -17,7 +17,8 @@ def test_passes_on_the_cpu(check, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("check", "fault"), PLANTED, ids=[f"{check.__name__}-{fault.told}" for check, fault in PLANTED]
+    ("check", "fault"),
+    [as_case(check, fault, name=f"{check.__name__}-{fault.told}") for check, fault in PLANTED],
 )
 def test_fails_with(check, fault, tmp_path):
     """A check notices the fault, or the library itself does (a ValueError at construction)."""

@@ -155,6 +155,7 @@ def test_content_reaches_the_disk_before_the_name_and_the_name_before_the_return
     assert calls == ["fsync", "replace", "fsync folder"]
 
 
+@pytest.mark.process
 def test_a_full_disk_is_told_and_leaves_the_checkpoint(tmp_path):
     with tmpfs(tmp_path, "size=256k"):
         file = tmp_path / "run.pt"
@@ -182,6 +183,7 @@ def test_a_file_that_may_not_grow_is_told_and_leaves_the_one_before(tmp_path):
     assert os.listdir(tmp_path) == ["state.pt"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("size", ["200k", "32k"])
 @pytest.mark.slow
 def test_the_command_on_a_full_disk(tmp_path, size):
@@ -196,6 +198,7 @@ def test_the_command_on_a_full_disk(tmp_path, size):
         assert not list(tmp_path.rglob("*l2l_prune-tmp"))
 
 
+@pytest.mark.process
 def test_the_commands_in_a_read_only_folder(tmp_path):
     (tmp_path / "grid.toml").write_text('[base]\nalgorithm = "reptile"\nschedule = "dense"\n')
     place = tmp_path / "place"

@@ -67,6 +67,7 @@ def demo(tmp_path_factory):
     return folder, done.stdout
 
 
+@pytest.mark.process
 def test_demo_prints_one_table_with_three_methods(demo):
     _, out = demo
     rows = [line for line in out.splitlines() if "│" in line]
@@ -76,6 +77,7 @@ def test_demo_prints_one_table_with_three_methods(demo):
     assert "on test tasks" in out
 
 
+@pytest.mark.process
 def test_demo_writes_results_curves_and_plain_weights(demo):
     folder, _ = demo
     names = sorted(p.name for p in folder.iterdir() if p.name != ".lock")
@@ -102,6 +104,7 @@ def test_demo_writes_results_curves_and_plain_weights(demo):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.process
 def test_ctrl_c_stops_everything_and_writes_no_result(tmp_path):
     process = subprocess.Popen(
         [*COMMAND, "--iterations", "5000", "--out", str(tmp_path / "out")],
@@ -146,6 +149,7 @@ def children(pid):
     return [c for t in tasks.iterdir() for c in (t / "children").read_text().split()]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "culprit"),
     [
@@ -163,6 +167,7 @@ def test_bad_arguments_are_named(arguments, culprit):
     assert culprit in done.stderr
 
 
+@pytest.mark.process
 def test_version_and_help():
     done = subprocess.run(
         [sys.executable, "-m", "l2l_prune", "--version"], capture_output=True, text=True

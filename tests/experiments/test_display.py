@@ -88,6 +88,7 @@ def talkative(config, folder, logger, tell):
     return Outcome(run_name(config), None, 0.5, 0.5)
 
 
+@pytest.mark.process
 def test_what_libraries_print_goes_to_a_file(tmp_path, capfd):
     config = make_config("reptile", "dense", iterations=20)
     file = io.StringIO()

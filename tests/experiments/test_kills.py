@@ -13,6 +13,7 @@ pytest.importorskip("learn2learn")
 pytest.importorskip("torch_pruning")
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are tried on forked processes")
 @pytest.mark.slow
 def test_killed_runs_end_bit_for_bit_as_if_they_never_were():

@@ -97,6 +97,7 @@ def test_a_stopped_and_resumed_run_logs_its_curve_once(tmp_path, logger):
     assert read(logger, events) == expected(result.curve)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["run", "sweep"])
 @pytest.mark.parametrize("option", ["--tensorboard", *(f"--logger={name}" for name in LOGGERS)])

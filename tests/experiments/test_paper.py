@@ -97,6 +97,7 @@ def test_other_methods_at_the_same_rate_have_no_number():
     assert printed_accuracy(run) is None
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_one_command_runs_an_experiment_and_writes_its_report(tmp_path, monkeypatch):
     data, grids = EXPERIMENTS["figure2"]

@@ -196,6 +196,7 @@ def test_one_seed_has_no_interval(tmp_path):
     assert "+10.0 (one seed)" in text
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_bounds_stand_beside_the_measured_gap_of_real_runs(tmp_path):
     base = {"algorithm": "reptile", "iterations": 20, "channels": 4, "tasks": 1}
@@ -570,6 +571,7 @@ def test_a_table_over_seeds_of_other_settings_is_refused(tmp_path, changes, word
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.process
 def test_a_failed_run_of_several_seeds_leaves_its_reason(tmp_path, no_curves):
     good = make_config("reptile", "dense", iterations=40)
     bad = dataclasses.replace(good, seed=1, shots=30)  # glyphs have 20 examples

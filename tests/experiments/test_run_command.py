@@ -47,6 +47,7 @@ def entry_of(folder, name):
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_one_seed_gives_the_demos_files_and_is_not_trained_twice(tmp_path):
     arguments = (
         *("--algorithm", "fomaml", "--schedule", "iht", "--schedule", "dense"),
@@ -91,6 +92,7 @@ def table_of(text):
     return [line for line in text.splitlines() if "│" in line or " - dense on " in line]
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_several_seeds_give_a_table_and_are_taken_up_again(tmp_path):
     arguments = (
@@ -123,6 +125,7 @@ def test_several_seeds_give_a_table_and_are_taken_up_again(tmp_path):
     assert lost.exists()
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
     """Also while the worker of the killed one is still at its meta-iteration."""
@@ -163,6 +166,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_settings_from_a_file(tmp_path):
     (tmp_path / "run.toml").write_text(
         'algorithm = "protonet"\nschedule = ["dense"]\niterations = 40\nscale = 0.5\n'
@@ -180,6 +184,7 @@ def test_settings_from_a_file(tmp_path):
     assert "chanels" in done.stderr
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_mini_imagenet_files(tmp_path):
     write_mini_imagenet(tmp_path, classes=5, each=8)
@@ -219,6 +224,7 @@ def test_bad_input_is_told_in_a_line(tmp_path, monkeypatch, arguments, words):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -67,6 +67,7 @@ def test_bad_grids(base, grid, words):
 
 
 @pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("cluster", [None, "local"])
 def test_a_failed_run_does_not_lose_the_others_and_a_second_sweep_mends_it(tmp_path, cluster):
     if cluster:
@@ -110,6 +111,7 @@ def kill_itself_always(config, folder, logger, tell):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_killed_worker_does_not_lose_the_others(tmp_path):
     configs = expand({**BASE, "schedule": "dense"}, {"seeds": 3})
@@ -122,6 +124,7 @@ def test_a_killed_worker_does_not_lose_the_others(tmp_path):
     assert all("was killed" in outcome.error for outcome in outcomes)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_workers_end_with_a_killed_sweep_and_the_next_one_goes_on(tmp_path):
     settings = {**BASE, "schedule": '"dense"', "algorithm": '"reptile"', "iterations": 5000}

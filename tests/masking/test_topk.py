@@ -138,6 +138,7 @@ print(1024 * peak / scores.nbytes)
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux only")
 @pytest.mark.parametrize(("kind", "dtype"), [("random", "float32"), ("equal", "float32")])
 def test_memory_for_a_large_layer_stays_below_three_times_its_size(kind, dtype):

@@ -51,6 +51,7 @@ def train(rank, folder, attach):
     dist.destroy_process_group()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("attach", ["before", "after"])
 def test_two_ranks_equal_one_process(tmp_path, attach):
     on_two_ranks(train, str(tmp_path), attach)
@@ -100,6 +101,7 @@ def maml_loss(maml, data):
     return F.cross_entropy(learner(data[0]), data[1])
 
 
+@pytest.mark.process
 def test_distributed_meta_optimizer_loop(tmp_path):
     l2l = pytest.importorskip("learn2learn")
     on_two_ranks(train_maml, str(tmp_path))
@@ -158,6 +160,7 @@ def reptile_on_ranks(rank, folder, carry_state):
     dist.destroy_process_group()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("carry_state", [False, True])
 def test_reptile_shares_its_tasks(tmp_path, carry_state):
     on_two_ranks(reptile_on_ranks, str(tmp_path), carry_state)
@@ -256,6 +259,7 @@ def ranks_on_own_data(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.process
 def test_ranks_choose_together_what_differs_by_data_and_chance(tmp_path):
     on_two_ranks(ranks_on_own_data, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
@@ -313,6 +317,7 @@ def failing_ranks(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.process
 def test_ranks_that_disagree_fail_together(tmp_path):
     on_two_ranks(failing_ranks, str(tmp_path))
 
@@ -335,6 +340,7 @@ def without_group(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.process
 def test_masks_that_ddp_has_overwritten_are_noticed(tmp_path):
     on_two_ranks(without_group, str(tmp_path))
 
@@ -373,6 +379,7 @@ PrunedReptile.step = dying_step
 """
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_run_with_a_killed_rank_goes_on_from_its_checkpoint(tmp_path):
     whole, killed = tmp_path / "whole.pt", tmp_path / "killed.pt"

@@ -243,6 +243,7 @@ def on_a_rank(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.process
 def test_ranks_with_one_seed_draw_other_masks_and_stay_alike(tmp_path):
     on_two_ranks(on_a_rank, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))

@@ -214,6 +214,7 @@ def test_types_and_odd_tensors(tmp_path):
             torch.testing.assert_close(other, tensor, rtol=exact, atol=exact, equal_nan=True)
 
 
+@pytest.mark.process
 def test_loading_needs_neither_safetensors_nor_pickle(tmp_path):
     export(Conv4(5, 4), tmp_path)
     code = f"""

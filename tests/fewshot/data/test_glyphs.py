@@ -189,6 +189,7 @@ def render_once():
     return _load(None)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_two_processes_at_once(tmp_path):
     """Both start without a cache; one renders, the other waits, both see the same."""
