@@ -60,7 +60,7 @@ class MaskedOptimizers:
         checks.of_type("optimizer", optimizer, Optimizer, "a torch Optimizer")
         optimizer_state.check_holds(optimizer, weights)
         if any(optimizer is held for held in self.all):
-            raise ValueError("optimizer follows the masks already")
+            raise ValueError("this optimizer already follows the masks")
         self.all.append(optimizer)
         self._watch(optimizer)
 

@@ -225,7 +225,7 @@ class Pruner(ScheduledPruner):
             raise RuntimeError("there are no masks to replace in a dense segment")
         with ranks.failing_together(self.group, next(iter(self.masks.values())).device):
             new = updated(self.masks, masks)
-            self._choice.check(new, self._position, "replaced")
+            self._choice.check(new, self._position, "the new")
         ranks.check_same(new, self._iteration, self.group)
         self._put_masks(list(new.values()))
 
@@ -307,7 +307,7 @@ class Pruner(ScheduledPruner):
         self._tasks.check_state(state)
         if state["pattern"] != str(self._pattern):
             raise ValueError(
-                f"the checkpoint has masks of {state['pattern']}, this Pruner {self._pattern}"
+                f"the checkpoint's pattern is {state['pattern']}, this Pruner's {self._pattern}"
             )
         check_saved(state, {tensor.full_name: tensor.shape for tensor in self._tensors})
         position = self.schedule.index(state["iteration"])

@@ -193,7 +193,7 @@ class ScheduledPruner(ABC):
         if not isinstance(state, dict) or set(state) != keys or state["version"] != version:
             raise ValueError(f"this is not a {kind} state dict of this version")
         if type(state["iteration"]) is not int or state["iteration"] < 0:
-            raise ValueError(f"the checkpoint's iteration is {state['iteration']!r}")
+            raise ValueError(f"the checkpoint's iteration must be >= 0, got {state['iteration']!r}")
         if state["schedule"] != self.schedule.to_dict():
             raise ValueError(
                 f"the checkpoint belongs to another schedule: {state['schedule']}, "

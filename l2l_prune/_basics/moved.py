@@ -80,7 +80,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         new = spec.loader_state
         if spec.name.removeprefix(f"{_PACKAGE}.") in MOVED:  # else its package has warned
             warnings.warn(
-                f"{spec.name} has moved to {new}; the old path goes in version 0.3",
+                f"{spec.name} has moved to {new}; version 0.3 removes the old path",
                 DeprecationWarning,
                 stacklevel=2,  # the import statement, since frames of importlib do not count
             )
@@ -126,7 +126,7 @@ def renamed(old: str, value: Any, new: str, current: Any) -> Any:
     if value is None:
         return current
     warnings.warn(
-        f"{old} is now called {new}; the old name goes in version 0.3",
+        f"{old} is now called {new}; version 0.3 removes the old name",
         DeprecationWarning,
         stacklevel=3,
     )

@@ -70,7 +70,7 @@ def unpack(packed: Packed, numel: int) -> Tensor:
     if fits and packed.how == ALL and count == numel:
         return packed.values
     if not fits or packed.how == ALL or count > numel:
-        raise ValueError(f"{count} values stored as {packed.how} are no tensor of {numel}")
+        raise ValueError(f"{count} values stored as {packed.how} do not make a tensor of {numel}")
     if packed.how == BITMASK:
         places = _bytes_as_bits(packed.places.flatten()).nonzero().squeeze(1)
     else:
@@ -78,7 +78,7 @@ def unpack(packed: Packed, numel: int) -> Tensor:
         places = (packed.places.view(count, width).long() << 8 * torch.arange(width)).sum(1)
     rising = bool((places[1:] > places[:-1]).all())
     if len(places) != count or not rising or (count and int(places[-1]) >= numel):
-        raise ValueError(f"the places of {count} values are not those of a tensor of {numel}")
+        raise ValueError(f"the places of {count} values do not fit a tensor of {numel}")
     values = torch.zeros(numel, dtype=packed.values.dtype)
     values[places] = packed.values
     return values

@@ -67,7 +67,7 @@ def failing_together(group: dist.ProcessGroup | None, device: torch.device) -> I
     if own is not None:
         raise own
     if int(failed):
-        raise RuntimeError(f"rank {int(failed) - 1} of the group has failed: see its own error")
+        raise RuntimeError(f"rank {int(failed) - 1} of the group failed: see its error")
 
 
 def check_same_iteration(
@@ -86,7 +86,7 @@ def check_same_iteration(
     if last != -first:
         raise RuntimeError(
             f"the ranks are at iterations {-first} to {last}: load the checkpoint on all of them, "
-            "and call step() on all equally often"
+            "and call step() equally often on each"
         )
 
 
@@ -117,7 +117,7 @@ def check_same(
     if names := [n for n, d in zip(values, differs.tolist(), strict=True) if d]:
         raise RuntimeError(
             f"the masks of {', '.join(names)} differ between the ranks at iteration {iteration}: "
-            "the weights must be the same on all of them, and masks that are given, too"
+            "the weights, and any masks that are given, must be the same on all of them"
         )
 
 

@@ -26,7 +26,7 @@ class DamagedFile(ValueError):
     """
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} is damaged, or not of this program ({reason})")
+        super().__init__(f"{path} is damaged or was not written by this program ({reason})")
 
 
 def save_tensors(value: Any, path: Path, backup: Path | None = None) -> None:

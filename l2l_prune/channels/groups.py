@@ -137,7 +137,7 @@ def find_channels(model: nn.Module, example_inputs: Any, skip: Sequence[Rule] = 
     for layer in computed:
         if not matches(layer, rules):
             raise ValueError(
-                f"{layer.full_name} is pruned or reparametrized already: take that off first, or "
+                f"{layer.full_name} is already pruned or reparametrized: take that off first, or "
                 f"leave it out with skip={layer.path!r}"
             )
     roots = {axis: labels.roots(ids) for axis, ids in labels.axes.items()}
@@ -179,7 +179,7 @@ def _grouped(
     for units in members.values():
         its = [maker for axis, maker in makers.items() if units.keys() & set(roots[axis].tolist())]
         if len(units) < 2:
-            why = "its channels can only go together"
+            why = "its channels can only be removed together"
             whole.update({maker.path: why for maker in its})
             continue
         heads = bool(attended & units.keys())
@@ -212,7 +212,9 @@ def _refuse(
                 refused.setdefault(maker.path, why)
     if refused:
         told = "; ".join(f"{name}: {why}" for name, why in refused.items())
-        raise ValueError(f"cannot be shrunk: {told}. Leave out with skip={list(refused)}")
+        raise ValueError(
+            f"layers cannot be shrunk: {told}. Leave them out with skip={list(refused)}"
+        )
 
 
 def _refuse_tied(

@@ -37,7 +37,7 @@ def channel_counts(channels: Channels, segment: Segment) -> list[int] | None:
             lose the same channels, or would leave one no channel.
     """
     if segment.per_task:
-        raise ValueError('channels are cut once for a phase: masks="task" goes with weights only')
+        raise ValueError('channels are cut once per phase: masks="task" is for weights only')
     if not segment.sparse:
         return None
     keep, rates = dict(segment.keep or ()), segment.sparsity
@@ -92,7 +92,7 @@ def choose_channels(
             slot.module.weight.grad is None for slot in scored_slots(channels, group)
         ):
             raise ValueError(
-                f"Taylor importance needs gradients of {group.name} and the layers behind it: "
+                f"Taylor importance needs gradients of {group.name} and the layers after it: "
                 "call step() after a backward pass and before zero_grad()"
             )
         source = importance_group(channels, group, there)
@@ -102,7 +102,7 @@ def choose_channels(
         if not isinstance(scores, Tensor) or scores.shape != (len(present),):
             raise ValueError(
                 f"the importance of the channels of {group.name} is {scores!r}: there must be "
-                f"{len(present)} scores (bn_scale needs batch normalisation behind a layer)"
+                f"{len(present)} scores (bn_scale needs batch normalisation after the layer)"
             )
         if not bool(torch.isfinite(scores).all()):
             raise ValueError(f"the importance of the channels of {group.name} is not finite")
@@ -209,7 +209,7 @@ class _Trial:
             return True
         if not _close(again, full):
             return True  # it rolls dice
-        self.problem = "its output is another"
+        self.problem = "its output changes"
         return False
 
     def _run(self, mode: Callable[[nn.Module], Any], seed: int = 0) -> list[Tensor] | None:
@@ -292,13 +292,13 @@ def check_channels_of(
     for group, count in zip(channels.groups, wanted or (), strict=False):
         index = (kept or {})[group.name]
         if index.tolist() != sorted({int(i) % group.channels for i in index}):
-            raise ValueError(f"the checkpoint's channels of {group.name} are not its channels")
+            raise ValueError(f"the checkpoint has channels of {group.name} that do not exist")
         if len(index) != count:
             raise ValueError(
-                f"the checkpoint keeps {len(index)} channels of {group.name}, the schedule "
-                f"{count} at iteration {state['iteration']}"
+                f"the checkpoint keeps {len(index)} channels of {group.name}, but the "
+                f"schedule keeps {count} at iteration {state['iteration']}"
             )
     for entry in ("full", "regrown"):
         for name, tensor in state[entry].items():
             if shapes.get(name) != tensor.shape:
-                raise ValueError(f"the checkpoint's {entry} tensor {name} does not fit")
+                raise ValueError(f"the checkpoint's {entry} tensor {name} has another shape")

@@ -70,14 +70,14 @@ class HeldMasks:
         for tensor in self._tensors:
             if tensor.name not in held_names(tensor.module):
                 raise RuntimeError(
-                    f"the mask of {tensor.full_name} was removed by somebody else "
+                    f"the mask of {tensor.full_name} was removed by other code "
                     "(prune.remove?); use Pruner.finalize() to take masks off"
                 )
             original = tensor.module._parameters[f"{tensor.name}_orig"]
             if original is not None and not original.is_leaf:
                 raise RuntimeError(
-                    f"{tensor.full_name} is a task's adapted weight, of an inner loop that has not "
-                    "ended: put the model's own weights back first "
+                    f"{tensor.full_name} is a task's adapted weight, from an inner loop that has "
+                    "not ended: put the model's own weights back first "
                     "(torchopt.recover_state_dict, or leave higher's context)"
                 )
 
@@ -96,7 +96,7 @@ class HeldMasks:
             self.values[position] = self.values[position].to(buffer.device)
             if not torch.equal(buffer.bool(), self.values[position]):
                 raise RuntimeError(
-                    f"the mask of {tensor.full_name} is not the one of this Pruner's iteration "
+                    f"the mask of {tensor.full_name} is not the one of this Pruner at iteration "
                     f"{iteration}: load Pruner.state_dict() together with the model's, and "
                     "under DistributedDataParallel give Pruner its group="
                 )

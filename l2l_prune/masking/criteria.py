@@ -26,9 +26,9 @@ def scores_of(weight: Tensor, criterion: Criterion) -> Tensor:
     """
     scores = criterion(weight)
     if not isinstance(scores, Tensor) or scores.shape != weight.shape:
-        raise ValueError("it must give a score for each of its weights")
+        raise ValueError("there must be a score for each of its weights")
     if scores.dtype == torch.bool or scores.is_complex():
-        raise TypeError(f"it must give real numbers as scores, got {scores.dtype}")
+        raise TypeError(f"the scores must be real numbers, got {scores.dtype}")
     return scores.to(weight.device)
 
 
@@ -39,7 +39,7 @@ def magnitude(weight: Tensor) -> Tensor:
         TypeError: If ``weight`` is complex.
     """
     if weight.is_complex():
-        raise TypeError("complex weights have no order by magnitude that pruning could use")
+        raise TypeError("complex weights cannot be ranked by magnitude: leave them out with skip=")
     return weight.detach().abs()
 
 
@@ -122,8 +122,8 @@ def grasp(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Criterion
                 gradients = torch.autograd.grad(value, held, create_graph=True, allow_unused=True)
             if gradients[number] is None:
                 raise ValueError(
-                    "grasp's loss gives no gradient for it: compute the loss from the model that "
-                    "is pruned, and leave tensors that it does not use out with skip="
+                    "grasp's loss gives no gradient for this tensor: compute the loss from the "
+                    "pruned model, and leave out tensors that it does not use with skip="
                 )
             flows = (widened(g) * widened(g.detach()) for g in gradients if g is not None)
             flow = sum((part.sum() for part in flows), torch.zeros(()))
@@ -190,7 +190,7 @@ class Movement:
         number = _position(weight, self._parameters, "movement")
         if not self._seen:
             raise ValueError(
-                "movement has observed no step: register its observe as a step pre-hook, and "
+                "movement has observed no step: register movement.observe as a step pre-hook, and "
                 "begin with a dense phase"
             )
         return self._sums[number]
@@ -207,7 +207,7 @@ class Movement:
         """
         shapes = [tuple(p.shape) for p in self._parameters]
         if [tuple(total.shape) for total in state["sums"]] != shapes:
-            raise ValueError("the checkpoint's movement is of other parameters")
+            raise ValueError("the checkpoint's movement scores are of other parameters")
         self._seen = state["seen"]
         self._sums = [total.clone() for total in state["sums"]]
 

@@ -50,7 +50,7 @@ def select(
     if layers not in ("all", "authors"):
         raise ValueError(f'layers must be "all" or "authors", got {layers!r}')
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise ValueError("the model is scripted (torch.jit), its weights are out of reach")
+        raise ValueError("the model is scripted (torch.jit): prune it before you script it")
     aside = _beside_the_network(model) if only is None else set()
     candidates = [
         LayerTensor(path, module, name)
@@ -61,7 +61,7 @@ def select(
     if layers == "authors":
         first = next((c for c in candidates if isinstance(c.module, _CONV)), None)
         if first is None:
-            raise ValueError('layers="authors" leaves out the first convolution; there is none')
+            raise ValueError('layers="authors" leaves out the first convolution, but there is none')
         candidates.remove(first)
     only_rules, skip_rules = read_rules("only", only, model), read_rules("skip", skip, model)
     check_names(candidates, [r for r in (*only_rules, *skip_rules) if isinstance(r, str)])
@@ -72,12 +72,12 @@ def select(
     ]
     if candidates and not chosen:
         names = ", ".join(c.full_name for c in candidates)
-        raise ValueError(f"there is nothing to prune: only= and skip= leave nothing of {names}")
+        raise ValueError(f"there is nothing to prune: only= and skip= leave out all of {names}")
     if not chosen:
         kinds = sorted({type(module).__name__ for module in model.modules()})
         raise ValueError(
-            "there is nothing to prune: the model holds no weight of a convolution or linear "
-            f"layer (the model is made of {', '.join(kinds)}); choose others with only="
+            "there is nothing to prune: the model has no convolution or linear layer "
+            f"(it is made of {', '.join(kinds)}); choose other layers with only="
         )
     check_all_prunable(model, chosen)
     return chosen
@@ -112,7 +112,9 @@ def segment_counts(
         explicit = lookup([tensor], keep)
         if explicit is not None:
             if explicit > numel:
-                raise ValueError(f"keep={explicit} is more than {tensor.full_name} has: {numel}")
+                raise ValueError(
+                    f"keep={explicit} exceeds the weights of {tensor.full_name}: {numel}"
+                )
             counts[position] = _in_pattern(tensor, int(explicit), pattern)
             continue
         rate = lookup([tensor], dict(rates)) if isinstance(rates, tuple) else float(rates)  # type: ignore[arg-type]
@@ -268,7 +270,7 @@ def lookup(tensors: Sequence[LayerTensor], table: Mapping[str, float]) -> float 
     }
     if len(set(exact.values())) > 1:
         told = ", ".join(f"{name}: {value}" for name, value in exact.items())
-        raise ValueError(f"these lose the same channels and need one value, got {told}")
+        raise ValueError(f"layers that lose the same channels need one value, got {told}")
     if exact:
         return next(iter(exact.values()))
     return next(
@@ -285,6 +287,6 @@ def _in_pattern(tensor: LayerTensor, keep: int, pattern: Pattern) -> int:
         return pattern.count(as_outputs, keep)
     except ValueError as error:
         raise ValueError(
-            f"{tensor.full_name} of shape {tuple(shape)} cannot take the pattern {pattern}: "
+            f"{tensor.full_name} of shape {tuple(shape)} does not fit the pattern {pattern}: "
             f"{error}; leave it out with skip="
         ) from None

@@ -411,7 +411,7 @@ def _masked_property(base: type[nn.Module], name: str, stored: bool = False) -> 
 def _refuse_assignment(base: type[nn.Module], name: str) -> NoReturn:
     raise RuntimeError(
         f"{base.__name__}.{name} is under an l2l_prune mask and cannot be "
-        f"assigned: write to '{name}_orig' (its name in functional_call and state dicts too), "
+        f"assigned: write to '{name}_orig' (its name in functional_call and state dicts), "
         "or take the masks off first with Pruner.finalize()"
     )
 
@@ -436,7 +436,7 @@ def _reduce_held(base: type[nn.Module], names: tuple[str, ...], reduced: Any) ->
         rest[0] = {key: value for key, value in rest[0].items() if key != "_l2l_prune_opened"}
     if function.__name__ != "__newobj__" or not _is_own_class(args[0], base, names):
         raise TypeError(
-            f"{base.__name__} has its own way to be pickled, which would lose the masks: "
+            f"{base.__name__} has its own way of pickling, which would lose the masks: "
             "save dense_state_dict(model), or finalize the Pruner first"
         )
     return (_new_held, (base, names, *args[1:]), *rest)

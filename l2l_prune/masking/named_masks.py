@@ -35,7 +35,7 @@ def updated(masks: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> dict[
     new = dict(masks)
     for name, mask in changed.items():
         if name not in new:
-            raise ValueError(f"{name!r} is none of the pruned tensors: {', '.join(new)}")
+            raise ValueError(f"{name!r} is not one of the pruned tensors: {', '.join(new)}")
         if mask.dtype != torch.bool or mask.shape != new[name].shape:
             raise ValueError(
                 f"the mask of {name} must be boolean and of shape {tuple(new[name].shape)}"
@@ -56,9 +56,9 @@ def check_saved(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> N
     """
     for entry in ("masks", "regrown"):
         if not isinstance(state[entry], dict):
-            raise ValueError(f"the checkpoint's {entry} must be masks by name")
+            raise ValueError(f"the checkpoint's {entry!r} must be a dict of masks by name")
     if unknown := sorted(set(state["regrown"]) - set(shapes)):
-        raise ValueError(f"the checkpoint's regrown weights are of other tensors: {unknown}")
+        raise ValueError(f"the checkpoint's regrown weights belong to other tensors: {unknown}")
     if differing := sorted(set(state["masks"]) ^ set(shapes)):
         raise ValueError(f"the checkpoint prunes other tensors; they differ in {differing}")
     for entry, called in (("masks", "mask"), ("regrown", "regrown mask")):

@@ -30,7 +30,7 @@ def named(tensor: LayerTensor, when: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         place = f"cannot prune {tensor.full_name} {when}"
-        raise type(error)(f"{place} by the scores of criterion: {error}") from None
+        raise type(error)(f"{place} by the criterion: {error}") from None
 
 
 def all_true(weight: Tensor) -> Tensor:

@@ -88,12 +88,12 @@ class NByM(Pattern):
         """``keep``, if it is ``n / m`` of the tensor."""
         if len(shape) < 2 or shape[1] % self.m:
             inputs = shape[1] if len(shape) > 1 else "no"
-            raise ValueError(f"it has {inputs} inputs, which do not divide by {self.m}")
+            raise ValueError(f"it has {inputs} inputs, which do not divide into groups of {self.m}")
         total = shape.numel()
         if keep * self.m != total * self.n:
             raise ValueError(
                 f"{self.n}:{self.m} keeps {self.n} of {self.m}, so the sparsity must be "
-                f"{1 - self.n / self.m:g}; asked were {keep} of {total} weights"
+                f"{1 - self.n / self.m:g}, but it was to keep {keep} of {total} weights"
             )
         return keep
 

@@ -53,7 +53,9 @@ class MaskChoice:
             raise ValueError(f"allocation must be one of {ALLOCATIONS}, got {allocation!r}")
         self._global = allocation == "global"
         if self._global and pattern != UNSTRUCTURED:
-            raise ValueError('allocation="global" goes without pattern: that counts layer by layer')
+            raise ValueError(
+                'allocation="global" cannot be combined with pattern, which counts layer by layer'
+            )
         self._group = group
         self._tensors, self._criterion, self._pattern = tensors, criterion, pattern
         self._counts = [  # by segment: what each tensor keeps, or what all keep together
@@ -98,8 +100,8 @@ class MaskChoice:
                 if not bool(torch.isfinite(weight).all()):
                     raise ValueError(
                         f"cannot prune {tensor.full_name} {when}: the weights hold NaN or "
-                        "infinity, the training has diverged before (lower the learning rate, "
-                        "clip gradients)"
+                        "infinity, so training has diverged (lower the learning rate or clip "
+                        "gradients)"
                     )
         if self.kept(position) == sum(weight.numel() for weight in weights):  # nothing to choose
             return [all_true(weight) for weight in weights]

@@ -103,7 +103,7 @@ def check_prunable(tensor: LayerTensor) -> None:
     elif weight.layout != torch.strided:
         problem = f"is {weight.layout}, not a dense tensor: {advice}"
     elif weight.is_inference():
-        problem = "was made in inference_mode, so it cannot be changed: make the model outside"
+        problem = "was made in inference_mode, so it cannot be changed: make the model outside it"
     elif any(
         step == 0 < size - 1 for step, size in zip(weight.stride(), weight.shape, strict=True)
     ):

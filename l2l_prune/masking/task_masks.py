@@ -75,7 +75,7 @@ class TaskMasks:
             "generator", generator, torch.Generator, "a torch.Generator"
         )
         if generator.device.type != "cpu":
-            raise TypeError(f"generator must be on the CPU, is on {generator.device}")
+            raise TypeError(f"generator must be on the CPU, not on {generator.device}")
         if not callable(scores):
             raise TypeError(
                 f"scores must be a function of a weight and a generator, got "
@@ -137,7 +137,7 @@ class TaskSeeds:
         except (AttributeError, TypeError, KeyError, RuntimeError):
             fits = False
         if not fits:
-            raise ValueError("the checkpoint's task_masks are none of this version")
+            raise ValueError("the checkpoint's task_masks do not fit this version")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
@@ -191,13 +191,13 @@ class TaskBlocks:
         for module in model.modules():
             if isinstance(module, DistributedDataParallel) and module.broadcast_buffers:
                 raise ValueError(
-                    "DistributedDataParallel would give all ranks the first one's task masks: wrap "
-                    "the model with broadcast_buffers=False"
+                    "DistributedDataParallel would give all ranks the first rank's task masks: "
+                    "wrap the model with broadcast_buffers=False"
                 )
         if self._global and how.pattern != UNSTRUCTURED:
             raise ValueError(
-                'allocation="global" goes without a pattern of task_masks: that counts layer by '
-                "layer"
+                'allocation="global" cannot be combined with a pattern of task_masks, which '
+                "counts layer by layer"
             )
         self._counts = [  # by segment, empty where no masks are drawn
             kept_counts(tensors, segment, allocation, how.pattern) if segment.per_task else []
@@ -235,8 +235,8 @@ class TaskBlocks:
         """
         if self._segments[position].per_task and not self._seeds.tasks:
             raise RuntimeError(
-                f"iteration {iteration} prunes in each task, but no task began: put each task's "
-                "learner into a `with pruner.task_masks():` block"
+                f"iteration {iteration} prunes in each task, but no task began: run each "
+                "task within a `with pruner.task_masks():` block"
             )
 
     def end_iteration(self) -> None:

@@ -52,7 +52,7 @@ def top_mask(scores: Tensor, keep: int) -> Tensor:
         [True, True, False, True]
     """
     if scores.is_complex():
-        raise TypeError("complex scores have no order that pruning could use")
+        raise TypeError("scores must be real numbers, got complex ones")
     if not 0 <= keep <= scores.numel():
         raise ValueError(f"keep must be in [0, {scores.numel()}], got {keep}")
     check_finite(scores)
@@ -110,4 +110,4 @@ def check_finite(scores: Tensor) -> None:
         ValueError: If ``scores`` holds NaN or infinity.
     """
     if not bool(torch.isfinite(scores).all()):
-        raise ValueError("it holds NaN or infinity, so the largest cannot be told")
+        raise ValueError("the scores hold NaN or infinity, so they cannot be ranked")

@@ -38,7 +38,7 @@ def chosen_parameters(model: nn.Module, adapt_only: AdaptOnly) -> dict[str, Tens
     else:
         chosen = _of_rules(model, read_rules("adapt_only", adapt_only, model))
     if not any(model.get_parameter(name).requires_grad for name in chosen):
-        raise ValueError("adapt_only leaves no parameter that could adapt")
+        raise ValueError("adapt_only leaves no parameter to adapt")
     return chosen
 
 
@@ -89,7 +89,9 @@ def _of_channels(
         for channel in channels:
             index = checks.whole_number(f"adapt_only[{name!r}]", channel)
             if index >= count:
-                raise ValueError(f"adapt_only[{name!r}] names channel {index} of {count}")
+                raise ValueError(
+                    f"adapt_only[{name!r}] names channel {index}, but there are {count}"
+                )
             keep[index] = True
         if not bool(keep.any()):
             raise ValueError(f"adapt_only[{name!r}] names no channel: leave the layer out")

@@ -80,7 +80,9 @@ class Learner(nn.Module):
         if self.__dict__["_reptile"] is not reptile:
             raise RuntimeError("this learner was cloned from another PrunedReptile")
         if self.__dict__["_born"] != iteration:
-            raise RuntimeError("this learner was cloned before the last step(): its start is stale")
+            raise RuntimeError(
+                "this learner is stale, cloned before the last step(): clone() a new one"
+            )
         workspace.project()
         self.__dict__["_workspace"] = None
         del self.module
@@ -116,9 +118,9 @@ class Workspace:
             "a torch Optimizer",
         )
         if not optimizer_state.held_ids(self.optimizer) <= {id(p) for p in given}:
-            raise ValueError("inner_optimizer must step on the parameters that it is given only")
+            raise ValueError("inner_optimizer must step only on the parameters that it is given")
         if isinstance(self.optimizer, LBFGS):
-            raise ValueError("inner_optimizer must step on one loss; L-BFGS needs a closure")
+            raise ValueError("inner_optimizer must step without a closure, but L-BFGS needs one")
         self._fresh = [copied_state(self.optimizer.state.get(p, {})) for p in self.parameters]
         self._by_name = dict(self.module.named_parameters())
         self._trained = {name: p.requires_grad for name, p in self._by_name.items()}

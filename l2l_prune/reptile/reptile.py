@@ -142,8 +142,8 @@ class PrunedReptile(nn.Module):
             given = (only, layers, criterion, pattern, allocation)
             if given != (None, "all", magnitude, UNSTRUCTURED, "layerwise"):
                 raise ValueError(
-                    "structured goes without only, layers, criterion, pattern and allocation: it "
-                    "cuts out whole channels of all layers but those of skip="
+                    "structured cannot be combined with only, layers, criterion, pattern or "
+                    "allocation: it cuts channels out of all layers except those in skip="
                 )
             self.pruner = ChannelPruner(
                 model,
@@ -284,7 +284,7 @@ class PrunedReptile(nn.Module):
         """
         self._check_usable()
         if not self._tasks:
-            raise RuntimeError("step() without a task: collect(learner) at least one before it")
+            raise RuntimeError("step() without a task: collect(learner) at least once before it")
         tasks, mean = self._tasks, [total.clone() for total in self._collected]
         if self._group is not None:
             ranks.check_same_iteration(self.iteration, self._group, mean[0].device)
@@ -392,7 +392,7 @@ class PrunedReptile(nn.Module):
 
     def _taken_back(self, learner: Learner) -> Workspace:
         if not isinstance(learner, Learner):
-            raise TypeError(f"this takes a learner made by clone(), got {checks.describe(learner)}")
+            raise TypeError(f"learner must be one made by clone(), got {checks.describe(learner)}")
         return learner.release(self, self.iteration)
 
     def _carried_states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -426,9 +426,9 @@ def _check_state(state: Any, parameters: dict[str, nn.Parameter], shapes: bool) 
     if type(tasks) is not int or tasks < 0:
         raise ValueError(f"the checkpoint's tasks must be a number >= 0, got {tasks!r}")
     if len(collected) != (len(parameters) if tasks else 0):
-        raise ValueError(f"the checkpoint has {len(collected)} collected tensors of {tasks} tasks")
+        raise ValueError(f"the checkpoint has {len(collected)} collected tensors for {tasks} tasks")
     if len(inner) not in (0, len(parameters)):
-        raise ValueError(f"the checkpoint's inner_state is of {len(inner)} parameters")
+        raise ValueError(f"the checkpoint's inner_state is for {len(inner)} parameters")
     if not shapes:
         return
     for (name, parameter), total in zip(parameters.items(), collected, strict=False):

@@ -73,7 +73,7 @@ class Segment:
         if self.share > 1:
             raise ValueError(f"share must be in (0, 1], got {self.share}")
         if self.share < 1 and self.masks == "phase":
-            raise ValueError('share goes with masks="task" only')
+            raise ValueError('share needs masks="task"')
         of_type("phase", self.phase, str, "a string")
         set_field(self, "phase", self.phase or ("sparse" if self.sparse else "dense"))
 

@@ -205,7 +205,7 @@ def test_refusals(net):
         for call in (pruner.step, pruner.finalize, pruner.task_masks().__enter__):
             with pytest.raises(RuntimeError, match="within task_masks"):
                 call()
-    with pytest.raises(ValueError, match="'fc' is none of the pruned"):
+    with pytest.raises(ValueError, match="'fc' is not one of the pruned"):
         pruner.task_masks({"fc": torch.ones(3, 16).bool()}).__enter__()
     with pytest.raises(ValueError, match=r"the mask of fc\.weight must be boolean"):
         pruner.task_masks({"fc.weight": torch.ones(3, 16)}).__enter__()
