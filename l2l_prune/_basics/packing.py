@@ -1,4 +1,4 @@
-"""Tensors with many zeros as few bytes: what is not 0, and where it is."""
+"""Tensors with many zeros in few bytes: what is not 0, and where it is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WAYS = (ALL, BITMASK, INDICES)
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor in the fewest bytes of three ways.
+    """A tensor stored in whichever of three ways takes the fewest bytes.
 
     Attributes:
         how: ``"all"`` values, or those that are not 0 with their places as a ``"bitmask"`` or as
@@ -36,7 +36,7 @@ class Packed:
 
 
 def pack(tensor: Tensor) -> Packed:
-    """The smallest way to write a tensor; on the CPU, new memory."""
+    """The smallest way to store a tensor, in new memory on the CPU."""
     values = tensor.detach().cpu().contiguous().flatten().clone()
     there = values != 0
     kept = values[there]
@@ -63,7 +63,7 @@ def unpack(packed: Packed, numel: int) -> Tensor:
     """All values of a tensor, ``[numel]``.
 
     Raises:
-        ValueError: If values and places are not of a tensor of this size.
+        ValueError: If values and places do not fit a tensor of this size.
     """
     count = len(packed.values)
     fits = packed.places.numel() == places_size(packed.how, count, numel)

@@ -213,7 +213,7 @@ def _refuse(
     if refused:
         told = "; ".join(f"{name}: {why}" for name, why in refused.items())
         raise ValueError(
-            f"layers cannot be shrunk: {told}. Leave them out with skip={list(refused)}"
+            f"these layers cannot be shrunk: {told}. Leave them out with skip={list(refused)}"
         )
 
 

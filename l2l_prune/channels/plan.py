@@ -301,4 +301,4 @@ def check_channels_of(
     for entry in ("full", "regrown"):
         for name, tensor in state[entry].items():
             if shapes.get(name) != tensor.shape:
-                raise ValueError(f"the checkpoint's {entry} tensor {name} has another shape")
+                raise ValueError(f"the checkpoint's {entry} tensor {name} does not fit this model")

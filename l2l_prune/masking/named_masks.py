@@ -27,10 +27,10 @@ def mask_table(masks: Mapping[str, Tensor], model: nn.Module) -> str:
 
 
 def updated(masks: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``masks`` with those that are given in place of theirs.
+    """``masks``, with those in ``changed`` in place of the old ones.
 
     Raises:
-        ValueError: If a name is unknown, or a mask is not boolean or does not fit; it is named.
+        ValueError: If a name is unknown, or a mask is not boolean or does not fit; names it.
     """
     new = dict(masks)
     for name, mask in changed.items():
@@ -48,8 +48,8 @@ def check_saved(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> N
     """Refuse a checkpoint whose ``"masks"`` and ``"regrown"`` are not those of these tensors.
 
     Args:
-        state: Of a Pruner. The released entries are called ``"regrown"`` in it.
-        shapes: Of all pruned tensors, by name.
+        state: A Pruner's state, in which released entries are called ``"regrown"``.
+        shapes: The shapes of all pruned tensors, by name.
 
     Raises:
         ValueError: Naming the tensor or entry that does not fit.

@@ -234,7 +234,7 @@ ARGUMENTS = [
         "more kept than a layer has",
         lambda s: Pruner(s.net, Schedule([Segment(1, sparse=True, keep={"fc": 999})])),
         ValueError,
-        "keep=999 .*fc.weight.*48",
+        "keep=999 .*48 weights of fc.weight",
         small,
     ),
     Case(

@@ -459,7 +459,7 @@ class Tied(nn.Module):
         (lambda: pruner(nn.Linear(28, 5), IMAGES.float()[:, 0, 0]), "no channels that can be"),
         (
             lambda: pruner(Unknown(), IMAGES.float()),
-            r"^layers cannot be shrunk: 0: .*unknown.*\['0'\]",
+            r"^these layers cannot be shrunk: 0: .*unknown.*\['0'\]",
         ),
         (lambda: pruner(FixedSize(), IMAGES.float()), r"without some channels of 0 .*skip=\['0'\]"),
         (lambda: pruner(OneSided(), IMAGES.float()), r"some channels of 0 .*skip=\['0'\]"),
