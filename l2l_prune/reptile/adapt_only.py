@@ -1,4 +1,4 @@
-"""Which parameters of a learner adapt to a task, where not all do."""
+"""Which parameters of a learner adapt to a task, if not all do."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ def chosen_parameters(model: nn.Module, adapt_only: AdaptOnly) -> dict[str, Tens
             for all.
 
     Returns:
-        For each parameter ``None``, or which of its entries adapt: boolean, broadcast from its
-        first dimension.
+        For each parameter that adapts ``None``, or which of its entries do: boolean, broadcast from
+        its first dimension.
 
     Raises:
-        TypeError: If something else is given.
-        ValueError: If a name means no parameter, a channel is not there, or nothing would adapt.
+        TypeError: If anything else is given.
+        ValueError: If a name matches no parameter, a channel does not exist, or nothing would
+            adapt.
     """
     if isinstance(adapt_only, Mapping):
         chosen = _of_channels(model, adapt_only)
@@ -81,8 +82,8 @@ def _of_channels(
         counts = {len(p) for p in own.values() if p.dim()}
         if len(counts) != 1 or getattr(layer, "transposed", False):
             raise ValueError(
-                f"adapt_only cannot choose channels of {name}, a {type(layer).__name__}: it must "
-                "hold its output channels first; give None for the whole layer"
+                f"adapt_only cannot choose channels of {name}, a {type(layer).__name__}, which "
+                "does not hold its output channels first; give None for the whole layer"
             )
         count = counts.pop()
         keep = torch.zeros(count, dtype=torch.bool)
@@ -103,7 +104,7 @@ def _of_channels(
 
 
 def _names(full_name: str) -> list[str]:
-    """The parameter's name, and those of all modules that it is in."""
+    """The parameter's name, and the names of all modules that contain it."""
     parts = full_name.split(".")
     return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
 
