@@ -1,6 +1,6 @@
-"""What happens to optimizer state where weights are pruned and where they regrow.
+"""What happens to optimizer state when weights are pruned and when they are released.
 
-While a weight is pruned its gradient is 0, so Adam's second moment decays towards 0 there; the
+While a weight is pruned, its gradient is 0, so Adam's second moment decays towards 0 there; the
 first gradient after release would then be divided by almost nothing and the weight would jump by
 many learning rates. The rules here keep a released weight's first steps no larger than those of
 the weights that were kept.

@@ -271,7 +271,7 @@ def check_channels_of(
     counts: Sequence[list[int] | None],
     shapes: Mapping[str, torch.Size],
 ) -> None:
-    """Refuse a state whose channels are not those of this network.
+    """Refuse a state whose channels do not fit this network.
 
     Args:
         state: What ``ChannelPruner.state_dict()`` gave, for this schedule.

@@ -168,7 +168,7 @@ class ChannelPruner(ScheduledPruner):
 
     @property
     def channels(self) -> dict[str, list[int]]:
-        """The channels that are there now, by the layer that makes them.
+        """The channels that are present now, by the layer that makes them.
 
         Where channels can only be removed in blocks (attention heads, groups of a grouped
         convolution or of group normalisation), the blocks are counted.
@@ -177,7 +177,7 @@ class ChannelPruner(ScheduledPruner):
 
     @property
     def whole(self) -> dict[str, str]:
-        """Layers whose channels all stay, always, with the reason."""
+        """Layers that always keep all of their channels, with the reason."""
         return dict(self._channels.whole)
 
     def summary(self) -> str:
@@ -222,7 +222,7 @@ class ChannelPruner(ScheduledPruner):
     # ---- saving and resuming ----------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything to resume from beside the model's and optimizer's own state dicts."""
+        """All that resuming needs besides the model's and optimizer's own state dicts."""
         return {
             "version": _STATE_VERSION,
             "schedule": self.schedule.to_dict(),
@@ -320,7 +320,7 @@ class ChannelPruner(ScheduledPruner):
         )
 
     def _by_name(self) -> dict[str, Tensor]:
-        """Positions of the channels that are there now, by group."""
+        """Positions of the channels that are present now, by group."""
         everything = torch.ones(self._channels.count, dtype=torch.bool)
         kept = everything if self._kept is None else self._kept
         groups = self._channels.groups

@@ -45,7 +45,7 @@ def updated(masks: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> dict[
 
 
 def check_saved(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
-    """Refuse a checkpoint whose ``"masks"`` and ``"regrown"`` are not those of these tensors.
+    """Refuse a checkpoint whose ``"masks"`` or ``"regrown"`` do not fit these tensors.
 
     Args:
         state: A Pruner's state, in which released entries are called ``"regrown"``.

@@ -14,14 +14,14 @@ from l2l_prune.masking.topk import check_finite, kept_count, top_mask
 
 
 class Pattern(ABC):
-    """A rule for where a mask may prune.
+    """A rule for where pruned weights may lie.
 
     Tensors come as ``[outputs, inputs / groups, ...]``, also those of transposed convolutions.
     """
 
     @abstractmethod
     def count(self, shape: torch.Size, keep: int) -> int:
-        """How many weights are kept where ``keep`` are asked for.
+        """How many weights the pattern keeps if ``keep`` are asked for.
 
         Raises:
             ValueError: If the pattern does not fit a tensor of this shape, or not this count.

@@ -199,7 +199,7 @@ class TaskBlocks:
                 'allocation="global" cannot be combined with a pattern of task_masks, which '
                 "counts layer by layer"
             )
-        self._counts = [  # by segment, empty where no masks are drawn
+        self._counts = [  # by segment; empty if no masks are drawn
             kept_counts(tensors, segment, allocation, how.pattern) if segment.per_task else []
             for segment in schedule.segments
         ]
@@ -212,7 +212,9 @@ class TaskBlocks:
         """Run one task, in the segment at ``position``, under drawn or ``given`` masks."""
         drawing = given is None and self._segments[position].per_task
         masks = self._draw(position, held.originals()) if drawing else given
-        if masks is not None and self._segments[position].held:  # what the model has pruned stays
+        if (
+            masks is not None and self._segments[position].held
+        ):  # what the model has pruned stays pruned
             masks = [new & own for new, own in zip(masks, held.values, strict=True)]
         self.inside, self.lent, self._drawing = True, masks, position if drawing else None
         try:

@@ -305,7 +305,7 @@ class PrunedReptile(nn.Module):
                 torch._foreach_lerp_([p.detach() for p in parameters], mean, self.meta_lr)
             self.pruner.step()
         except Exception:
-            if self.iteration == iteration:  # else a hook failed after the step
+            if self.iteration == iteration:  # otherwise a hook failed after the step
                 torch._foreach_copy_([p.detach() for p in parameters], before)
             raise
         finally:

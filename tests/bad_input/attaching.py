@@ -1,4 +1,4 @@
-"""Pruner: models, optimizers, selections and moments that cannot be."""
+"""Pruner: models, optimizers and selections that are refused, and calls at the wrong time."""
 
 from __future__ import annotations
 
