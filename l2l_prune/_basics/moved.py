@@ -78,9 +78,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         new = spec.loader_state
-        if (
-            spec.name.removeprefix(f"{_PACKAGE}.") in MOVED
-        ):  # otherwise its package has warned already
+        if spec.name.removeprefix(f"{_PACKAGE}.") in MOVED:  # else its package has warned
             warnings.warn(
                 f"{spec.name} has moved to {new}; version 0.3 removes the old path",
                 DeprecationWarning,

@@ -212,9 +212,7 @@ class TaskBlocks:
         """Run one task, in the segment at ``position``, under drawn or ``given`` masks."""
         drawing = given is None and self._segments[position].per_task
         masks = self._draw(position, held.originals()) if drawing else given
-        if (
-            masks is not None and self._segments[position].held
-        ):  # what the model has pruned stays pruned
+        if masks is not None and self._segments[position].held:  # what the model has pruned stays
             masks = [new & own for new, own in zip(masks, held.values, strict=True)]
         self.inside, self.lent, self._drawing = True, masks, position if drawing else None
         try:
