@@ -21,14 +21,14 @@ from l2l_prune.masking.prunable import LayerTensor
 class MaskedOptimizers:
     """Optimizers whose momentum and second moments follow the masks of some tensors.
 
-    Made before masks are on the tensors. The state of Meta-SGD's rates for them, which ``model``
-    may hold, follows too. With ``match`` second moments of released weights are raised, so that
-    none jumps (:mod:`l2l_prune.optimizer_state`).
+    Made before the tensors are masked. If ``model`` holds Meta-SGD's rates for them, the state of
+    those rates follows too. With ``match``, second moments of released weights are raised, so that
+    none of them jumps (:mod:`l2l_prune.optimizer_state`).
 
     Attributes:
         all: The optimizers.
-        released: Entries that were released, by dense name, until every optimizer that holds the
-            tensor has made a step on them. Steps that a gradient scaler skips do not count.
+        released: Released entries, by dense name, until every optimizer that holds the tensor has
+            made a step on them. Steps that a gradient scaler skips do not count.
     """
 
     def __init__(
@@ -51,16 +51,16 @@ class MaskedOptimizers:
         self._handles: list[RemovableHandle] = []
 
     def watch(self) -> None:
-        """From now on look at the gradients of each first step after a release."""
+        """From now on, look at the gradients before the first step after each release."""
         for optimizer in self.all:
             self._watch(optimizer)
 
     def add(self, optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
-        """Take one more, which must hold some of ``weights``, the pruned ones."""
+        """Add an optimizer, which must hold some of ``weights``, the pruned ones."""
         checks.of_type("optimizer", optimizer, Optimizer, "a torch Optimizer")
         optimizer_state.check_holds(optimizer, weights)
         if any(optimizer is held for held in self.all):
-            raise ValueError("optimizer follows the masks already")
+            raise ValueError("this optimizer already follows the masks")
         self.all.append(optimizer)
         self._watch(optimizer)
 
@@ -73,7 +73,7 @@ class MaskedOptimizers:
         for position, (tensor, mask) in enumerate(zip(self._tensors, new, strict=True)):
             released = mask & ~old[position] if old else torch.zeros_like(mask)
             waiting = self.released.pop(tensor.full_name, None)
-            if waiting is not None:  # for a step since the last change of masks
+            if waiting is not None:  # it still waits for its first step
                 released |= waiting.to(mask.device) & mask
             match = self._match and bool(released.any())
             for optimizer, parameter, _ in self._states(position):
@@ -86,11 +86,11 @@ class MaskedOptimizers:
                 self._stepped = {step for step in self._stepped if step[0] != tensor.full_name}
 
     def resume(self, masks: Sequence[Tensor], released: Mapping[str, Tensor]) -> None:
-        """Go on with masks that the state has followed already; ``released`` was saved."""
+        """Go on with masks that the state already follows; ``released`` comes from a checkpoint."""
         self._masks, self.released, self._stepped = masks, dict(released), set()
 
     def let_go(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -135,7 +135,7 @@ class MaskedOptimizers:
     def _states(self, position: int) -> Iterator[tuple[Optimizer, Tensor, tuple[str, int, bool]]]:
         """Every optimizer with each parameter whose state follows the mask of a tensor.
 
-        Third comes a key for the pair, which is the same in copies.
+        The third entry is a key for the pair, which is the same in copies.
         """
         tensor, rates = self._tensors[position], self._rates[position]
         original, _ = held_tensors(tensor.module, tensor.name)

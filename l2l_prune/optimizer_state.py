@@ -1,6 +1,6 @@
-"""What happens to optimizer state where weights are pruned and where they regrow.
+"""What happens to optimizer state when weights are pruned and when they are released.
 
-While a weight is pruned its gradient is 0, so Adam's second moment decays towards 0 there; the
+While a weight is pruned, its gradient is 0, so Adam's second moment decays towards 0 there; the
 first gradient after release would then be divided by almost nothing and the weight would jump by
 many learning rates. The rules here keep a released weight's first steps no larger than those of
 the weights that were kept.
@@ -21,16 +21,16 @@ from l2l_prune._basics.precision import step_gradient, widened
 # State of torch.optim that divides the step: squared gradients, or their size in Adamax.
 _SQUARED = frozenset({"exp_avg_sq", "square_avg"})
 _DIVIDING = _SQUARED | {"max_exp_avg_sq", "sum", "exp_inf"}
-# Rprop's per-weight step and Adadelta's past steps belong to no gradient; 0 would stop them.
+# Rprop's step sizes and Adadelta's past steps are not gradients; 0 would stop the weights.
 _STEP_SIZE = "step_size"
 _UNTOUCHED = frozenset({_STEP_SIZE, "acc_delta"})
 
 
 def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    """One optimizer, several or none as a list.
+    """One optimizer, several or none, as a list.
 
     Raises:
-        TypeError: If something else is among them.
+        TypeError: If anything else is among them.
     """
     if optimizer is None:
         return []
@@ -53,7 +53,7 @@ def holds(optimizer: Optimizer, weights: Iterable[Tensor | None]) -> bool:
 
 
 def check_holds(optimizer: Optimizer, weights: Iterable[Tensor | None]) -> None:
-    """Refuse an optimizer of other weights.
+    """Refuse an optimizer that holds only other weights.
 
     Raises:
         ValueError: If it holds none of ``weights``.
@@ -91,15 +91,15 @@ def level_second_moment(
     Args:
         optimizer: Any torch optimizer.
         parameter: A parameter that the optimizer may hold.
-        kept: Boolean tensor of the parameter's shape: entries that were trained all along, and
-            still are. Those that are pruned now are neither kept nor released.
+        kept: Boolean tensor of the parameter's shape: entries that have been trained all along.
+            Entries that are pruned now are neither kept nor released.
         released: Boolean tensor of the same shape: entries that are released now.
     """
     level_state(optimizer.state.get(parameter, {}), parameter.shape, kept, released)
 
 
 def level_state(state: dict[str, Any], shape: torch.Size, kept: Tensor, released: Tensor) -> None:
-    """The same for the state of one parameter, wherever it is held.
+    """As :func:`level_second_moment`, for the state of one parameter, wherever it is held.
 
     Args:
         state: What an optimizer holds for a parameter.
@@ -119,14 +119,14 @@ def level_state(state: dict[str, Any], shape: torch.Size, kept: Tensor, released
 def raise_to_gradient(
     optimizer: Optimizer, parameter: Tensor, kept: Tensor, released: Tensor
 ) -> None:
-    """Before the first step after release: a second moment that fits the gradient.
+    """Raise a second moment to fit the gradient, before the first step after a release.
 
-    Adam started afresh divides the first gradient by its own size, for a step of one learning
+    A fresh Adam divides the first gradient by its own size, which gives a step of one learning
     rate. This raises the second moment of released entries further, so that a gradient of this
     size moves them by as much as the kept entries of the tensor moved on average in their last
     step (between a tenth of a learning rate and one), even where those have converged and their
     second moments are tiny. The surplus decays like all of Adam's memory. A step that a gradient
-    scaler lets change nothing changes nothing here either.
+    scaler skips changes nothing here either.
 
     Args:
         optimizer: Any torch optimizer, about to step with ``parameter.grad``.
@@ -147,9 +147,9 @@ def raise_to_gradient(
 
 
 def gradient_hook(act: Callable[[Optimizer], None]) -> Callable[[Optimizer, Any, Any], Any]:
-    """A step pre-hook of an optimizer that runs ``act`` once the step's gradients are there.
+    """An optimizer's step pre-hook that runs ``act`` as soon as the step's gradients exist.
 
-    With a closure they only exist after it has run.
+    With a closure, they exist only after it has run.
     """
 
     def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -173,7 +173,7 @@ def gradient_hook(act: Callable[[Optimizer], None]) -> Callable[[Optimizer, Any,
 def _mean_step(
     momentum: Tensor | None, squared: Tensor, correction: Tensor | float, kept: Tensor
 ) -> Tensor | float:
-    """Mean size of the kept entries' last step in learning rates, within [0.1, 1]."""
+    """Mean size of the kept entries' last step, in learning rates, clamped to [0.1, 1]."""
     if momentum is None:
         return 0.5
     sizes = widened(momentum).abs() / (widened(squared) / correction).sqrt().clamp_min(1e-30)
@@ -181,7 +181,7 @@ def _mean_step(
 
 
 def _mean(values: Tensor, kept: Tensor) -> Tensor:
-    """Over the kept entries; 0 if there are none."""
+    """The mean over the kept entries; 0 if there are none."""
     return torch.where(kept, values, 0.0).sum() / kept.sum().clamp_min(1)
 
 
@@ -205,6 +205,6 @@ def _bias_correction(optimizer: Optimizer, parameter: Tensor) -> Tensor | float:
     step = optimizer.state.get(parameter, {}).get("step")
     for group in optimizer.param_groups:
         if step is not None and "betas" in group and any(p is parameter for p in group["params"]):
-            # On the device or not, as the count is: a copy between them would wait for the device.
+            # On the same device as the count: a copy to another would wait for the device.
             return torch.as_tensor(1 - group["betas"][1] ** (step + 1))
     return 1.0

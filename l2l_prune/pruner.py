@@ -47,23 +47,23 @@ class Pruner(ScheduledPruner):
         schedule: When to prune, and how much.
         optimizer: The optimizer (or several) whose momentum and second moments follow the masks.
             Without it the masks still hold; only the state is left alone.
-        layers: ``"all"`` convolution, linear and attention weights, or ``"authors"``: without the
-            first convolution.
+        layers: ``"all"``: convolution, linear and attention weights; ``"authors"``: the same
+            without the first convolution.
         only: Names, ``fnmatch`` patterns, module types or predicates ``(name, module) -> bool``
             that a tensor must match; see :func:`l2l_prune.masking.layers.select`.
         skip: The same, for tensors to leave dense.
-        criterion: Scores of a weight's entries, of which the largest are kept: by default their
-            magnitude; see :mod:`l2l_prune.masking.criteria`.
+        criterion: Scores the entries of a weight, of which the best are kept: by magnitude by
+            default; see :mod:`l2l_prune.masking.criteria`.
         pattern: Where pruned weights may lie: anywhere by default, ``NByM(2, 4)`` or
             ``Block(rows, columns)`` of :mod:`l2l_prune.masking.patterns`.
         allocation: ``"layerwise"``: each tensor is pruned at the schedule's sparsity. ``"erk"``:
-            large tensors more than small ones (:func:`l2l_prune.masking.allocation.erk`), and all
-            together at that sparsity. ``"global"``: all are ranked together, and layers lose as
-            much as their scores say.
-        release_state: Second moments (Adam, RMSprop, ...) of weights that are released.
-            ``"match"``: as large as the largest kept one of the tensor, and at the first step at
-            least as large as the gradient asks, so that released weights do not jump. ``"keep"``:
-            as the optimizer left them.
+            large tensors more than small ones (:func:`l2l_prune.masking.allocation.erk`), with
+            that sparsity over all. ``"global"``: all weights are ranked together, so each layer
+            loses as much as its scores say.
+        release_state: What happens to the second moments (Adam, RMSprop, ...) of released weights.
+            ``"match"``: they are raised to the largest of the tensor's kept weights, and at the
+            first step to what the gradient asks for, so that released weights do not jump.
+            ``"keep"``: they stay as the optimizer left them.
         task_masks: How masks of single tasks are drawn, for schedules with sparse segments of
             ``masks="task"``; see :meth:`task_masks`.
         dense_keys: Let the model's ``state_dict()`` give ``weight`` (pruned entries 0), as if it
@@ -73,14 +73,14 @@ class Pruner(ScheduledPruner):
             DistributedDataParallel, if ``model`` is or holds such a wrapper, else none. Name them
             (``dist.group.WORLD``) if the model is wrapped only later, or if the loop averages
             gradients by itself. Scores are added up over the ranks and each change of masks is
-            compared, so that all prune the same; all must call what changes masks. Between changes
-            nothing is sent.
+            compared, so that all prune the same; every rank must make the calls that change masks.
+            Between changes nothing is sent.
         regrow_state: Deprecated: the old name of ``release_state``.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If nothing can be pruned, a name or number does not fit the model, a selected
-            weight cannot be pruned correctly, or ``optimizer`` holds none of them.
+            weight cannot be pruned correctly, or ``optimizer`` holds no selected weight.
         RuntimeError: If masks differ between the ranks of ``group``.
 
     Examples:
@@ -144,7 +144,7 @@ class Pruner(ScheduledPruner):
 
     @property
     def sparse(self) -> bool:
-        """Whether masks prune the model itself now; those of single tasks do not."""
+        """Whether masks prune the model itself now; masks of single tasks do not count."""
         return self.segment.held and not self._finalized
 
     @property
@@ -162,7 +162,7 @@ class Pruner(ScheduledPruner):
 
     @property
     def learner_masks(self) -> dict[str, Tensor]:
-        """What a learner that is made now adapts under: no masks where nothing is pruned."""
+        """The masks under which a learner made now adapts; none where nothing is pruned."""
         if self._tasks.lent is not None:
             return self._named(self._tasks.lent)
         return self.masks if self.sparse else {}
@@ -174,7 +174,7 @@ class Pruner(ScheduledPruner):
 
     @property
     def layerwise(self) -> bool:
-        """Whether any mask with the right count of each tensor would do: no pattern, not global."""
+        """Whether any mask with the right count per tensor is allowed: no pattern, not global."""
         return self._choice.by_tensor
 
     def summary(self) -> str:
@@ -213,7 +213,7 @@ class Pruner(ScheduledPruner):
         """Change masks within a sparse segment; weights and optimizer state follow as in a step.
 
         Args:
-            masks: Boolean tensors by dense name; those of tensors that are not named stay.
+            masks: Boolean tensors by dense name; tensors that are not named keep theirs.
 
         Raises:
             RuntimeError: In a dense segment, or after :meth:`finalize`, or if the masks differ
@@ -225,17 +225,17 @@ class Pruner(ScheduledPruner):
             raise RuntimeError("there are no masks to replace in a dense segment")
         with ranks.failing_together(self.group, next(iter(self.masks.values())).device):
             new = updated(self.masks, masks)
-            self._choice.check(new, self._position, "replaced")
+            self._choice.check(new, self._position, "the new")
         ranks.check_same(new, self._iteration, self.group)
         self._put_masks(list(new.values()))
 
     @contextmanager
     def task_masks(self, masks: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
-        """One task: what is cloned within has masks of its own; see :class:`TaskMasks`.
+        """Run one task: what is cloned within has masks of its own; see :class:`TaskMasks`.
 
         Args:
             masks: Masks to use instead of drawn ones, in any segment: boolean tensors by dense
-                name; other tensors keep theirs. Those that a block gave, to go on with its task.
+                name; other tensors keep theirs. To continue a task, pass what its block yielded.
 
         Yields:
             The masks by dense name, all True for a task that is not pruned.
@@ -250,19 +250,19 @@ class Pruner(ScheduledPruner):
             yield self._named(held)
 
     def more_task_masks(self, tasks: int) -> list[dict[str, Tensor]]:
-        """Draw for further tasks in a block of :meth:`task_masks`, for learners made together."""
+        """Draw masks for more tasks in a :meth:`task_masks` block, for learners made together."""
         drawn = self._tasks.more(tasks, self._held.originals())
         return [{} if masks is None else self._named(masks) for masks in drawn]
 
     @contextmanager
     def opened_masks(self) -> Iterator[None]:
-        """Within it gradients with respect to :attr:`weights` reach pruned entries, which are 0.
+        """Let gradients with respect to :attr:`weights` reach pruned entries, which stay 0.
 
         The function of the model is the same, and so is every inner loop: in clones and functional
         copies the pruned entries are those of the model's own ``weight_orig``, which no inner step
         moves. With ``m`` the mask, a (meta-)loss is ``L(phi_K)`` where ``phi_0 = w`` and
         ``phi_(t+1) = phi_t + m * step_t(phi_t)``; gradients within are ``dL / dw`` in all entries,
-        through all steps. Take gradients within, but no steps of an outer optimizer.
+        through all steps. Take gradients within the block, but no steps of an outer optimizer.
         """
         self._check_usable()
         with self._held.opened():
@@ -277,7 +277,7 @@ class Pruner(ScheduledPruner):
     # ---- saving and resuming ----------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything to resume from beside the model's and optimizer's own state dicts.
+        """All that resuming needs besides the model's and optimizer's own state dicts.
 
         Holds only tensors and plain values, so ``torch.load(weights_only=True)`` reads it.
         """
@@ -307,7 +307,7 @@ class Pruner(ScheduledPruner):
         self._tasks.check_state(state)
         if state["pattern"] != str(self._pattern):
             raise ValueError(
-                f"the checkpoint has masks of {state['pattern']}, this Pruner {self._pattern}"
+                f"the checkpoint's pattern is {state['pattern']}, this Pruner's {self._pattern}"
             )
         check_saved(state, {tensor.full_name: tensor.shape for tensor in self._tensors})
         position = self.schedule.index(state["iteration"])
@@ -358,7 +358,7 @@ class Pruner(ScheduledPruner):
         return masks
 
     def _put_masks(self, masks: list[Tensor]) -> None:
-        """Change masks in the course of training: weights, momentum and second moments follow."""
+        """Change masks during training: weights, momentum and second moments follow."""
         old = self._held.values
         self._held.set(masks)
         self._optimizers.follow(old, masks)

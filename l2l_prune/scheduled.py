@@ -1,4 +1,4 @@
-"""What every pruner is: a schedule, a place in it, and one ``step()`` per meta-iteration."""
+"""The base of all pruners: a schedule, a position in it, one ``step()`` per meta-iteration."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class ScheduledPruner(ABC):
         changes_shapes: Whether tensors have other shapes in sparse phases.
 
     Raises:
-        TypeError: If ``model`` is no module, or ``schedule`` no :class:`~l2l_prune.Schedule`.
+        TypeError: If ``model`` is not a module or ``schedule`` not a
+            :class:`~l2l_prune.Schedule`.
     """
 
     changes_shapes: ClassVar[bool] = False
@@ -54,7 +55,7 @@ class ScheduledPruner(ABC):
 
     @property
     def segment(self) -> Segment:
-        """The segment of the schedule that is in force."""
+        """The current segment of the schedule."""
         return self.schedule.segments[self._position]
 
     @property
@@ -79,13 +80,13 @@ class ScheduledPruner(ABC):
 
     @property
     def learner_masks(self) -> dict[str, Tensor]:
-        """What a learner that is made now adapts under: no masks where nothing is pruned."""
+        """The masks under which a learner made now adapts; none where nothing is pruned."""
         return {}
 
     @property
     @abstractmethod
     def sparse(self) -> bool:
-        """Whether something is pruned now."""
+        """Whether anything is pruned now."""
 
     @property
     @abstractmethod
@@ -96,15 +97,15 @@ class ScheduledPruner(ABC):
 
     @torch.no_grad()
     def step(self) -> None:
-        """End a meta-iteration: call it after the (outer) optimizer's step.
+        """End a meta-iteration; call it after the (outer) optimizer's step.
 
-        Holds what is pruned and, where the schedule says so, enters the next segment. Past the end
-        of the schedule the last segment goes on.
+        Keeps pruned weights pruned and, when the schedule says so, enters the next segment. After
+        the end of the schedule the last segment goes on.
 
         Raises:
-            RuntimeError: After :meth:`finalize`, or if a mask was changed by somebody else, or
-                masks differ between the ranks of a group.
-            ValueError: If what is to be pruned cannot be chosen (weights are NaN or infinite,
+            RuntimeError: After :meth:`finalize`, if other code changed a mask, or if masks differ
+                between the ranks of a group.
+            ValueError: If no choice of what to prune is possible (weights are NaN or infinite,
                 say); nothing is changed then.
         """
         self._check_usable(thoroughly=self.mask_due)
@@ -117,15 +118,15 @@ class ScheduledPruner(ABC):
 
     @torch.no_grad()
     def finalize(self) -> nn.Module:
-        """End the pruning: a plain module with its original classes, names, order and shapes.
+        """End the pruning and leave a plain module: original classes, names, order and shapes.
 
-        What is pruned at that moment stays 0 as values, but is free from then on.
+        What is pruned at that moment keeps the value 0, but is free to change from then on.
 
         Returns:
             The model that was given, changed in place.
 
         Raises:
-            RuntimeError: If called twice, or if a mask was changed by somebody else.
+            RuntimeError: If called twice, or if other code changed a mask.
         """
         self._check_usable(thoroughly=True)
         self._let_go()
@@ -144,7 +145,7 @@ class ScheduledPruner(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Everything to resume from beside the model's and the optimizer's own state dicts."""
+        """All that resuming needs besides the model's and the optimizer's own state dicts."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -154,13 +155,13 @@ class ScheduledPruner(ABC):
 
     @contextmanager
     def task_masks(self, masks: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
-        """One task, with masks of its own where there are any (:meth:`Pruner.task_masks`)."""
+        """Run one task, with masks of its own if it has any (:meth:`Pruner.task_masks`)."""
         if masks is not None:
             raise RuntimeError(f"{type(self).__name__} holds no masks")
         yield {}
 
     def more_task_masks(self, tasks: int) -> list[dict[str, Tensor]]:
-        """Masks of further tasks that begin together; none where tasks have none of their own."""
+        """Masks for more tasks that begin together; none where tasks have no masks of their own."""
         return []
 
     def first_step_hook(self, model: nn.Module) -> StepPreHook | None:
@@ -171,13 +172,13 @@ class ScheduledPruner(ABC):
         return None
 
     def follow_states(self, states: Callable[[], States]) -> None:  # noqa: B027 - none by default
-        """Let optimizer state follow that no optimizer holds: ``states`` gives it by parameter."""
+        """Also follow optimizer state that no optimizer holds; ``states`` gives it by parameter."""
 
     # ---- what a pruner adds -------------------------------------------------------------------
 
     @abstractmethod
     def _end_iteration(self, entered: int | None) -> None:
-        """Hold what is pruned; go over to the segment ``entered``, if it is another one."""
+        """Keep pruned weights pruned; enter the segment ``entered`` unless it is None."""
 
     @abstractmethod
     def _let_go(self) -> None:
@@ -185,7 +186,7 @@ class ScheduledPruner(ABC):
 
     @abstractmethod
     def _check_usable(self, *, thoroughly: bool = False) -> None:
-        """Refuse to go on after :meth:`finalize`, or where somebody else changed something."""
+        """Refuse to go on after :meth:`finalize`, or if other code changed what is held."""
 
     def _check_state(self, state: Any, keys: set[str], version: int) -> None:
         """Refuse a state dict of another kind, version or schedule."""
@@ -193,7 +194,7 @@ class ScheduledPruner(ABC):
         if not isinstance(state, dict) or set(state) != keys or state["version"] != version:
             raise ValueError(f"this is not a {kind} state dict of this version")
         if type(state["iteration"]) is not int or state["iteration"] < 0:
-            raise ValueError(f"the checkpoint's iteration is {state['iteration']!r}")
+            raise ValueError(f"the checkpoint's iteration must be >= 0, got {state['iteration']!r}")
         if state["schedule"] != self.schedule.to_dict():
             raise ValueError(
                 f"the checkpoint belongs to another schedule: {state['schedule']}, "
@@ -201,6 +202,6 @@ class ScheduledPruner(ABC):
             )
 
     def _place(self) -> str:
-        """The place in words, as the head of a summary."""
+        """The position in the schedule in words, as the heading of a summary."""
         done = f"iteration {self._iteration} of {self.schedule.iterations}"
         return f"{done}, phase {self.segment.label}"

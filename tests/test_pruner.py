@@ -394,8 +394,8 @@ def change(state, **entries):
         (lambda s: {}, "not a Pruner state dict"),
         (lambda s: [], "not a Pruner state dict"),
         (lambda s: change(s, version=99), "not a Pruner state dict"),
-        (lambda s: change(s, iteration=-1), "iteration is -1"),
-        (lambda s: change(s, iteration="3"), "iteration is '3'"),
+        (lambda s: change(s, iteration=-1), "iteration must be >= 0, got -1"),
+        (lambda s: change(s, iteration="3"), "iteration must be >= 0, got '3'"),
         (
             lambda s: change(
                 s, schedule=DSDSchedule(0.5, pretrain=1, prune=1, retrain=1).to_dict()

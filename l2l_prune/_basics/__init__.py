@@ -1,1 +1,1 @@
-"""What all floors stand on: checks of what a user gives, whole files, ranks, numbers."""
+"""The base of all packages: argument checks, files, ranks, numerical precision."""

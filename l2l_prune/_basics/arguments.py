@@ -1,4 +1,4 @@
-"""Networks that know what they were made with, so that a file can say it."""
+"""Networks that remember their constructor arguments, so that a file can record them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Network = TypeVar("Network", bound=type[nn.Module])
 
 
 def keeps_arguments(cls: Network) -> Network:
-    """Class decorator: instances hold the arguments of their constructor as ``made_with``.
+    """Class decorator: instances keep their constructor arguments as ``made_with``.
 
-    Those that a file can hold: generators are left out, which no copy could hold either.
+    Only arguments that a file can hold are kept: not generators, for instance.
     """
     make: Any = cls.__init__
     signature = inspect.signature(make)
@@ -33,7 +33,7 @@ def keeps_arguments(cls: Network) -> Network:
 
 
 def is_plain(value: object) -> bool:
-    """Whether JSON holds it: finite numbers, words, None, and tuples or lists of these."""
+    """Whether JSON can hold it: finite numbers, strings, None, and tuples or lists of these."""
     if isinstance(value, (tuple, list)):
         return all(map(is_plain, value))
     if isinstance(value, float) and not math.isfinite(value):

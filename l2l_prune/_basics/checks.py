@@ -1,4 +1,4 @@
-"""Checks of what a user gives; messages name the argument."""
+"""Checks of arguments; messages name the argument."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Wanted = TypeVar("Wanted")
 
 
 def describe(value: object) -> str:
-    """A value for an error message: short, and without an address that tells nothing."""
+    """A value as an error message shows it: short, and without a memory address."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if value is None or isinstance(value, (str, bytes, int, float, complex, tuple, list)):
@@ -24,14 +24,14 @@ def describe(value: object) -> str:
 
 
 def of_type(name: str, value: object, kind: type[Wanted], called: str) -> Wanted:
-    """``value``, if it is a ``kind``; ``called`` says in words what is wanted."""
+    """``value``, if it is a ``kind``; ``called`` is what the message calls that kind."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {called}, got {describe(value)}")
     return value
 
 
 def true_or_false(name: str, value: object) -> bool:
-    """``value``, if it is True or False: a word like ``"no"`` would count as true."""
+    """``value``, if it is True or False; a string like ``"no"`` would count as true."""
     if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
         value = bool(value)
     return of_type(name, value, bool, "True or False")
@@ -107,17 +107,17 @@ def frozen_counts(name: str, value: Counts | None) -> Counts | None:
 
 
 def as_lists(value: Any) -> Any:
-    """Pairs as lists, for files."""
+    """Tuples of pairs as lists, for files."""
     return [list(pair) for pair in value] if isinstance(value, tuple) else value
 
 
 def set_field(value: object, name: str, content: object) -> None:
-    """Set a field of a frozen dataclass that is being made."""
+    """Set a field of a frozen dataclass while it is being made."""
     object.__setattr__(value, name, content)
 
 
 def check_fractions(fractions: dict[str, float]) -> None:
-    """Refuse what is no fraction in [0, 1]."""
+    """Refuse values that are not fractions in [0, 1]."""
     for name, value in fractions.items():
         if not isinstance(value, Real):
             raise TypeError(f"{name} must be a fraction in [0, 1], got {describe(value)}")
@@ -126,7 +126,7 @@ def check_fractions(fractions: dict[str, float]) -> None:
 
 
 def check_whole(fractions: dict[str, float], whole: float) -> None:
-    """Refuse fractions that do not cover the run."""
+    """Refuse fractions that do not add up to the whole run."""
     if not math.isclose(whole, 1, abs_tol=1e-6):
         raise ValueError(f"the fractions {fractions} cover {whole:g} of the run, not 1")
 

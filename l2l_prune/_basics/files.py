@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def replace_file(path: Path, backup: Path | None = None) -> Iterator[Path]:
     """Write a file through a temporary one beside it, which replaces it only when complete.
 
     Args:
-        path: The file to write; its folder must exist. Of a symbolic link the file that it leads to
-            is written, and the link stays.
+        path: The file to write; its folder must exist. If it is a symbolic link, the link stays
+            and its target is written.
         backup: Keep the present file under this name, which must be in the folder of that file.
 
     Yields:
         The temporary path to write to.
 
     Raises:
-        OSError: If the file cannot be written; names ``path``, which is then as it was.
+        OSError: If the file cannot be written. The error names ``path``, which is unchanged then.
     """
     asked, path = path, linked_file(path)
     temporary = path
@@ -41,7 +41,7 @@ def replace_file(path: Path, backup: Path | None = None) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        # A full disk names no file, and mkstemp one that nobody knows.
+        # On a full disk the error names no file, or mkstemp's, which no user knows.
         ours = error.filename is None or str(error.filename).endswith(_UNFINISHED)
         if error.errno is None or not ours:
             raise
@@ -57,18 +57,18 @@ def linked_file(path: Path) -> Path:
 
 
 def remove_unfinished(folder: Path, name: str = "") -> None:
-    """Remove what writers that were killed left behind; call it when no other can be at work.
+    """Remove what killed writers left behind; call it only when no writer can be at work.
 
     Args:
-        folder: Where to look; its folders are others' to clean.
-        name: Only the files that were to become ``name`` or go on from there.
+        folder: Where to look; its subfolders are not searched.
+        name: Only files that were to become ``name``, or a name that begins so.
     """
     for left in folder.glob(f".{name}*{_UNFINISHED}"):
         left.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Let the new name survive a power cut too."""
+    """Make the new name survive a power cut too."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows cannot
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

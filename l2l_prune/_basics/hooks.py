@@ -1,4 +1,4 @@
-"""Functions that users hang onto a step, as on torch's optimizers."""
+"""Functions that users register on a step, as on torch's optimizers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Hooks(OrderedDict[int, Callable[..., Any]]):
-    """Functions by the number of their handle, in the order in which they came."""
+    """Functions by the id of their handle, in the order in which they were registered."""
 
     def register(self, hook: Callable[..., Any]) -> RemovableHandle:
-        """Add one; the handle's ``remove()`` takes it off."""
+        """Add a hook; the handle's ``remove()`` takes it off."""
         handle = RemovableHandle(self)
         self[handle.id] = hook
         return handle
 
     def call(self, *args: Any) -> None:
-        """Call all; one may take itself off meanwhile."""
+        """Call all hooks; a hook may remove itself meanwhile."""
         for hook in list(self.values()):
             hook(*args)

@@ -1,4 +1,4 @@
-"""What an inner step asks of a loss, and the gradients that it takes."""
+"""What an inner step requires of a loss, and the gradients that it takes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from l2l_prune._basics import checks
 
 
 def check_loss(loss: object) -> Tensor:
-    """``loss``, if it is one number as a tensor.
+    """``loss``, if it is a tensor of one number.
 
     Raises:
-        TypeError: If it is no tensor.
+        TypeError: If it is not a tensor.
         ValueError: If it holds several numbers.
     """
     tensor = checks.of_type("loss", loss, Tensor, "a tensor")
@@ -33,12 +33,12 @@ def inner_gradients(
     Args:
         loss: Scalar computed from a learner.
         inputs: What the learner adapts.
-        create_graph: Whether the outer gradient goes through them.
-        of: What the inputs are, for the error.
+        create_graph: Whether the outer gradient goes through these gradients.
+        of: What the inputs are, for the error message.
 
     Raises:
-        RuntimeError: If the loss reaches none of them.
-        TypeError: If it is no tensor.
+        RuntimeError: If the loss reaches none of the inputs.
+        TypeError: If it is not a tensor.
         ValueError: If it holds several numbers.
     """
     check_loss(loss)

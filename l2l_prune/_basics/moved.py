@@ -1,4 +1,4 @@
-"""Old import paths and names of arguments, which work with a warning until version 0.3."""
+"""Old import paths and argument names, which work with a warning until version 0.3."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ MOVED = {
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the module that stands at the new place, under its old name."""
+    """Finds a moved module under its old name."""
 
     def find_spec(
         self,
@@ -80,7 +80,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         new = spec.loader_state
         if spec.name.removeprefix(f"{_PACKAGE}.") in MOVED:  # else its package has warned
             warnings.warn(
-                f"{spec.name} has moved to {new}; the old path goes in version 0.3",
+                f"{spec.name} has moved to {new}; version 0.3 removes the old path",
                 DeprecationWarning,
                 stacklevel=2,  # the import statement, since frames of importlib do not count
             )
@@ -89,7 +89,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """It was executed under its new name, which importlib has just written over."""
+        """Restore the spec, which importlib has overwritten; the module was executed before."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
 
@@ -105,17 +105,17 @@ def _new_name(fullname: str) -> str | None:
 
 
 def install() -> None:
-    """Let old import paths be found.
+    """Make old import paths work.
 
-    This finder comes first: a module of a package that has moved would else be found in the
-    package's folder, and executed a second time under its old name.
+    This finder comes first: otherwise a module of a moved package would be found in the package's
+    folder, and executed a second time under its old name.
     """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 def renamed(old: str, value: Any, new: str, current: Any) -> Any:
-    """What is given under an old name, which goes on working with a warning.
+    """An argument that may come under its old name, which still works with a warning.
 
     Args:
         old: The old name.
@@ -126,7 +126,7 @@ def renamed(old: str, value: Any, new: str, current: Any) -> Any:
     if value is None:
         return current
     warnings.warn(
-        f"{old} is now called {new}; the old name goes in version 0.3",
+        f"{old} is now called {new}; version 0.3 removes the old name",
         DeprecationWarning,
         stacklevel=3,
     )

@@ -1,4 +1,4 @@
-"""Tensors with many zeros as few bytes: what is not 0, and where it is."""
+"""Tensors with many zeros in few bytes: what is not 0, and where it is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WAYS = (ALL, BITMASK, INDICES)
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor in the fewest bytes of three ways.
+    """A tensor stored in whichever of three ways takes the fewest bytes.
 
     Attributes:
         how: ``"all"`` values, or those that are not 0 with their places as a ``"bitmask"`` or as
@@ -36,7 +36,7 @@ class Packed:
 
 
 def pack(tensor: Tensor) -> Packed:
-    """The smallest way to write a tensor; on the CPU, new memory."""
+    """The smallest way to store a tensor, in new memory on the CPU."""
     values = tensor.detach().cpu().contiguous().flatten().clone()
     there = values != 0
     kept = values[there]
@@ -63,14 +63,14 @@ def unpack(packed: Packed, numel: int) -> Tensor:
     """All values of a tensor, ``[numel]``.
 
     Raises:
-        ValueError: If values and places are not of a tensor of this size.
+        ValueError: If values and places do not fit a tensor of this size.
     """
     count = len(packed.values)
     fits = packed.places.numel() == places_size(packed.how, count, numel)
     if fits and packed.how == ALL and count == numel:
         return packed.values
     if not fits or packed.how == ALL or count > numel:
-        raise ValueError(f"{count} values stored as {packed.how} are no tensor of {numel}")
+        raise ValueError(f"{count} values stored as {packed.how} do not make a tensor of {numel}")
     if packed.how == BITMASK:
         places = _bytes_as_bits(packed.places.flatten()).nonzero().squeeze(1)
     else:
@@ -78,7 +78,7 @@ def unpack(packed: Packed, numel: int) -> Tensor:
         places = (packed.places.view(count, width).long() << 8 * torch.arange(width)).sum(1)
     rising = bool((places[1:] > places[:-1]).all())
     if len(places) != count or not rising or (count and int(places[-1]) >= numel):
-        raise ValueError(f"the places of {count} values are not those of a tensor of {numel}")
+        raise ValueError(f"the places of {count} values do not fit a tensor of {numel}")
     values = torch.zeros(numel, dtype=packed.values.dtype)
     values[places] = packed.values
     return values

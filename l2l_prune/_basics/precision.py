@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """``tensor`` in float32 if it is of half precision: products and sums of it keep their order.
+    """``tensor`` in float32 if it has half precision, so that products and sums keep their order.
 
     float32 holds every half and bfloat16 number exactly.
     """
@@ -17,17 +17,17 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def step_gradient(optimizer: Any, gradient: Tensor) -> Tensor:
-    """The gradient that a step, which is about to be made, uses, in float32 at least.
+    """The gradient that the coming step will use, in float32 at least.
 
     ``torch.amp.GradScaler`` hands its factor, and whether a gradient overflowed, to optimizers
-    with ``fused=True``, whose step takes both into account; ``grad`` is still scaled before it.
+    with ``fused=True``, whose step takes both into account; before it, ``grad`` is still scaled.
 
     Args:
-        optimizer: Whose step.
+        optimizer: The optimizer that is about to step.
         gradient: A parameter's ``grad``.
 
     Returns:
-        Unscaled; zeros if the step will change nothing. No device is waited for.
+        The unscaled gradient; zeros if the step will change nothing. Never waits for the device.
     """
     gradient = widened(gradient.detach())
     scale, found = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
@@ -39,10 +39,10 @@ def step_gradient(optimizer: Any, gradient: Tensor) -> Tensor:
 
 
 def skips_step(optimizer: Any) -> bool:
-    """Whether a step, which is about to be made or was just made, changes nothing.
+    """Whether the step that is coming, or was just made, changes nothing.
 
     True within the hooks of a fused optimizer's step for which ``torch.amp.GradScaler`` found an
-    overflow. (Steps of other optimizers are not made at all then.) Waits for the device.
+    overflow. (Other optimizers then make no step at all.) Waits for the device.
     """
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found > 0)

@@ -1,4 +1,4 @@
-"""What the ranks of a torch.distributed group say to each other; without a group, nothing."""
+"""What the ranks of a torch.distributed group exchange; without a group, nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def group_of(model: nn.Module) -> dist.ProcessGroup | None:
 
 @torch.no_grad()
 def take_first(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
-    """Every rank goes on with the first one's values."""
+    """Give every rank the first rank's values."""
     if group is None:
         return
     source = dist.get_global_rank(group, 0)
@@ -31,9 +31,9 @@ def take_first(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> No
 
 @torch.no_grad()
 def total(scores: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum of a rank's scores or gradients and all others', the same bits on each rank.
+    """The sum of scores or gradients over the ranks, with the same bits on each rank.
 
-    In float64, in which equal scores of many ranks add up to the order that each one's have.
+    In float64, so that scores that are equal on all ranks keep their order in the sum.
     """
     if group is None:
         return scores
@@ -45,11 +45,11 @@ def total(scores: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 @contextmanager
 def failing_together(group: dist.ProcessGroup | None, device: torch.device) -> Iterator[None]:
-    """An error on one rank is one on all, which would else wait for it for ever.
+    """Make an error on one rank an error on all; otherwise the others would wait for ever.
 
     Args:
         group: The ranks.
-        device: One that the group can speak of.
+        device: A device whose tensors the group can exchange.
 
     Raises:
         RuntimeError: On the ranks without an error of their own.
@@ -67,13 +67,13 @@ def failing_together(group: dist.ProcessGroup | None, device: torch.device) -> I
     if own is not None:
         raise own
     if int(failed):
-        raise RuntimeError(f"rank {int(failed) - 1} of the group has failed: see its own error")
+        raise RuntimeError(f"rank {int(failed) - 1} of the group failed: see its error")
 
 
 def check_same_iteration(
     iteration: int, group: dist.ProcessGroup | None, device: torch.device
 ) -> None:
-    """Refuse to go on where ranks are at different iterations.
+    """Refuse to go on if the ranks are at different iterations.
 
     Raises:
         RuntimeError: On all ranks.
@@ -86,7 +86,7 @@ def check_same_iteration(
     if last != -first:
         raise RuntimeError(
             f"the ranks are at iterations {-first} to {last}: load the checkpoint on all of them, "
-            "and call step() on all equally often"
+            "and call step() equally often on each"
         )
 
 
@@ -97,8 +97,8 @@ def check_same(
     """Refuse masks (or numbers of channels) that are not the same on all ranks.
 
     Args:
-        values: By name; of the same names and shapes on all ranks.
-        iteration: At which they are due.
+        values: Tensors by name, with the same names and shapes on all ranks.
+        iteration: The iteration at which they are due.
         group: The ranks.
 
     Raises:
@@ -117,7 +117,7 @@ def check_same(
     if names := [n for n, d in zip(values, differs.tolist(), strict=True) if d]:
         raise RuntimeError(
             f"the masks of {', '.join(names)} differ between the ranks at iteration {iteration}: "
-            "the weights must be the same on all of them, and masks that are given, too"
+            "the weights, and any masks that are given, must be the same on all of them"
         )
 
 
@@ -126,14 +126,14 @@ def sum_over_ranks(tensors: Sequence[Tensor], count: int, group: dist.ProcessGro
     """Replace tensors by their sums over the ranks, in one message for each type.
 
     Args:
-        tensors: Of the same shapes on all ranks.
+        tensors: Tensors with the same shapes on all ranks.
         count: A number, summed likewise.
         group: The ranks.
 
     Returns:
         The sum of ``count``.
     """
-    # Counts of steps may be on the CPU beside weights on a GPU, the only place nccl knows.
+    # Step counts may be on the CPU while weights are on a GPU, the only device nccl knows.
     device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
     kinds = list(dict.fromkeys(tensor.dtype for tensor in tensors))
     for kind in kinds:
@@ -150,11 +150,11 @@ def sum_over_ranks(tensors: Sequence[Tensor], count: int, group: dist.ProcessGro
 
 @torch.no_grad()
 def average_states(states: Sequence[dict[str, Any]], weight: int, group: dist.ProcessGroup) -> None:
-    """Optimizer states become their mean over the ranks, weighted by ``weight`` (0: no say).
+    """Replace optimizer states by their mean over the ranks, weighted by ``weight``.
 
     Args:
-        states: A dict a parameter, with the same tensors on all ranks that have a weight.
-        weight: How many tasks this rank's states have seen last, or 0.
+        states: A dict per parameter, with the same tensors on all ranks.
+        weight: How many tasks this rank's states have seen last; 0 leaves them out.
         group: The ranks.
     """
     held = [

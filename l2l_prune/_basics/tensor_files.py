@@ -1,4 +1,4 @@
-"""Files of tensors and plain values, as torch saves them: whole, checked, without code in them."""
+"""Files of tensors and plain values, in torch's format: whole, checked, and free of code."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _GROWTH = 16
 
 
 class DamagedFile(ValueError):
-    """A file is not what was once written.
+    """A file is not what this program once wrote.
 
     Args:
         path: The file.
-        reason: How that was found.
+        reason: How that shows.
     """
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} is damaged, or not of this program ({reason})")
+        super().__init__(f"{path} is damaged or was not written by this program ({reason})")
 
 
 def save_tensors(value: Any, path: Path, backup: Path | None = None) -> None:
@@ -38,9 +38,9 @@ def save_tensors(value: Any, path: Path, backup: Path | None = None) -> None:
         backup: Keep the present file under this name, in the same folder.
 
     Raises:
-        OSError: If the file cannot be written; names ``path``, which is then as it was.
+        OSError: If the file cannot be written. The error names ``path``, which is unchanged then.
     """
-    # Through memory: on a full disk torch's own writer raises whatever its destructors meet.
+    # Through memory: on a full disk, errors from torch's own writer would be unpredictable.
     buffer = io.BytesIO()
     torch.save(value, buffer)
     with replace_file(path, backup) as temporary:
@@ -48,10 +48,10 @@ def save_tensors(value: Any, path: Path, backup: Path | None = None) -> None:
 
 
 def load_tensors(path: Path) -> Any:
-    """Read what :func:`save_tensors` wrote, in memory of the order of the file's size.
+    """Read what :func:`save_tensors` wrote, using memory in proportion to the file's size.
 
-    torch itself does not look at the checksums in its files (CRC-32 of each record), and would
-    build a byte array of any size that a file asks for.
+    torch itself does not check the checksums in its files (CRC-32 of each record), and would
+    allocate as much memory as a file asks for.
 
     Raises:
         DamagedFile: If the file is damaged or holds anything but tensors and plain values.
@@ -69,7 +69,7 @@ def load_tensors(path: Path) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # damaged files raise whatever the unpickler meets
-        # torch's own words would advise to load it without weights_only: not with a strange file.
+        # torch's message would advise loading without weights_only: unsafe with a strange file.
         raise DamagedFile(path, type(error).__name__) from None
     return value
 
@@ -100,7 +100,7 @@ def _check_names(code: bytes) -> None:
 
 
 def _check_size(value: Any, limit: int) -> None:
-    """Refuse small files of large values: repeated tensors, containers in containers."""
+    """Refuse small files that hold large values: repeated tensors, nested containers."""
     size, left = 0, [value]
     while left:
         found = left.pop()

@@ -1,4 +1,4 @@
-"""Which channels of a network belong together, and what makes them worth keeping."""
+"""Which channels of a network belong together, and how important they are."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Slot:
     Attributes:
         module: The layer.
         axis: Its name, its tensor and the dimension.
-        units: Number of the channel at each position, over all groups; -1 if it always stays.
+        units: The channel's number at each position, over all groups; -1 if it always stays.
     """
 
     module: nn.Module
@@ -42,14 +42,14 @@ class Slot:
 class ChannelGroup:
     """Layers that lose the same channels.
 
-    A channel is what can only go as one: with a grouped convolution a whole group of it, with
-    group normalisation too, in attention a head.
+    A channel is whatever can only be removed as a whole: with a grouped convolution or group
+    normalisation a whole group, in attention a head.
 
     Attributes:
-        makers: The layers that make them, in the model's order.
-        channels: How many there are.
-        first: Number of the first over all groups.
-        heads: Whether they are attention heads.
+        makers: The layers that make the channels, in the model's order.
+        channels: How many channels there are.
+        first: Number of the first channel over all groups.
+        heads: Whether the channels are attention heads.
     """
 
     makers: tuple[LayerTensor, ...]
@@ -59,7 +59,7 @@ class ChannelGroup:
 
     @property
     def name(self) -> str:
-        """The layer that makes them; of several, as in a residual sum, the first."""
+        """The layer that makes the channels; the first if there are several (a residual sum)."""
         return self.makers[0].path
 
     @property
@@ -74,7 +74,7 @@ class Channels:
 
     Attributes:
         groups: In the model's order.
-        slots: Every dimension of every tensor that holds some.
+        slots: Every dimension of every tensor that holds channels.
         whole: Layers whose channels all stay, and why.
     """
 
@@ -88,7 +88,7 @@ class Channels:
         return sum(group.channels for group in self.groups)
 
     def without(self, groups: Sequence[ChannelGroup], why: str) -> Channels:
-        """The same, but that these groups stay whole."""
+        """The same, except that these groups stay whole."""
         stay = torch.zeros(self.count + 1, dtype=torch.bool)  # the last is for -1
         for group in groups:
             stay[list(group.units)] = True
@@ -137,7 +137,7 @@ def find_channels(model: nn.Module, example_inputs: Any, skip: Sequence[Rule] = 
     for layer in computed:
         if not matches(layer, rules):
             raise ValueError(
-                f"{layer.full_name} is pruned or reparametrized already: take that off first, or "
+                f"{layer.full_name} is already pruned or reparametrized: take that off first, or "
                 f"leave it out with skip={layer.path!r}"
             )
     roots = {axis: labels.roots(ids) for axis, ids in labels.axes.items()}
@@ -179,7 +179,7 @@ def _grouped(
     for units in members.values():
         its = [maker for axis, maker in makers.items() if units.keys() & set(roots[axis].tolist())]
         if len(units) < 2:
-            why = "its channels can only go together"
+            why = "its channels can only be removed together"
             whole.update({maker.path: why for maker in its})
             continue
         heads = bool(attended & units.keys())
@@ -203,7 +203,7 @@ def _refuse(
     roots: dict[Axis, Tensor],
     fixed: dict[int, tuple[str, str]],
 ) -> None:
-    """Layers that nobody asked to leave out, and that cannot be shrunk."""
+    """Refuse layers that cannot be shrunk and that ``skip`` does not leave out."""
     refused: dict[str, str] = {}
     for axis, maker in makers.items():
         for root in roots[axis].tolist():
@@ -212,7 +212,9 @@ def _refuse(
                 refused.setdefault(maker.path, why)
     if refused:
         told = "; ".join(f"{name}: {why}" for name, why in refused.items())
-        raise ValueError(f"cannot be shrunk: {told}. Leave out with skip={list(refused)}")
+        raise ValueError(
+            f"these layers cannot be shrunk: {told}. Leave them out with skip={list(refused)}"
+        )
 
 
 def _refuse_tied(
@@ -233,7 +235,7 @@ def _refuse_tied(
 
 
 def run(model: nn.Module, example_inputs: Any) -> Any:
-    """A forward pass of the example inputs: a dict by name, a tuple or list in order."""
+    """Run the model on the example inputs: a dict by name, a tuple or list in order."""
     if isinstance(example_inputs, dict):
         return model(**example_inputs)
     if isinstance(example_inputs, (list, tuple)):
@@ -243,10 +245,10 @@ def run(model: nn.Module, example_inputs: Any) -> Any:
 
 @contextmanager
 def unseen(model: nn.Module) -> Iterator[None]:
-    """A run in here leaves the random generators as they were, and starts them alike."""
+    """Seed the random generators alike for the block, and restore them afterwards."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operation for a layer tells nothing
+    torch.backends.mha.set_fastpath_enabled(False)  # a layer as one operation shows nothing
     try:
         with torch.random.fork_rng(devices=list(devices)):
             torch.manual_seed(0)
@@ -267,7 +269,7 @@ def modes(model: nn.Module) -> list[Callable[[nn.Module], Any]]:
 
 
 def _traced(model: nn.Module, example_inputs: Any) -> tuple[Labels, dict[int, tuple[str, str]]]:
-    """The labels of all runs, and which of them must stay and why."""
+    """The labels of all runs, and which of them must stay, with the reason."""
     labels, errors, used, held = Labels(), [], set(), set()
     for number, mode in enumerate(modes(model)):
         with torch.inference_mode(), unseen(model):
@@ -327,7 +329,7 @@ def importance_function(importance: str | Importance) -> Importance:
 
     Args:
         importance: ``"l1"``, ``"l2"``, ``"taylor"``, ``"bn_scale"``, or any function from
-            torch-pruning's group to a score a channel.
+            torch-pruning's group to a score per channel.
 
     Raises:
         TypeError: If it is neither.
@@ -353,7 +355,7 @@ def importance_function(importance: str | Importance) -> Importance:
 
 
 def scored_slots(channels: Channels, group: ChannelGroup) -> list[Slot]:
-    """The weights of a group from which importance is told, those that make it first."""
+    """The weights of a group that importance depends on; those that make its channels first."""
     found = [
         slot
         for slot in channels.slots
@@ -368,7 +370,7 @@ def scored_slots(channels: Channels, group: ChannelGroup) -> list[Slot]:
 
 
 def importance_group(channels: Channels, group: ChannelGroup, kept: Tensor) -> Any:
-    """torch-pruning's group of what is there now, for its importance functions.
+    """The present channels as a group of torch-pruning, for its importance functions.
 
     Args:
         channels: All channels of the network.
@@ -409,7 +411,7 @@ def _pruning_function(slot: Slot) -> str | None:
 
 
 def count_operations(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
-    """Parameters, and multiply-accumulate operations of a forward pass, by torch-pruning."""
+    """Parameters and multiply-accumulates of a forward pass, counted by torch-pruning."""
     twin = copy.deepcopy(model).eval()
     with unseen(model):
         macs, parameters = torch_pruning().utils.count_ops_and_params(twin, example_inputs)
@@ -417,7 +419,7 @@ def count_operations(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
 
 
 def torch_pruning() -> Any:
-    """The library, or what to install."""
+    """The library, or an error that says what to install."""
     try:
         import torch_pruning
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""How many channels of each group stay in a segment, which, and whether a network can lose them."""
+"""How many channels of each group stay, which ones, and whether a network can lose the rest."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def channel_counts(channels: Channels, segment: Segment) -> list[int] | None:
     """How many channels each group keeps in a segment; None in a dense one.
 
     Raises:
-        ValueError: If the segment names no layer that there is, means two things for layers that
-            lose the same channels, or would leave one no channel.
+        ValueError: If the segment names an unknown layer, gives different values to layers that
+            lose the same channels, or would leave a layer no channel.
     """
     if segment.per_task:
-        raise ValueError('channels are cut once for a phase: masks="task" goes with weights only')
+        raise ValueError('channels are cut once per phase: masks="task" is for weights only')
     if not segment.sparse:
         return None
     keep, rates = dict(segment.keep or ()), segment.sparsity
@@ -72,19 +72,19 @@ def choose_channels(
     Args:
         channels: All channels of the network.
         counts: How many of each group stay.
-        importance: Gives a score a channel.
-        needs_gradients: Refuse weights without gradients, from which the scores are made.
-        before: The channels that the network has, if it is small: gone stays gone.
+        importance: Gives a score per channel.
+        needs_gradients: Whether scores are made from gradients; then weights must have them.
+        before: The channels that the network has, if it is small; the others stay removed.
 
     Raises:
-        ValueError: If the scores cannot be told or do not fit; the layer is named.
+        ValueError: If there are no scores, or they do not fit; names the layer.
     """
     there = torch.ones(channels.count, dtype=torch.bool) if before is None else before
     chosen = torch.zeros_like(there)
     for group, keep in zip(channels.groups, counts, strict=True):
         own = torch.tensor(group.units)
         present = own[there[own]]
-        if keep >= len(present):  # those that come back are taken in order
+        if keep >= len(present):  # channels that come back are taken in order
             absent = own[~there[own]]
             chosen[torch.cat([present, absent[: keep - len(present)]])] = True
             continue
@@ -92,7 +92,7 @@ def choose_channels(
             slot.module.weight.grad is None for slot in scored_slots(channels, group)
         ):
             raise ValueError(
-                f"Taylor importance needs gradients of {group.name} and the layers behind it: "
+                f"Taylor importance needs gradients of {group.name} and the layers after it: "
                 "call step() after a backward pass and before zero_grad()"
             )
         source = importance_group(channels, group, there)
@@ -102,7 +102,7 @@ def choose_channels(
         if not isinstance(scores, Tensor) or scores.shape != (len(present),):
             raise ValueError(
                 f"the importance of the channels of {group.name} is {scores!r}: there must be "
-                f"{len(present)} scores (bn_scale needs batch normalisation behind a layer)"
+                f"{len(present)} scores (bn_scale needs batch normalisation after the layer)"
             )
         if not bool(torch.isfinite(scores).all()):
             raise ValueError(f"the importance of the channels of {group.name} is not finite")
@@ -116,13 +116,13 @@ def choose_channels(
 def try_cuts(
     model: nn.Module, channels: Channels, example_inputs: Any, schedule: Schedule
 ) -> Channels:
-    """Cut a copy of the network as the schedule will, and see that it runs and is right.
+    """Cut a copy of the network as the schedule will, and check that it still runs correctly.
 
-    The small network must give what the full one gives when nothing reads the channels that are
-    gone. Attention layers whose code fixes the number of heads keep them all.
+    The small network must give what the full one gives when nothing reads the removed channels.
+    Attention layers whose code fixes the number of heads keep them all.
 
     Raises:
-        ValueError: Naming the layers with which it does not run, and what to do.
+        ValueError: Naming the layers that cannot be cut, and what to do.
     """
     counted = [g for g in channels.groups if isinstance(g.makers[0].module, nn.MultiheadAttention)]
     channels = _with_all_heads(channels, counted)
@@ -155,7 +155,7 @@ def _with_all_heads(channels: Channels, groups: Sequence[ChannelGroup]) -> Chann
 
 
 class _Trial:
-    """A copy of a network to cut, with random weights, since nothing shows behind zeros."""
+    """A copy of a network to cut, with random weights, since zeros would hide differences."""
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         self._twin, self._inputs = copy.deepcopy(model), example_inputs
@@ -164,7 +164,7 @@ class _Trial:
         self._ways = [mode for mode in modes(model) if self._run(mode) is not None]
 
     def failing(self, channels: Channels, counts: Sequence[int]) -> list[ChannelGroup]:
-        """The groups that cannot be cut, as few as can be told."""
+        """The groups that cannot be cut, narrowed down as far as possible."""
         chosen = torch.Generator().manual_seed(0)
         some, others = (torch.ones(channels.count, dtype=torch.bool) for _ in range(2))
         for group, count in zip(channels.groups, counts, strict=True):
@@ -195,7 +195,7 @@ class _Trial:
 
     @torch.no_grad()
     def _right(self, surgery: Surgery, kept: Tensor) -> bool:
-        """Whether the small network runs, and gives what the full one gives without readers."""
+        """Whether the small network runs, and agrees with the full one without readers."""
         whole = surgery.shrink(kept)
         results = [self._run(mode) for mode in self._ways]
         small = self._run(nn.Module.eval)
@@ -208,12 +208,12 @@ class _Trial:
         if small is None or full is None or again is None or _close(small, full):
             return True
         if not _close(again, full):
-            return True  # it rolls dice
-        self.problem = "its output is another"
+            return True  # its output is random
+        self.problem = "its output changes"
         return False
 
     def _run(self, mode: Callable[[nn.Module], Any], seed: int = 0) -> list[Tensor] | None:
-        """What the copy returns; it is left as it was. None if it does not run."""
+        """What the copy returns, or None if it does not run; the copy is left as it was."""
         buffers = [(module, dict(module._buffers)) for module in self._twin.modules()]
         training = [(module, module.training) for module in self._twin.modules()]
         for module, held in buffers:
@@ -271,7 +271,7 @@ def check_channels_of(
     counts: Sequence[list[int] | None],
     shapes: Mapping[str, torch.Size],
 ) -> None:
-    """Refuse a state whose channels are not those of this network.
+    """Refuse a state whose channels do not fit this network.
 
     Args:
         state: What ``ChannelPruner.state_dict()`` gave, for this schedule.
@@ -292,13 +292,13 @@ def check_channels_of(
     for group, count in zip(channels.groups, wanted or (), strict=False):
         index = (kept or {})[group.name]
         if index.tolist() != sorted({int(i) % group.channels for i in index}):
-            raise ValueError(f"the checkpoint's channels of {group.name} are not its channels")
+            raise ValueError(f"the checkpoint has channels of {group.name} that do not exist")
         if len(index) != count:
             raise ValueError(
-                f"the checkpoint keeps {len(index)} channels of {group.name}, the schedule "
-                f"{count} at iteration {state['iteration']}"
+                f"the checkpoint keeps {len(index)} channels of {group.name}, but the "
+                f"schedule keeps {count} at iteration {state['iteration']}"
             )
     for entry in ("full", "regrown"):
         for name, tensor in state[entry].items():
             if shapes.get(name) != tensor.shape:
-                raise ValueError(f"the checkpoint's {entry} tensor {name} does not fit")
+                raise ValueError(f"the checkpoint's {entry} tensor {name} does not fit this model")

@@ -1,4 +1,4 @@
-"""Channel pruning that really shrinks: in sparse phases the network is physically small."""
+"""Channel pruning that really shrinks: the network is physically small in sparse phases."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Structured:
 
     Args:
         example_inputs: Inputs of a forward pass, for finding which channels belong together.
-        importance: What makes a channel worth keeping.
+        importance: How important a channel is, as in :class:`ChannelPruner`.
     """
 
     example_inputs: Any
@@ -55,8 +55,8 @@ class Exported:
         module: A copy of the network as it is now.
         parameters: Its number of parameters.
         macs: Multiply-accumulate operations of a forward pass of the example inputs.
-        full_parameters: The same of the full network.
-        full_macs: The same of the full network.
+        full_parameters: The parameters of the full network.
+        full_macs: The multiply-accumulate operations of the full network.
     """
 
     module: nn.Module
@@ -77,12 +77,12 @@ class ChannelPruner(ScheduledPruner):
     convolutions, channel shuffles, attention heads), so the network is small and fast with no
     masks at all. On leaving it the network gets its full shapes back. Weights that read a restored
     channel are 0, so the function is unchanged and they learn at once; the filters that make it
-    are as they were when they were cut, since a filter of zeros behind a ReLU would never get a
+    are as they were when they were cut, since a filter of zeros before a ReLU would never get a
     gradient again.
 
     Parameters keep their identity and order; their shapes change, and so does the state of the
-    optimizers. Channels of the network's output always stay, and those that are normalised
-    together (``LayerNorm``): see :attr:`whole`. Before the network is accepted, a copy is cut and
+    optimizers. Channels of the network's output always stay, as do those that are normalised
+    together (``LayerNorm``); see :attr:`whole`. Before the network is accepted, a copy is cut and
     run on the example inputs.
 
     Args:
@@ -94,8 +94,8 @@ class ChannelPruner(ScheduledPruner):
             gradients), ``"bn_scale"``, or a function of torch-pruning's group.
         skip: Names, ``fnmatch`` patterns, types or predicates ``(name, module) -> bool`` of layers
             whose output channels stay.
-        group: Ranks of torch.distributed that train the same model: at each change the channels
-            that they keep are compared.
+        group: Ranks of torch.distributed that train the same model; they compare the channels that
+            they keep at each change.
 
     Raises:
         ImportError: If torch-pruning is missing.
@@ -168,16 +168,16 @@ class ChannelPruner(ScheduledPruner):
 
     @property
     def channels(self) -> dict[str, list[int]]:
-        """The channels that are there now, by the layer that makes them.
+        """The channels that are present now, by the layer that makes them.
 
-        Where channels only go in blocks (attention heads, groups of a grouped convolution or of
-        group normalisation) it is the blocks that are counted.
+        Where channels can only be removed in blocks (attention heads, groups of a grouped
+        convolution or of group normalisation), the blocks are counted.
         """
         return {name: kept.tolist() for name, kept in self._by_name().items()}
 
     @property
     def whole(self) -> dict[str, str]:
-        """Layers all of whose channels always stay, and why."""
+        """Layers that always keep all of their channels, with the reason."""
         return dict(self._channels.whole)
 
     def summary(self) -> str:
@@ -193,18 +193,18 @@ class ChannelPruner(ScheduledPruner):
     # ---- training ---------------------------------------------------------------------------
 
     def first_step_hook(self, model: nn.Module) -> StepPreHook | None:
-        """What the optimizer of a copy must do before a step now, so that no weight jumps.
+        """A step pre-hook for the optimizer of a copy, so that no released weight jumps.
 
         Args:
             model: The copy.
 
         Returns:
-            A step pre-hook, or ``None`` where no channel was just released.
+            The hook, or ``None`` if no channel was just released.
         """
         return self._raising_hook(model) if self.released else None
 
     def follow_states(self, states: Callable[[], States]) -> None:
-        """Let optimizer state that no optimizer holds be cut and restored too.
+        """Also cut and restore optimizer state that no optimizer holds.
 
         Args:
             states: Gives each parameter of the model with its state.
@@ -222,7 +222,7 @@ class ChannelPruner(ScheduledPruner):
     # ---- saving and resuming ----------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything to resume from beside the model's and optimizer's own state dicts."""
+        """All that resuming needs besides the model's and optimizer's own state dicts."""
         return {
             "version": _STATE_VERSION,
             "schedule": self.schedule.to_dict(),
@@ -292,7 +292,7 @@ class ChannelPruner(ScheduledPruner):
             self._stepped = True
             for name, mask in self.released.items():
                 parameter = model.get_parameter(name)
-                here = mask.to(parameter.device)  # the network may have been moved since
+                here = mask.to(parameter.device)  # the network may have moved since
                 optimizer_state.raise_to_gradient(optimizer, parameter, ~here, here)
 
         return optimizer_state.gradient_hook(act)
@@ -320,7 +320,7 @@ class ChannelPruner(ScheduledPruner):
         )
 
     def _by_name(self) -> dict[str, Tensor]:
-        """Positions of the channels that are there now, by group."""
+        """Positions of the channels that are present now, by group."""
         everything = torch.ones(self._channels.count, dtype=torch.bool)
         kept = everything if self._kept is None else self._kept
         groups = self._channels.groups

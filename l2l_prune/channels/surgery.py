@@ -20,14 +20,14 @@ _WIDTHS = ("attn_dim", "all_head_size", "inner_dim")
 
 
 class Cut:
-    """A tensor of a layer, and which positions of its dimensions stay.
+    """A tensor of a layer, and the positions along its dimensions that stay.
 
     Args:
         module: The layer.
         tensor: Name of its parameter or buffer.
 
     Attributes:
-        keep: Positions that stay, by dimension; all of those that are not named.
+        keep: Positions that stay, by dimension; dimensions that are not in it stay whole.
         incoming: Dimensions along which the layer reads channels.
     """
 
@@ -44,13 +44,13 @@ class Cut:
         return held
 
     def set(self, value: Tensor) -> None:
-        """In place for parameters: their identity is what optimizers hold."""
+        """Set the tensor; parameters in place, since optimizers hold the objects themselves."""
         parameter = self.module._parameters.get(self.tensor)
         if parameter is None:
             self.module._buffers[self.tensor] = value
         else:
-            # Autograd remembers the shape for as long as an old graph is alive (a loss that is
-            # still held); only a change of type makes it forget.
+            # Autograd remembers the shape as long as an old graph is alive (a loss that is still
+            # held); only a change of dtype makes it forget.
             other = torch.float16 if value.dtype != torch.float16 else torch.float32
             parameter.data = torch.empty(0, dtype=other, device=value.device)
             parameter.data = value
@@ -64,7 +64,7 @@ class Cut:
         return _like(part, full)
 
     def put(self, part: Tensor, full: Tensor, zero_incoming: bool = False) -> Tensor:
-        """The whole with the part in its place."""
+        """The whole tensor with the part in its place."""
         whole = full.clone()
         keep = {dim: index.to(full.device) for dim, index in self.keep.items()}
         if zero_incoming:
@@ -80,7 +80,7 @@ class Cut:
         return _like(whole, full)
 
     def put_into_zeros(self, part: Tensor, full: Tensor) -> Tensor:
-        """The same in zeros of the whole's shape."""
+        """The same, with zeros elsewhere."""
         return self.put(part, torch.zeros_like(full, dtype=part.dtype))
 
 
@@ -121,7 +121,7 @@ class Surgery:
         return plan
 
     def shrink(self, kept: Tensor, states: States = lambda parameter: ()) -> dict[str, Tensor]:
-        """Cut all channels that are not kept, from the optimizers' state too.
+        """Cut all channels that are not kept, also from the optimizers' state.
 
         Args:
             kept: As in :meth:`plan`.
@@ -142,7 +142,7 @@ class Surgery:
     def grow(
         self, kept: Tensor, whole: dict[str, Tensor], states: States = lambda parameter: ()
     ) -> dict[str, Tensor]:
-        """Give back what :meth:`shrink` took; weights that read what was gone are 0.
+        """Put back what :meth:`shrink` took; weights that read restored channels are 0.
 
         Returns:
             Where each parameter has grown, by name; boolean.
@@ -162,7 +162,7 @@ class Surgery:
         return released
 
     def _of_heads(self, group: ChannelGroup) -> list[tuple[nn.Module, str, int, ChannelGroup]]:
-        """Attributes of attention layers that count their heads, or what those are wide."""
+        """Attributes of attention layers that hold the number or the width of their heads."""
         found = []
         for maker in group.makers:
             for path in (maker.path, maker.path.rpartition(".")[0]):
@@ -177,7 +177,7 @@ class Surgery:
         return found
 
     def _tell_sizes(self, kept: Tensor) -> None:
-        """Attributes that name the sizes of a layer follow its tensors."""
+        """Make attributes that hold the sizes of a layer follow its tensors."""
         for slot in self.channels.slots:
             tell_size(slot.module, self._blocks.get(slot.module))
         for module in self._model.modules():
@@ -202,7 +202,7 @@ def tell_size(module: nn.Module, block: int | None) -> None:
 
     Args:
         module: Any layer; those without such attributes stay as they are.
-        block: Channels of a group of its, where it has groups.
+        block: Channels per group, if the layer has groups.
     """
     weight = module._parameters.get("weight")
     if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:

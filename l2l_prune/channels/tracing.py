@@ -1,8 +1,8 @@
-"""Which positions of a network's tensors are removed together, read off a forward pass.
+"""Which positions of a network's tensors must be removed together, found by a forward pass.
 
 Every entry of every activation carries a label: the channel without which it would not be there.
 Operations that only move entries (views, concatenation, shuffles, rolls) move their labels in the
-same way; operations that join entries one by one make their labels one; convolutions and linear
+same way; operations that join entries one by one merge their labels; convolutions and linear
 layers read labels along their input channels and make new ones. What is normalised, summed or
 attended to together gets one label, since taking a part of it away would change the rest. So
 concatenation, depthwise and grouped convolution, channel shuffles and attention heads need no
@@ -31,7 +31,7 @@ _REDUCTIONS = frozenset({
     "max", "min", "var_mean", "std_mean",
 })  # fmt: skip
 _TOGETHER = frozenset({"softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum"})
-_ENTRYWISE = frozenset({  # that torch does not mark as such in all its versions
+_ENTRYWISE = frozenset({  # entrywise, but not marked so in all versions of torch
     "native_dropout", "bernoulli", "uniform", "normal", "fill", "zero", "hardswish", "hardtanh",
     "hardsigmoid", "softplus", "leaky_relu", "elu", "rrelu_with_noise", "log_sigmoid_forward",
 })  # fmt: skip
@@ -62,7 +62,7 @@ class Axis:
 
 @dataclass
 class Labels:
-    """Labels of channels, of which some turn out to be the same; 0 is what can never go.
+    """Labels of channels, some of which turn out to be the same; 0 marks what can never go.
 
     Attributes:
         axes: The labels along each axis, ``[size]``.
@@ -76,7 +76,7 @@ class Labels:
     _grids: list[Tensor] = field(default_factory=list)
 
     def along(self, axis: Axis, size: int) -> Tensor:
-        """The labels along an axis, made when they are first asked for."""
+        """The labels along an axis, made on first use."""
         if axis not in self.axes:
             start = len(self._same)
             self.axes[axis] = torch.arange(start, start + size)
@@ -84,11 +84,11 @@ class Labels:
         return self.axes[axis]
 
     def roots(self, labels: Tensor) -> Tensor:
-        """One label for all that are the same."""
+        """One label in place of all that are the same."""
         return self._same[labels]
 
     def join(self, these: Tensor, those: Tensor) -> None:
-        """Labels in the same place become the same; both are spread to one shape."""
+        """Make labels in the same place the same, after broadcasting both to one shape."""
         one, other = (_compact(t) for t in _spread(these, those))
         one, other = (t.reshape(-1) for t in _spread(one, other))
         while True:
@@ -103,7 +103,7 @@ class Labels:
                 self._same = jumped
 
     def join_along(self, labels: Tensor, dims: Sequence[int]) -> Tensor:
-        """Labels along these dimensions become the same; they have size 1 in what is returned."""
+        """Make labels along these dimensions the same; the result has size 1 along them."""
         for dim in dims:
             first = labels.narrow(dim, 0, 1)
             self.join(labels, first)
@@ -111,23 +111,23 @@ class Labels:
         return self.roots(labels)
 
     def varying(self, labels: Tensor) -> list[int]:
-        """The dimensions along which there is more than one label."""
+        """The dimensions along which labels differ."""
         roots = self.roots(_compact(labels))
         return [d for d in range(roots.dim()) if not torch.equal(*_ends(roots, d))]
 
     def fix(self, labels: Tensor, kind: str, why: str) -> None:
-        """These must stay, for a reason that is told."""
+        """Record that these must stay, and why."""
         self._fixed.append((_compact(labels).reshape(-1), kind, why))
 
     def grid(self, labels: Tensor) -> None:
-        """Code lays one dimension out as several, so what goes must leave them rectangular."""
+        """Record that code splits one dimension into several, which must stay rectangular."""
         self._grids.append(labels)
 
     def settle(self) -> dict[int, tuple[str, str]]:
-        """Make all grids rectangular, and tell which labels must stay and why.
+        """Make all grids rectangular, and return which labels must stay and why.
 
-        Where labels differ along several dimensions of a grid they become the same along all but
-        the last: groups stay as many as they are, and become smaller.
+        Where labels differ along several dimensions of a grid, they become the same along all but
+        the last: the number of groups stays, and each group becomes smaller.
         """
         settled = False
         while not settled:
@@ -145,11 +145,11 @@ class Labels:
 
 
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the labels through all that runs under it (in inference mode).
+    """Follows the labels through everything that runs under it (in inference mode).
 
     Args:
         model: A copy of the network that is made of inference tensors.
-        labels: Where they are kept; several runs may share them.
+        labels: Where labels are kept; several runs may share them.
     """
 
     def __init__(self, model: nn.Module, labels: Labels) -> None:
@@ -164,7 +164,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._held.setdefault(id(tensor), (path, name))
 
     def of(self, tensor: Any) -> Tensor | None:
-        """The labels of a tensor; None if it is of a fixed size."""
+        """The labels of a tensor; None if its size is fixed."""
         if not isinstance(tensor, Tensor):
             return None
         if id(tensor) in self._values:
@@ -269,7 +269,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made, read = self._axis(weight, makes, "makes"), self._axis(weight, reads, "reads")
         if made is None or read is None:
             if channels is not None:
-                self._labels.fix(channels, "refused", "it is read by a weight that is computed")
+                self._labels.fix(channels, "refused", "the weight that reads it is computed")
             return
         if channels is None:
             self._labels.fix(read, "input", "it reads the network's input")
@@ -323,7 +323,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._set(_first(out), labels)
 
     def _attention(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Heads ``[..., heads, tokens, length]``: each goes whole."""
+        """Heads ``[..., heads, tokens, length]``: each stays or goes as a whole."""
         found = [self.of(t) for t in args[:3]]
         heads = {t.shape[-3] for t in args[:3] if t.dim() > 3}
         known = [labels for labels in found if labels is not None]
@@ -480,7 +480,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._labels.grid(self._labels.roots(labels))
 
     def _canonical(self, labels: Tensor) -> Tensor:
-        """The same, only spread along dimensions in which nothing differs."""
+        """The same labels, expanded along dimensions in which nothing differs."""
         shape, labels = labels.shape, self._labels.roots(_compact(labels))
         for dim in range(labels.dim()):
             if torch.equal(*_ends(labels, dim)):
@@ -507,7 +507,7 @@ def _first(out: Any) -> Tensor:
 
 
 def _compact(labels: Tensor) -> Tensor:
-    """Dimensions that are only spread have size 1."""
+    """Give expanded dimensions size 1."""
     for dim in range(labels.dim()):
         if labels.stride(dim) == 0 and labels.shape[dim] > 1:
             labels = labels.narrow(dim, 0, 1)

@@ -1,4 +1,4 @@
-"""How pruned weights are shared among layers: alike, by size (ERK), or in one ranking of all."""
+"""How pruning is shared among layers: equally, by size (ERK), or in one ranking of all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from l2l_prune.schedules.schedule import Segment
 
 Allocation: TypeAlias = Literal["layerwise", "erk", "global"]
 """``"layerwise"``: each tensor is pruned at the schedule's sparsity, as in the paper. ``"erk"``:
-large tensors are pruned more than small ones (:func:`erk`), and all together at that sparsity.
+large tensors are pruned more than small ones (:func:`erk`), with that sparsity over all.
 ``"global"``: the scores of all tensors are ranked together."""
 ALLOCATIONS = get_args(Allocation)
 
@@ -34,22 +34,22 @@ def erk(
 ) -> dict[str, float]:
     """Erdős-Rényi-kernel sparsities: large layers are pruned more than small ones.
 
-    A layer keeps a fraction in proportion to the sum of its dimensions over their product; layers
-    that would keep more than all stay dense, and the others make up for it.
+    The fraction that a layer keeps is proportional to the sum of its dimensions over their product.
+    Layers that would keep more than all their weights stay dense; the others make up for it.
 
     Args:
         model: The module that will be pruned, before a Pruner is attached.
         sparsity: Fraction of all selected weights to prune, in [0, 1).
-        layers: As in :class:`~l2l_prune.Pruner`, likewise ``only`` and ``skip``.
-        only: See ``layers``.
-        skip: See ``layers``.
+        layers: As in :class:`~l2l_prune.Pruner`.
+        only: As in :class:`~l2l_prune.Pruner`.
+        skip: As in :class:`~l2l_prune.Pruner`.
 
     Returns:
-        Sparsity by tensor name: the ``sparsity=`` of a schedule. A Pruner with
+        Sparsity by tensor name, for the ``sparsity=`` of a schedule. A Pruner with
         ``allocation="erk"`` computes the same for each of its segments.
 
     Raises:
-        TypeError: If ``model`` is no module, or ``sparsity`` no number.
+        TypeError: If ``model`` is not a module, or ``sparsity`` not a number.
         ValueError: If ``sparsity`` is out of range, or nothing can be pruned.
 
     Examples:
@@ -70,12 +70,12 @@ def erk(
 def kept_counts(
     tensors: Sequence[LayerTensor], segment: Segment, allocation: Allocation, pattern: Pattern
 ) -> list[int]:
-    """How many weights each tensor keeps in ``segment``, or all together with ``"global"``.
+    """How many weights each tensor keeps in ``segment``; with ``"global"``, all together.
 
     Args:
         tensors: The selected tensors.
         segment: A segment of a schedule; dense ones keep everything.
-        allocation: How what is pruned is shared.
+        allocation: How pruning is shared among the tensors.
         pattern: Where pruned weights may lie.
 
     Returns:
@@ -125,13 +125,13 @@ def _global_count(tensors: Sequence[LayerTensor], segment: Segment) -> int:
 
 
 def global_masks(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
-    """Masks of the ``keep`` largest scores of all tensors together.
+    """Masks that keep the ``keep`` largest scores of all tensors together.
 
-    The best weight of each tensor stays whatever the others have, so that no layer is cut through.
+    The best weight of each tensor always stays, so that no layer is pruned away.
 
     Args:
-        scores: One real tensor a layer, of any shapes.
-        keep: Number of True entries wanted over all, >= ``len(scores)``.
+        scores: One real tensor per layer, of any shape.
+        keep: Number of True entries wanted in all, >= ``len(scores)``.
 
     Returns:
         A boolean tensor for each of ``scores``.

@@ -1,4 +1,4 @@
-"""The masks that a Pruner holds on its tensors: set, opened, and guarded against others."""
+"""The masks that a Pruner holds on its tensors: set, opened, and guarded against changes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from l2l_prune.masking.prunable import LayerTensor
 
 
 class HeldMasks:
-    """The masks of all pruned tensors: of ones at first, until others are :meth:`set`.
+    """The masks of all pruned tensors: all ones until others are :meth:`set`.
 
     Attributes:
-        values: Boolean mask of each tensor, as they were set; True stays.
+        values: The boolean mask of each tensor, as it was set; True stays.
     """
 
     def __init__(self, tensors: Sequence[LayerTensor], *, dense_keys: bool) -> None:
@@ -52,7 +52,7 @@ class HeldMasks:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Within it gradients reach the pruned entries, which stay 0."""
+        """Within the block, gradients reach the pruned entries, which stay 0."""
         mine = [t for t in self._tensors if open_mask(t.module, t.name)]
         try:
             yield
@@ -61,32 +61,32 @@ class HeldMasks:
                 close_mask(tensor.module, tensor.name)
 
     def take_off(self) -> None:
-        """Plain modules again; pruned weights stay 0 as values."""
+        """Make the modules plain again; pruned weights keep the value 0."""
         for tensor in self._tensors:
             detach(tensor.module, tensor.name)
 
     def check_there(self) -> None:
-        """Raise a RuntimeError that names the tensor, where a mask or the own weight is gone."""
+        """Raise a RuntimeError that names the tensor if its mask or its own weight is gone."""
         for tensor in self._tensors:
             if tensor.name not in held_names(tensor.module):
                 raise RuntimeError(
-                    f"the mask of {tensor.full_name} was removed by somebody else "
+                    f"the mask of {tensor.full_name} was removed by other code "
                     "(prune.remove?); use Pruner.finalize() to take masks off"
                 )
             original = tensor.module._parameters[f"{tensor.name}_orig"]
             if original is not None and not original.is_leaf:
                 raise RuntimeError(
-                    f"{tensor.full_name} is a task's adapted weight, of an inner loop that has not "
-                    "ended: put the model's own weights back first "
+                    f"{tensor.full_name} is a task's adapted weight, from an inner loop that has "
+                    "not ended: put the model's own weights back first "
                     "(torchopt.recover_state_dict, or leave higher's context)"
                 )
 
     def check_same(self, iteration: int, *, thoroughly: bool = False) -> None:
-        """Raise a RuntimeError that names the tensor, where the model holds another mask.
+        """Raise a RuntimeError that names the tensor if the model holds another mask.
 
         Masks in the model may be moved, cast or reloaded, but must prune the same entries. With
-        ``thoroughly`` even buffers are compared that show no sign of having been written to:
-        DDP's broadcasts leave none. ``iteration`` is for the message.
+        ``thoroughly``, even buffers that show no sign of a write are compared: DDP's broadcasts
+        leave none. ``iteration`` is for the message.
         """
         for position, tensor in enumerate(self._tensors):
             buffer = _buffer(tensor)
@@ -96,7 +96,7 @@ class HeldMasks:
             self.values[position] = self.values[position].to(buffer.device)
             if not torch.equal(buffer.bool(), self.values[position]):
                 raise RuntimeError(
-                    f"the mask of {tensor.full_name} is not the one of this Pruner's iteration "
+                    f"the mask of {tensor.full_name} is not the one of this Pruner at iteration "
                     f"{iteration}: load Pruner.state_dict() together with the model's, and "
                     "under DistributedDataParallel give Pruner its group="
                 )
@@ -108,7 +108,7 @@ class HeldMasks:
 
 
 def _buffer(tensor: LayerTensor) -> Tensor:
-    """Its mask as it is in the model, whoever wrote it."""
+    """The tensor's mask as the model holds it, whoever wrote it."""
     buffer = tensor.module._buffers[f"{tensor.name}_mask"]
     assert buffer is not None
     return buffer

@@ -12,9 +12,9 @@ from l2l_prune._basics import checks
 from l2l_prune._basics.precision import step_gradient, widened
 
 Criterion: TypeAlias = Callable[[Tensor], Tensor]
-"""Gets one weight, as the parameter that it is (with its ``grad``, if any), and returns a real
-tensor of the same shape; in each tensor the entries with the largest scores are kept. Called
-without gradients being recorded, each time a mask is due."""
+"""Takes one weight, the parameter itself (with its ``grad``, if any), and returns a real tensor of
+the same shape; in each tensor the entries with the largest scores are kept. Called with gradients
+off, each time a mask is due."""
 
 
 def scores_of(weight: Tensor, criterion: Criterion) -> Tensor:
@@ -22,13 +22,13 @@ def scores_of(weight: Tensor, criterion: Criterion) -> Tensor:
 
     Raises:
         TypeError: If they are not real numbers.
-        ValueError: If they do not fit the weight.
+        ValueError: If there is not one for each entry of the weight.
     """
     scores = criterion(weight)
     if not isinstance(scores, Tensor) or scores.shape != weight.shape:
-        raise ValueError("it must give a score for each of its weights")
+        raise ValueError("there must be a score for each of its weights")
     if scores.dtype == torch.bool or scores.is_complex():
-        raise TypeError(f"it must give real numbers as scores, got {scores.dtype}")
+        raise TypeError(f"the scores must be real numbers, got {scores.dtype}")
     return scores.to(weight.device)
 
 
@@ -39,18 +39,18 @@ def magnitude(weight: Tensor) -> Tensor:
         TypeError: If ``weight`` is complex.
     """
     if weight.is_complex():
-        raise TypeError("complex weights have no order by magnitude that pruning could use")
+        raise TypeError("complex weights cannot be ranked by magnitude: leave them out with skip=")
     return weight.detach().abs()
 
 
 def random(generator: torch.Generator) -> Criterion:
-    """Scores without meaning: the control that any other criterion should beat.
+    """Random scores: the control that any other criterion should beat.
 
     Args:
         generator: Source of the scores, on the CPU; save its state to resume exactly.
 
     Raises:
-        TypeError: If ``generator`` is no generator, a seed for instance.
+        TypeError: If ``generator`` is not a generator (but a seed, for instance).
 
     Examples:
         >>> scores = random(torch.Generator().manual_seed(0))
@@ -66,7 +66,7 @@ def random(generator: torch.Generator) -> Criterion:
 
 
 def snip(weight: Tensor) -> Tensor:
-    """``|w * g|``: how much the loss changes when a weight is cut off, to first order.
+    """``|w * g|``: how much the loss changes when a weight is removed, to first order.
 
     ``g`` is the weight's ``grad`` when the mask is due: the meta-gradient that the outer step has
     just used (for :class:`~l2l_prune.PrunedReptile` its direction, old minus mean adapted weights).
@@ -76,7 +76,7 @@ def snip(weight: Tensor) -> Tensor:
 
     Source:
         Lee, Ajanthan and Torr, *SNIP: Single-shot Network Pruning based on Connection
-        Sensitivity*, ICLR 2019, Equation 6 (its division by the sum changes no order).
+        Sensitivity*, ICLR 2019, Equation 6 (its division by the sum does not change the order).
     """
     return (widened(weight) * _gradient(weight, "snip")).abs()
 
@@ -96,7 +96,7 @@ def taylor(weight: Tensor) -> Tensor:
 
 
 def grasp(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Criterion:
-    """``w * (H g)``: keeps the weights whose removal would cost most gradient flow.
+    """``w * (H g)``: keep the weights whose removal would cost the most gradient flow.
 
     Args:
         loss: Computes the (meta-)loss of the model as it is, a scalar, on the same data at every
@@ -122,8 +122,8 @@ def grasp(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Criterion
                 gradients = torch.autograd.grad(value, held, create_graph=True, allow_unused=True)
             if gradients[number] is None:
                 raise ValueError(
-                    "grasp's loss gives no gradient for it: compute the loss from the model that "
-                    "is pruned, and leave tensors that it does not use out with skip="
+                    "grasp's loss gives no gradient for this tensor: compute the loss from the "
+                    "pruned model, and leave out tensors that it does not use with skip="
                 )
             flows = (widened(g) * widened(g.detach()) for g in gradients if g is not None)
             flow = sum((part.sum() for part in flows), torch.zeros(()))
@@ -138,7 +138,7 @@ def grasp(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Criterion
 class Movement:
     """``-sum w * g`` over the outer steps: weights that move away from 0 stay.
 
-    Gradients reach the criterion as a step hook, of a torch optimizer or of
+    It sees the gradients through a step hook, of a torch optimizer or of
     :class:`~l2l_prune.PrunedReptile`::
 
         movement = Movement(model.parameters())
@@ -162,7 +162,7 @@ class Movement:
 
     @torch.no_grad()
     def observe(self, source: Any = None, args: Any = (), kwargs: Any = None) -> None:
-        """Add a step's ``-w * g``; call it before the step, as a step pre-hook is.
+        """Add a step's ``-w * g``; call it before the step, as step pre-hooks are.
 
         Sums are in float32 at least. A step that a gradient scaler skips adds nothing.
 
@@ -190,24 +190,24 @@ class Movement:
         number = _position(weight, self._parameters, "movement")
         if not self._seen:
             raise ValueError(
-                "movement has observed no step: register its observe as a step pre-hook, and "
+                "movement has observed no step: register movement.observe as a step pre-hook, and "
                 "begin with a dense phase"
             )
         return self._sums[number]
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums so far, to resume from."""
+        """The sums so far, for resuming."""
         return {"seen": self._seen, "sums": [total.clone() for total in self._sums]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`.
 
         Raises:
-            ValueError: If it is of other parameters.
+            ValueError: If it belongs to other parameters.
         """
         shapes = [tuple(p.shape) for p in self._parameters]
         if [tuple(total.shape) for total in state["sums"]] != shapes:
-            raise ValueError("the checkpoint's movement is of other parameters")
+            raise ValueError("the checkpoint's movement scores are of other parameters")
         self._seen = state["seen"]
         self._sums = [total.clone() for total in state["sums"]]
 

@@ -34,11 +34,11 @@ def select(
         layers: ``"all"``: the weight of every convolution and linear layer of the network, and the
             projections that ``nn.MultiheadAttention`` holds itself (``in_proj_weight``); not what
             a learn2learn algorithm holds beside the network (transforms). ``"authors"``: the
-            same without the first convolution, as the paper's program prunes.
+            same without the first convolution, as in the paper's program.
         only: Names, ``fnmatch`` patterns, module types or predicates ``(name, module) -> bool``;
-            a tensor must match one. With it, other modules can be chosen too: of those, every
-            own parameter with two or more dimensions, or the one whose full name is given.
-        skip: As ``only``, but matches are left out.
+            a tensor must match one. It can also choose other modules: then every parameter of
+            theirs with two or more dimensions, or the one whose full name is given.
+        skip: As ``only``, but tensors that match are left out.
 
     Returns:
         At least one tensor; each can be pruned.
@@ -50,7 +50,7 @@ def select(
     if layers not in ("all", "authors"):
         raise ValueError(f'layers must be "all" or "authors", got {layers!r}')
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise ValueError("the model is scripted (torch.jit), its weights are out of reach")
+        raise ValueError("the model is scripted (torch.jit): prune it before you script it")
     aside = _beside_the_network(model) if only is None else set()
     candidates = [
         LayerTensor(path, module, name)
@@ -61,7 +61,7 @@ def select(
     if layers == "authors":
         first = next((c for c in candidates if isinstance(c.module, _CONV)), None)
         if first is None:
-            raise ValueError('layers="authors" leaves out the first convolution; there is none')
+            raise ValueError('layers="authors" leaves out the first convolution, but there is none')
         candidates.remove(first)
     only_rules, skip_rules = read_rules("only", only, model), read_rules("skip", skip, model)
     check_names(candidates, [r for r in (*only_rules, *skip_rules) if isinstance(r, str)])
@@ -72,12 +72,12 @@ def select(
     ]
     if candidates and not chosen:
         names = ", ".join(c.full_name for c in candidates)
-        raise ValueError(f"there is nothing to prune: only= and skip= leave nothing of {names}")
+        raise ValueError(f"there is nothing to prune: only= and skip= leave out all of {names}")
     if not chosen:
         kinds = sorted({type(module).__name__ for module in model.modules()})
         raise ValueError(
-            "there is nothing to prune: the model holds no weight of a convolution or linear "
-            f"layer (the model is made of {', '.join(kinds)}); choose others with only="
+            "there is nothing to prune: the model has no convolution or linear layer "
+            f"(it is made of {', '.join(kinds)}); choose other layers with only="
         )
     check_all_prunable(model, chosen)
     return chosen
@@ -112,7 +112,9 @@ def segment_counts(
         explicit = lookup([tensor], keep)
         if explicit is not None:
             if explicit > numel:
-                raise ValueError(f"keep={explicit} is more than {tensor.full_name} has: {numel}")
+                raise ValueError(
+                    f"keep={explicit} is more than the {numel} weights of {tensor.full_name}"
+                )
             counts[position] = _in_pattern(tensor, int(explicit), pattern)
             continue
         rate = lookup([tensor], dict(rates)) if isinstance(rates, tuple) else float(rates)  # type: ignore[arg-type]
@@ -126,18 +128,18 @@ def segment_counts(
 
 
 def learning_rates(model: nn.Module, tensors: Iterable[LayerTensor]) -> list[nn.Parameter | None]:
-    """What is learned of each tensor's inner steps entry by entry, as in learn2learn's Meta-SGD.
+    """What is learned, entry by entry, about each tensor's inner steps, as in Meta-SGD.
 
     Meta-SGD keeps one rate tensor for each parameter of its network, in the same order, as
-    ``lrs``; SparseMAML its ``scores``. They get no gradients where weights are pruned, so the
-    state that an optimizer has for them must follow the masks like the weights'.
+    ``lrs``; SparseMAML its ``scores``. They get no gradients where weights are pruned, so
+    their optimizer state must follow the masks, as that of the weights does.
 
     Args:
         model: The model that was given to the Pruner.
         tensors: The selected tensors, before anything is attached.
 
     Returns:
-        For each tensor its rates or scores, of the same shape, or None.
+        For each tensor, its rates or scores, of the same shape, or None.
     """
     rates: dict[int, nn.Parameter] = {}
     for wrapper in model.modules():
@@ -154,8 +156,8 @@ def learning_rates(model: nn.Module, tensors: Iterable[LayerTensor]) -> list[nn.
 def _beside_the_network(model: nn.Module) -> set[nn.Module]:
     """Modules that a meta-learning wrapper holds beside its network.
 
-    learn2learn's algorithms (clone, adapt) keep the network under ``module``; what else they
-    hold, like the gradient transforms of GBML, is no layer of it.
+    learn2learn's algorithms (clone, adapt) keep the network under ``module``; whatever else they
+    hold, such as GBML's gradient transforms, is not a layer of the network.
     """
     aside: set[nn.Module] = set()
     for wrapper in model.modules():
@@ -170,7 +172,7 @@ def _beside_the_network(model: nn.Module) -> set[nn.Module]:
 
 def _prunable_names(module: nn.Module, *, everything: bool) -> list[str]:
     own = [name for name, weight in module._parameters.items() if weight is not None]
-    weights = _weights(module)  # a reparametrized weight is no parameter, yet meant
+    weights = _weights(module)  # a reparametrized weight is not a parameter, but is meant
     return list(dict.fromkeys([*weights, *own])) if everything else weights
 
 
@@ -186,17 +188,17 @@ def _weights(module: nn.Module) -> list[str]:
 
 
 def read_rules(argument: str, rules: Rule | Iterable[Rule] | None, model: nn.Module) -> list[Rule]:
-    """Names, patterns, types and predicates as a list, one or several as they were given.
+    """Names, patterns, types and predicates as a list, whether one or several are given.
 
     Raises:
-        TypeError: If something else is among them; ``argument`` is named.
+        TypeError: If anything else is among them; the error names ``argument``.
     """
     if rules is None:
         return []
     several = isinstance(rules, Iterable) and not isinstance(rules, (str, type, nn.Module))
     listed: list[Rule] = list(rules) if several else [rules]  # type: ignore[list-item, arg-type]
     for rule in listed:
-        if isinstance(rule, nn.Module):  # callable, but no predicate
+        if isinstance(rule, nn.Module):  # callable, but not a predicate
             paths = (path for path, module in model.named_modules() if module is rule)
             name = next(paths, "")
             raise TypeError(
@@ -236,10 +238,10 @@ def _is_weight(tensor: LayerTensor) -> bool:
 
 
 def check_names(tensors: Sequence[LayerTensor], patterns: Iterable[str]) -> None:
-    """Refuse a name or ``fnmatch`` pattern that means none of the tensors.
+    """Refuse a name or ``fnmatch`` pattern that matches none of the tensors.
 
     Raises:
-        ValueError: Naming it, and what there is.
+        ValueError: Naming it and the tensors.
     """
     for pattern in patterns:
         if not any(tensor.named_by(pattern) for tensor in tensors):
@@ -248,27 +250,27 @@ def check_names(tensors: Sequence[LayerTensor], patterns: Iterable[str]) -> None
 
 
 def lookup(tensors: Sequence[LayerTensor], table: Mapping[str, float]) -> float | None:
-    """The entry for a tensor, or for several that must have the same: names before patterns.
+    """The entry for a tensor, or for several that need the same one; names precede patterns.
 
     Args:
-        tensors: One tensor, or those that lose the same channels.
-        table: Values by name of a layer or tensor, or by ``fnmatch`` pattern.
+        tensors: One tensor, or several that lose the same channels.
+        table: Values by layer name, tensor name or ``fnmatch`` pattern.
 
     Returns:
-        The value of an exact name if there is one, else of the first pattern that matches.
+        The value of an exact name if there is one, else that of the first pattern that matches.
 
     Raises:
-        ValueError: If two tensors are named with different values.
+        ValueError: If two of the tensors are given different values.
     """
     exact = {
         tensor.path: table[name]
         for tensor in tensors
-        for name in (tensor.path, tensor.full_name)  # the fuller name counts
+        for name in (tensor.path, tensor.full_name)  # the longer name wins
         if name in table
     }
     if len(set(exact.values())) > 1:
         told = ", ".join(f"{name}: {value}" for name, value in exact.items())
-        raise ValueError(f"these lose the same channels and need one value, got {told}")
+        raise ValueError(f"layers that lose the same channels need one value, got {told}")
     if exact:
         return next(iter(exact.values()))
     return next(
@@ -285,6 +287,6 @@ def _in_pattern(tensor: LayerTensor, keep: int, pattern: Pattern) -> int:
         return pattern.count(as_outputs, keep)
     except ValueError as error:
         raise ValueError(
-            f"{tensor.full_name} of shape {tuple(shape)} cannot take the pattern {pattern}: "
+            f"{tensor.full_name} of shape {tuple(shape)} does not fit the pattern {pattern}: "
             f"{error}; leave it out with skip="
         ) from None

@@ -7,9 +7,9 @@ a subclass of the module's own class instead: each access multiplies ``weight_or
 ``weight_mask`` with torch's own ``apply_mask``. Torch's names and its pre-hook object stay, so
 that ``prune.is_pruned`` and other tools recognise the module.
 
-An entry of a mask that is not 0 keeps its weight whole: averages of a model's buffers (EMA, SWA)
-make fractions of masks, while the averaged ``weight_orig`` is the average of the masked weights
-already. Writing in place to ``module.weight`` writes to a product that nobody holds; functions
+An entry of a mask that is not 0 keeps its weight whole: averaging a model's buffers (EMA, SWA)
+turns masks into fractions, but the averaged ``weight_orig`` is already the average of the masked
+weights. Writing in place to ``module.weight`` writes to a product that nobody holds; functions
 given to ``Module.apply`` and ``reset_parameters()`` get the stored weight instead.
 
 Many few-shot programs (after CloserLookFewShot: LibFewShot, ...) keep a task's adapted weight as an
@@ -43,7 +43,7 @@ class HeldMask(prune.BasePruningMethod):
         self._tensor_name = tensor_name
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        """Do nothing: the property computes the masked tensor at each access."""
+        """Do nothing, since the property computes the masked tensor at each access."""
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """Return ``default_mask``: masks come from the schedule, not from torch's calls."""
@@ -91,7 +91,7 @@ def detach(module: nn.Module, name: str) -> None:
         name: Name of the parameter in ``module``.
 
     Raises:
-        TypeError: If ``module`` holds no such mask, or is a wrapper class made around it.
+        TypeError: If ``module`` holds no such mask, or its class was wrapped by other code.
     """
     names, base = held_names(module), held_base(module)
     if name not in names or not _is_own_class(type(module), base, names):
@@ -147,7 +147,7 @@ def put_mask(module: nn.Module, name: str, mask: Tensor) -> None:
         mask: Boolean tensor of the parameter's shape; True stays.
     """
     original, _ = held_tensors(module, name)
-    new = torch.empty_like(original).copy_(mask)  # in its memory format, or products are slow
+    new = torch.empty_like(original).copy_(mask)  # in its memory format, for fast products
     module._buffers[f"{name}_mask"] = _marked(new.data)  # counts its versions from 0
 
 
@@ -187,18 +187,18 @@ def held_tensors(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _marked(mask: Tensor) -> Tensor:
-    """A mask of which it is known that it holds ones and zeros, until it is written to.
+    """Mark a mask as holding only ones and zeros, which is true until it is written to.
 
-    The mark counts while the version is 0: that of no mask that was written to, copies included.
+    The mark counts while the version is 0, which no mask has after a write, copies included.
     """
     mask._l2l_prune_exact = True  # type: ignore[attr-defined]
     return mask
 
 
 def _make_exact(module: nn.Module, name: str) -> None:
-    """Replace a mask that somebody wrote to (an average, a loaded file) by one of ones and zeros.
+    """Replace a mask that was written to (averaged or loaded, say) by one of ones and zeros.
 
-    No device is waited for. The old buffer stays as it is: a backward may still need it.
+    Does not wait for the device. The old buffer is left alone: a backward may still need it.
     """
     mask = module._buffers.get(f"{name}_mask")
     if mask is None or mask.is_inference():
@@ -209,7 +209,7 @@ def _make_exact(module: nn.Module, name: str) -> None:
 
 @contextmanager
 def stored_weights(module: nn.Module) -> Iterator[None]:
-    """Within it ``module.<name>`` is the stored parameter, so that it can be written in place.
+    """Within the block ``module.<name>`` is the stored parameter and can be written in place.
 
     What was written to pruned entries is set to 0 afterwards.
 
@@ -265,7 +265,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
         with the model, as in ``Module.state_dict()``.
 
     Raises:
-        TypeError: If ``model`` is no module.
+        TypeError: If ``model`` is not a module.
 
     Examples:
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1))
@@ -324,7 +324,7 @@ def _make_held_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.M
             base._load_from_state_dict(self, state_dict, prefix, *args)
 
         def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-            if name in names:  # torch's own words would be that the attribute exists already
+            if name in names:  # torch's message would say that the attribute already exists
                 _refuse_assignment(base, name)
             base.register_parameter(self, name, parameter)
 
@@ -362,7 +362,7 @@ _STORED: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
 def _stored_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """The held class for the time of :func:`stored_weights`."""
+    """The held class while :func:`stored_weights` is active."""
 
     def fill(namespace: dict[str, Any]) -> None:
         for name in names:
@@ -375,7 +375,7 @@ def _stored_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modu
 
 
 def _is_own_class(cls: type[nn.Module], base: type[nn.Module], names: tuple[str, ...]) -> bool:
-    """Whether a class was made here, and is no wrapper around one that was."""
+    """Whether a class was made here, and is not a wrapper around such a class."""
     return cls in (_CLASSES.get((base, names)), _STORED.get((base, names)))
 
 
@@ -411,7 +411,7 @@ def _masked_property(base: type[nn.Module], name: str, stored: bool = False) -> 
 def _refuse_assignment(base: type[nn.Module], name: str) -> NoReturn:
     raise RuntimeError(
         f"{base.__name__}.{name} is under an l2l_prune mask and cannot be "
-        f"assigned: write to '{name}_orig' (its name in functional_call and state dicts too), "
+        f"assigned: write to '{name}_orig' (its name in functional_call and state dicts), "
         "or take the masks off first with Pruner.finalize()"
     )
 
@@ -436,7 +436,7 @@ def _reduce_held(base: type[nn.Module], names: tuple[str, ...], reduced: Any) ->
         rest[0] = {key: value for key, value in rest[0].items() if key != "_l2l_prune_opened"}
     if function.__name__ != "__newobj__" or not _is_own_class(args[0], base, names):
         raise TypeError(
-            f"{base.__name__} has its own way to be pickled, which would lose the masks: "
+            f"{base.__name__} has its own way of pickling, which would lose the masks: "
             "save dense_state_dict(model), or finalize the Pruner first"
         )
     return (_new_held, (base, names, *args[1:]), *rest)
@@ -462,7 +462,7 @@ def _give_dense_keys(
 def _translate_dense_keys(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]
 ) -> None:
-    """Take dense weights that fit the mask; refuse others, also under strict=False."""
+    """Accept dense weights that fit the mask; refuse others, even with strict=False."""
     for name in held_names(module):
         dense, original = f"{prefix}{name}", f"{prefix}{name}_orig"
         if dense not in state_dict or original in state_dict:
@@ -470,7 +470,7 @@ def _translate_dense_keys(
         _, mask = held_tensors(module, name)
         value = state_dict[dense]
         fits = value.shape != mask.shape or not bool(value.to(mask.device)[mask == 0].any())
-        if fits:  # a wrong shape is torch's to tell
+        if fits:  # torch reports a wrong shape
             state_dict[original] = state_dict.pop(dense)
             state_dict[f"{prefix}{name}_mask"] = mask.clone()
         else:

@@ -27,15 +27,15 @@ def mask_table(masks: Mapping[str, Tensor], model: nn.Module) -> str:
 
 
 def updated(masks: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``masks`` with those that are given in place of theirs.
+    """``masks``, with those in ``changed`` in place of the old ones.
 
     Raises:
-        ValueError: If a name is unknown, or a mask is not boolean or does not fit; it is named.
+        ValueError: If a name is unknown, or a mask is not boolean or does not fit; names it.
     """
     new = dict(masks)
     for name, mask in changed.items():
         if name not in new:
-            raise ValueError(f"{name!r} is none of the pruned tensors: {', '.join(new)}")
+            raise ValueError(f"{name!r} is not one of the pruned tensors: {', '.join(new)}")
         if mask.dtype != torch.bool or mask.shape != new[name].shape:
             raise ValueError(
                 f"the mask of {name} must be boolean and of shape {tuple(new[name].shape)}"
@@ -45,20 +45,20 @@ def updated(masks: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> dict[
 
 
 def check_saved(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
-    """Refuse a checkpoint whose ``"masks"`` and ``"regrown"`` are not those of these tensors.
+    """Refuse a checkpoint whose ``"masks"`` or ``"regrown"`` do not fit these tensors.
 
     Args:
-        state: Of a Pruner. The released entries are called ``"regrown"`` in it.
-        shapes: Of all pruned tensors, by name.
+        state: A Pruner's state, in which released entries are called ``"regrown"``.
+        shapes: The shapes of all pruned tensors, by name.
 
     Raises:
         ValueError: Naming the tensor or entry that does not fit.
     """
     for entry in ("masks", "regrown"):
         if not isinstance(state[entry], dict):
-            raise ValueError(f"the checkpoint's {entry} must be masks by name")
+            raise ValueError(f"the checkpoint's {entry!r} must be a dict of masks by name")
     if unknown := sorted(set(state["regrown"]) - set(shapes)):
-        raise ValueError(f"the checkpoint's regrown weights are of other tensors: {unknown}")
+        raise ValueError(f"the checkpoint's regrown weights belong to other tensors: {unknown}")
     if differing := sorted(set(state["masks"]) ^ set(shapes)):
         raise ValueError(f"the checkpoint prunes other tensors; they differ in {differing}")
     for entry, called in (("masks", "mask"), ("regrown", "regrown mask")):

@@ -1,4 +1,4 @@
-"""The mask of one tensor from its scores, and errors that name it."""
+"""The mask of one tensor from its scores, and errors that name the tensor."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from l2l_prune.masking.prunable import LayerTensor
 
 
 def arranged(tensor: LayerTensor, scores: Tensor, keep: int, pattern: Pattern) -> Tensor:
-    """The mask of a tensor that keeps ``keep`` of its weights where the pattern lets them be.
+    """A tensor's mask that keeps ``keep`` of its weights, where the pattern lets them lie.
 
     Raises:
         ValueError: If ``scores`` hold NaN or infinity.
     """
-    if pattern == UNSTRUCTURED:  # has no directions; ties go by the weight's own order
+    if pattern == UNSTRUCTURED:  # it has no directions; ties follow the weight's own order
         return pattern.mask(scores, keep)
     return tensor.swapped(pattern.mask(tensor.swapped(scores), keep))
 
 
 @contextmanager
 def named(tensor: LayerTensor, when: str) -> Iterator[None]:
-    """Errors within name the tensor whose scores they are about."""
+    """Make errors within the block name the tensor whose scores they are about."""
     try:
         yield
     except (TypeError, ValueError) as error:
         place = f"cannot prune {tensor.full_name} {when}"
-        raise type(error)(f"{place} by the scores of criterion: {error}") from None
+        raise type(error)(f"{place} by the criterion: {error}") from None
 
 
 def all_true(weight: Tensor) -> Tensor:

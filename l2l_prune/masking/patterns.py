@@ -14,17 +14,17 @@ from l2l_prune.masking.topk import check_finite, kept_count, top_mask
 
 
 class Pattern(ABC):
-    """A rule for the places of a mask.
+    """A rule for where pruned weights may lie.
 
-    Tensors come as ``[outputs, inputs / groups, ...]``, those of transposed convolutions too.
+    Tensors come as ``[outputs, inputs / groups, ...]``, also those of transposed convolutions.
     """
 
     @abstractmethod
     def count(self, shape: torch.Size, keep: int) -> int:
-        """How many weights are kept where ``keep`` are asked for.
+        """How many weights the pattern keeps if ``keep`` are asked for.
 
         Raises:
-            ValueError: If a tensor of this shape cannot be pruned by the pattern, or not so far.
+            ValueError: If the pattern does not fit a tensor of this shape, or not this count.
         """
 
     @abstractmethod
@@ -32,7 +32,7 @@ class Pattern(ABC):
         """Boolean mask with ``count(scores.shape, keep)`` True entries.
 
         Args:
-            scores: Real tensor; large ones stay, of equals the first.
+            scores: Real tensor; large ones stay, and among equal ones the first.
             keep: Number of weights to keep.
 
         Raises:
@@ -55,11 +55,11 @@ class Unstructured(Pattern):
 
 @dataclass(frozen=True)
 class NByM(Pattern):
-    """``n`` of every ``m`` neighbours along the input dimension stay, as sparse tensor cores ask.
+    """Keep ``n`` of every ``m`` neighbours along the inputs, as sparse tensor cores require.
 
     The input dimension is the second: columns of a linear layer, input channels of a convolution
     (at each kernel position, as NVIDIA's ASP does). A transposed convolution, which holds its
-    inputs first, is pruned along its inputs too. The schedule's sparsity must be ``1 - n / m``.
+    inputs first, is also pruned along its inputs. The schedule's sparsity must be ``1 - n / m``.
 
     Args:
         n: Weights that stay in each group, 1 .. ``m - 1``.
@@ -88,12 +88,12 @@ class NByM(Pattern):
         """``keep``, if it is ``n / m`` of the tensor."""
         if len(shape) < 2 or shape[1] % self.m:
             inputs = shape[1] if len(shape) > 1 else "no"
-            raise ValueError(f"it has {inputs} inputs, which do not divide by {self.m}")
+            raise ValueError(f"it has {inputs} inputs, which do not divide into groups of {self.m}")
         total = shape.numel()
         if keep * self.m != total * self.n:
             raise ValueError(
                 f"{self.n}:{self.m} keeps {self.n} of {self.m}, so the sparsity must be "
-                f"{1 - self.n / self.m:g}; asked were {keep} of {total} weights"
+                f"{1 - self.n / self.m:g}, but it was to keep {keep} of {total} weights"
             )
         return keep
 
@@ -115,7 +115,7 @@ class Block(Pattern):
     For a transposed convolution, which holds its inputs first, the matrix is the same.
 
     A block's score is the sum of its weights' scores. The number of blocks that stay is rounded
-    as the number of weights is in :class:`Unstructured`.
+    like the number of weights in :class:`Unstructured`.
 
     Args:
         rows: Height of a block, along the outputs, >= 1.
@@ -164,10 +164,10 @@ class Block(Pattern):
 
 @dataclass(frozen=True)
 class Rows(Pattern):
-    """Whole output channels, or neurons, stay or go: all weights that make one.
+    """Whole output channels (or neurons) stay or go, with all their weights.
 
-    A channel's score is the sum of its weights' scores. The tensor keeps its shape; a network that
-    is physically smaller is what :class:`~l2l_prune.ChannelPruner` makes.
+    A channel's score is the sum of its weights' scores. The tensor keeps its shape; for a network
+    that is physically smaller, use :class:`~l2l_prune.ChannelPruner`.
 
     Examples:
         >>> Rows().mask(torch.tensor([[3.0, 1.0], [2.0, 0.5]]), 2).tolist()

@@ -1,4 +1,4 @@
-"""Which weights stay when a mask is due, and how many: ranked by layer, or over all."""
+"""Which weights stay when a mask is due, and how many: ranked by layer or all together."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class MaskChoice:
         schedule: When to prune, and how much; segments without a mask of their own are dense here.
         criterion: Gives the scores.
         pattern: Where pruned weights may lie in each tensor.
-        allocation: How what is pruned is shared among the tensors.
+        allocation: How pruning is shared among the tensors.
         group: Ranks whose scores are added up, so that all choose the same.
 
     Raises:
         TypeError: If ``criterion`` or ``pattern`` is something else.
         ValueError: If a number or name of the schedule does not fit the tensors, or
-            ``allocation`` is unknown or goes without the pattern.
+            ``allocation`` is unknown or cannot be combined with the pattern.
     """
 
     def __init__(
@@ -53,7 +53,9 @@ class MaskChoice:
             raise ValueError(f"allocation must be one of {ALLOCATIONS}, got {allocation!r}")
         self._global = allocation == "global"
         if self._global and pattern != UNSTRUCTURED:
-            raise ValueError('allocation="global" goes without pattern: that counts layer by layer')
+            raise ValueError(
+                'allocation="global" cannot be combined with pattern, which counts layer by layer'
+            )
         self._group = group
         self._tensors, self._criterion, self._pattern = tensors, criterion, pattern
         self._counts = [  # by segment: what each tensor keeps, or what all keep together
@@ -63,7 +65,7 @@ class MaskChoice:
 
     @property
     def by_tensor(self) -> bool:
-        """Whether any mask with the right count of each tensor would do: no pattern, not global."""
+        """Whether any mask with the right count per tensor is allowed: no pattern, not global."""
         return not self._global and self._pattern == UNSTRUCTURED
 
     def kept(self, position: int) -> int:
@@ -71,10 +73,10 @@ class MaskChoice:
         return sum(self._counts[position])
 
     def check(self, masks: Mapping[str, Tensor], position: int, whose: str) -> None:
-        """Refuse masks, by dense name in the tensors' order, that keep other numbers of weights.
+        """Refuse masks, by dense name in the tensors' order, that keep a wrong number of weights.
 
         Raises:
-            ValueError: Naming the first that does not fit, and ``whose`` it is.
+            ValueError: Naming the first that does not fit; ``whose`` says whose masks they are.
         """
         kept = {name: int(mask.sum()) for name, mask in masks.items()}
         if self._global:
@@ -91,15 +93,15 @@ class MaskChoice:
         Raises:
             TypeError: If scores are not real numbers.
             ValueError: If weights or scores are not finite, or scores do not fit. The message
-                names the tensor, and says ``when``.
+                names the tensor and says ``when``.
         """
         with ranks.failing_together(self._group, weights[0].device):
             for tensor, weight in zip(self._tensors, weights, strict=True):
                 if not bool(torch.isfinite(weight).all()):
                     raise ValueError(
                         f"cannot prune {tensor.full_name} {when}: the weights hold NaN or "
-                        "infinity, the training has diverged before (lower the learning rate, "
-                        "clip gradients)"
+                        "infinity, so training has diverged (lower the learning rate or clip "
+                        "gradients)"
                     )
         if self.kept(position) == sum(weight.numel() for weight in weights):  # nothing to choose
             return [all_true(weight) for weight in weights]

@@ -1,4 +1,4 @@
-"""Whether a tensor of a model can be pruned: a mask must reach it, wholly and for good."""
+"""Whether a tensor of a model can be pruned: a mask must reach all of it, at all times."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LayerTensor:
         return weight.shape
 
     def swapped(self, tensor: Tensor) -> Tensor:
-        """A tensor of its shape as ``[outputs, inputs, ...]``, or such a tensor in its shape again.
+        """Turn a tensor of its shape into ``[outputs, inputs, ...]``, or such a tensor back.
 
         Transposed convolutions hold ``[inputs, outputs / groups, ...]``, which becomes
         ``[outputs, inputs / groups, ...]`` as convolutions have it; others stay as they are.
@@ -54,11 +54,11 @@ class LayerTensor:
 
 
 def check_all_prunable(model: nn.Module, tensors: Iterable[LayerTensor]) -> None:
-    """Refuse tensors of which one cannot be pruned, or shares its weight with another place.
+    """Refuse tensors if one of them cannot be pruned, or its weight is used elsewhere too.
 
     Args:
-        model: The whole model, in which shared weights are looked for.
-        tensors: Those that are to be pruned.
+        model: The whole model, which is searched for shared weights.
+        tensors: The tensors to prune.
 
     Raises:
         ValueError: Naming the tensor and what to do.
@@ -74,7 +74,7 @@ def check_all_prunable(model: nn.Module, tensors: Iterable[LayerTensor]) -> None
 
 
 def check_prunable(tensor: LayerTensor) -> None:
-    """Refuse a tensor whose masking could not be right.
+    """Refuse a tensor that cannot be masked correctly.
 
     Raises:
         ValueError: Naming the tensor and what to do.
@@ -103,7 +103,7 @@ def check_prunable(tensor: LayerTensor) -> None:
     elif weight.layout != torch.strided:
         problem = f"is {weight.layout}, not a dense tensor: {advice}"
     elif weight.is_inference():
-        problem = "was made in inference_mode, so it cannot be changed: make the model outside"
+        problem = "was made in inference_mode, so it cannot be changed: make the model outside it"
     elif any(
         step == 0 < size - 1 for step, size in zip(weight.stride(), weight.shape, strict=True)
     ):
@@ -138,7 +138,7 @@ def _identity(weight: Tensor | None) -> object:
 
 
 def tied(model: nn.Module) -> Callable[[Tensor | None], bool]:
-    """Tells of a parameter whether the model uses it, or its memory, in more than one place."""
+    """A function that tells whether the model uses a parameter, or its memory, more than once."""
     uses = Counter(
         _identity(weight)
         for module in model.modules()

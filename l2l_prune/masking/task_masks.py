@@ -25,7 +25,7 @@ from l2l_prune.schedules.schedule import Schedule
 
 
 class TaskMasks:
-    """How masks of single tasks are drawn, where a schedule asks for them.
+    """How masks for single tasks are drawn, if a schedule asks for them.
 
     A sparse segment with ``masks="task"`` leaves the model dense and gives each task's learner a
     mask of its own: what it prunes is 0 in that learner and gets no gradient from that task.
@@ -34,15 +34,15 @@ class TaskMasks:
     copies and functional copies that are made in it keep them for good, so that several may live
     at once. Stored weights stay as they are. Learners that share the model's own modules (CAVIA's,
     say), and models that are called directly (ProtoNet), are masked within the block only: let it
-    span the task's losses. In other segments nothing is drawn, so that one loop serves all. Leave
-    the block before the outer step, and leave it out in evaluation, which has no masks then.
+    span the task's losses. In other segments nothing is drawn, so one loop serves them all. Leave
+    the block before the outer step, and use no block in evaluation, which then has no masks.
 
-    Masks depend on the generator, the meta-iteration, the rank and the task's number in the
-    meta-iteration only: ranks of torch.distributed may share a seed, and have different masks.
+    Masks depend only on the generator, the meta-iteration, the rank and the task's number in the
+    meta-iteration: ranks of torch.distributed may share a seed and still get different masks.
 
     Args:
-        generator: Source of all chance, on the CPU. Its state is in the pruner's state dict.
-        scores: Which weights stay: any as likely as another by default, or
+        generator: Source of all randomness, on the CPU. The pruner's state dict holds its state.
+        scores: Which weights stay: all equally likely by default, or
             :func:`~l2l_prune.masking.task_scores.magnitude`,
             :class:`~l2l_prune.masking.task_scores.Catfish`, or a function of your own
             (:data:`~l2l_prune.masking.task_scores.TaskScores`).
@@ -75,7 +75,7 @@ class TaskMasks:
             "generator", generator, torch.Generator, "a torch.Generator"
         )
         if generator.device.type != "cpu":
-            raise TypeError(f"generator must be on the CPU, is on {generator.device}")
+            raise TypeError(f"generator must be on the CPU, not on {generator.device}")
         if not callable(scores):
             raise TypeError(
                 f"scores must be a function of a weight and a generator, got "
@@ -86,14 +86,14 @@ class TaskMasks:
 
 
 class TaskSeeds:
-    """Gives each task chance of its own: by meta-iteration, rank and number of the task.
+    """Gives each task randomness of its own, by meta-iteration, rank and number of the task.
 
     Args:
         generator: Draws a seed for each meta-iteration.
         group: Ranks that share the tasks of a meta-iteration.
 
     Attributes:
-        tasks: Tasks of this meta-iteration that have begun.
+        tasks: How many tasks of this meta-iteration have begun.
     """
 
     def __init__(self, generator: torch.Generator, group: dist.ProcessGroup | None) -> None:
@@ -102,7 +102,7 @@ class TaskSeeds:
         self.tasks = 0
 
     def begin(self, share: float) -> torch.Generator | None:
-        """The generator of the next task, or ``None`` if it is not of the share."""
+        """The next task's generator, or ``None`` if the task is not in the share that is masked."""
         if self._seed is None:
             self._seed = int(torch.randint(2**62, (), generator=self._generator))
         rank = 0 if self._group is None else dist.get_rank(self._group)
@@ -125,10 +125,10 @@ class TaskSeeds:
         }
 
     def check_state(self, state: Any) -> None:
-        """Refuse what no :meth:`state_dict` gave.
+        """Refuse a state that does not come from :meth:`state_dict`.
 
         Raises:
-            ValueError: Saying so.
+            ValueError: If it does not.
         """
         try:
             fits = set(state) == {"generator", "seed", "tasks"} and state["tasks"] >= 0
@@ -137,7 +137,7 @@ class TaskSeeds:
         except (AttributeError, TypeError, KeyError, RuntimeError):
             fits = False
         if not fits:
-            raise ValueError("the checkpoint's task_masks are none of this version")
+            raise ValueError("the checkpoint's task_masks do not fit this version")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
@@ -146,19 +146,19 @@ class TaskSeeds:
 
 
 class TaskBlocks:
-    """The tasks of a Pruner, one after the other: what each is masked by, and whether one is on.
+    """The tasks of a Pruner, one after the other: each task's masks, and whether one is running.
 
     Args:
-        how: Scores, pattern and generator, or ``None`` where no segment has masks for each task.
+        how: Scores, pattern and generator; ``None`` if no segment has masks for each task.
         model: What is pruned.
         tensors: The selected tensors.
         schedule: When to prune, and how much.
-        allocation: How what is pruned is shared among the tensors.
+        allocation: How pruning is shared among the tensors.
         group: Ranks that share the tasks of a meta-iteration.
 
     Attributes:
-        inside: Whether a task is on.
-        lent: The masks of that task, or ``None`` where it is not pruned.
+        inside: Whether a task is running.
+        lent: The masks of that task, or ``None`` if it is not pruned.
 
     Raises:
         TypeError: If ``how`` is something else.
@@ -191,15 +191,15 @@ class TaskBlocks:
         for module in model.modules():
             if isinstance(module, DistributedDataParallel) and module.broadcast_buffers:
                 raise ValueError(
-                    "DistributedDataParallel would give all ranks the first one's task masks: wrap "
-                    "the model with broadcast_buffers=False"
+                    "DistributedDataParallel would give all ranks the first rank's task masks: "
+                    "wrap the model with broadcast_buffers=False"
                 )
         if self._global and how.pattern != UNSTRUCTURED:
             raise ValueError(
-                'allocation="global" goes without a pattern of task_masks: that counts layer by '
-                "layer"
+                'allocation="global" cannot be combined with a pattern of task_masks, which '
+                "counts layer by layer"
             )
-        self._counts = [  # by segment, empty where no masks are drawn
+        self._counts = [  # by segment; empty if no masks are drawn
             kept_counts(tensors, segment, allocation, how.pattern) if segment.per_task else []
             for segment in schedule.segments
         ]
@@ -209,7 +209,7 @@ class TaskBlocks:
     def block(
         self, position: int, held: HeldMasks, given: list[Tensor] | None
     ) -> Iterator[list[Tensor]]:
-        """One task, in the segment at ``position``, under drawn or ``given`` masks."""
+        """Run one task, in the segment at ``position``, under drawn or ``given`` masks."""
         drawing = given is None and self._segments[position].per_task
         masks = self._draw(position, held.originals()) if drawing else given
         if masks is not None and self._segments[position].held:  # what the model has pruned stays
@@ -222,21 +222,21 @@ class TaskBlocks:
             self.inside, self.lent, self._drawing = False, None, None
 
     def more(self, tasks: int, weights: Sequence[Tensor]) -> list[list[Tensor] | None]:
-        """Masks of further tasks in a block that has drawn; an empty list in another."""
+        """Masks for more tasks in a block that has drawn masks; in other blocks an empty list."""
         if self._drawing is None:
             return []
         return [self._draw(self._drawing, weights) for _ in range(tasks)]
 
     def check_begun(self, position: int, iteration: int) -> None:
-        """Refuse to end a meta-iteration that should have drawn and has not.
+        """Refuse to end a meta-iteration that should have drawn masks but has not.
 
         Raises:
             RuntimeError: Saying what to do.
         """
         if self._segments[position].per_task and not self._seeds.tasks:
             raise RuntimeError(
-                f"iteration {iteration} prunes in each task, but no task began: put each task's "
-                "learner into a `with pruner.task_masks():` block"
+                f"iteration {iteration} prunes in each task, but no task began: run each "
+                "task within a `with pruner.task_masks():` block"
             )
 
     def end_iteration(self) -> None:
@@ -245,14 +245,14 @@ class TaskBlocks:
             self._seeds.end_iteration()
 
     def state_dict(self) -> dict[str, Any]:
-        """An entry of the Pruner's state, or none where nothing is drawn."""
+        """An entry for the Pruner's state; empty if nothing is drawn."""
         return {} if self._how is None else {"task_masks": self._seeds.state_dict()}
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Refuse a Pruner's state whose entry does not fit.
 
         Raises:
-            ValueError: Saying so.
+            ValueError: If it does not.
         """
         if self._how is not None:
             self._seeds.check_state(state["task_masks"])
@@ -296,9 +296,9 @@ class TaskBlocks:
 
 @contextmanager
 def _lent(tensors: Sequence[LayerTensor], masks: Sequence[Tensor]) -> Iterator[None]:
-    """Within it other masks are in place; stored weights keep what those prune.
+    """Put other masks in place for the block; stored weights keep what those masks prune.
 
-    Clones and functional copies that are made within keep these masks.
+    Clones and functional copies that are made within the block keep these masks.
     """
     own = [tensor.module._buffers[f"{tensor.name}_mask"] for tensor in tensors]
     try:

@@ -1,4 +1,4 @@
-"""Which weights a task's own mask keeps: any, mostly the large ones, or those that fit it least."""
+"""Which weights a task's own mask keeps: any, mostly large ones, or those that fit it least."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from l2l_prune._basics.losses import check_loss
 from l2l_prune._basics.precision import widened
 
 TaskScores: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
-"""Gets one weight, as the parameter that it is, and a generator on the CPU of this task alone;
-gives a real tensor of the weight's shape. The entries with the largest scores stay in the task's
-learner. Called without gradients being recorded."""
+"""Takes one weight, the parameter itself, and this task's own generator on the CPU; returns a real
+tensor of the weight's shape. The entries with the largest scores stay in the task's learner.
+Called with gradients off."""
 
 
 def uniform(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Any mask is as likely as any other."""
+    """All masks are equally likely."""
     return torch.rand(weight.shape, generator=generator)
 
 
 def magnitude(temperature: float) -> TaskScores:
-    """Large weights stay more often: drawn one after the other, in proportion to ``|w|^(1/T)``.
+    """Large weights stay more often: they are drawn in turn, in proportion to ``|w|^(1/T)``.
 
     Args:
-        temperature: ``T``, above 0: near 0 the smallest weights go, as in the paper's masks; far
-            above 1 any is as likely to go.
+        temperature: ``T``, > 0. Near 0 the smallest weights go, as in the paper's masks; far above
+            1 all are about equally likely to go.
 
     Raises:
-        TypeError: If ``temperature`` is no number.
-        ValueError: If it is not above 0.
+        TypeError: If ``temperature`` is not a number.
+        ValueError: If it is not > 0.
 
     Source:
-        The largest of logits plus Gumbel noise are such a draw: Kool et al., *Stochastic Beams and
+        The largest logits plus Gumbel noise are such a draw: Kool et al., *Stochastic Beams and
         Where to Find Them*, ICML 2019, Section 2.3.
     """
     temperature = checks.number("temperature", temperature, above=0)
@@ -50,10 +50,10 @@ def magnitude(temperature: float) -> TaskScores:
 
 
 class Catfish:
-    """The weights that fit a task most go: those whose loss would change most without them.
+    """Prune the weights that fit a task best: those without which its loss would change most.
 
-    The change is told to first order, ``|w * dL/dw|``. Show it each task's loss before the task's
-    block begins; each loss serves one draw.
+    The change is taken to first order, ``|w * dL/dw|``. Show each task's loss to :meth:`observe`
+    before the task's block begins; each loss serves one draw.
 
     Examples:
         >>> from l2l_prune import Pruner, Schedule, Segment, TaskMasks
@@ -79,18 +79,18 @@ class Catfish:
         """Take the gradients of a task's loss; the weights' own ``grad`` is left alone.
 
         Args:
-            loss: One number, of the model without the task's mask.
+            loss: One number, computed by the model without the task's mask.
             weights: Parameters of the pruned model; those that the loss does not reach score 0.
 
         Raises:
             RuntimeError: If the loss reaches none of them.
-            TypeError: If it is no tensor.
+            TypeError: If it is not a tensor.
             ValueError: If it holds several numbers.
         """
         check_loss(loss)
         held = [weight for weight in weights if weight.requires_grad]
         if not loss.requires_grad or not held:
-            raise RuntimeError("the loss depends on no weight: compute it with the pruned model")
+            raise RuntimeError("the loss reaches no weight: compute it with the pruned model")
         found = torch.autograd.grad(loss, held, allow_unused=True)
         self._gradients = {
             id(weight): torch.zeros_like(weight) if gradient is None else gradient
@@ -106,7 +106,7 @@ class Catfish:
         gradient = self._gradients.pop(id(weight), None)
         if gradient is None:
             raise ValueError(
-                "catfish has seen no loss of this task: call observe(loss, model.parameters()) "
+                "catfish has seen no loss for this task: call observe(loss, model.parameters()) "
                 "before each block"
             )
         return -(widened(weight.detach()) * widened(gradient)).abs()

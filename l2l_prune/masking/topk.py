@@ -7,7 +7,7 @@ from torch import Tensor
 
 from l2l_prune._basics.precision import widened
 
-_LARGE = 2**22  # entries from which memory counts for more than passes over them
+_LARGE = 2**22  # from this size on, memory matters more than passes over the data
 _BITS = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
@@ -34,7 +34,7 @@ def kept_count(numel: int, sparsity: float) -> int:
 
 
 def top_mask(scores: Tensor, keep: int) -> Tensor:
-    """Mask of the ``keep`` largest scores; of equals, the lower flat index stays.
+    """Mask of the ``keep`` largest scores; among equal ones, the lower flat index stays.
 
     Args:
         scores: Real tensor of any shape and memory layout.
@@ -52,7 +52,7 @@ def top_mask(scores: Tensor, keep: int) -> Tensor:
         [True, True, False, True]
     """
     if scores.is_complex():
-        raise TypeError("complex scores have no order that pruning could use")
+        raise TypeError("scores must be real numbers, got complex ones")
     if not 0 <= keep <= scores.numel():
         raise ValueError(f"keep must be in [0, {scores.numel()}], got {keep}")
     check_finite(scores)
@@ -82,10 +82,10 @@ def _threshold(flat: Tensor, keep: int) -> Tensor | float:
 
 
 def _bisected_threshold(flat: Tensor, keep: int) -> float:
-    """The same by halving: at most a pass for each bit, in a byte an entry (kthvalue takes 12)."""
+    """The same by bisection: at most a pass per bit, a byte per entry (kthvalue takes 12)."""
     bits = _BITS[flat.dtype]
 
-    def place(value: float) -> int:  # of a number among all that the dtype has
+    def place(value: float) -> int:  # a number's rank among all numbers of the dtype
         number = int(torch.tensor(abs(value), dtype=flat.dtype).view(bits))
         return -number if value < 0 else number
 
@@ -104,10 +104,10 @@ def _bisected_threshold(flat: Tensor, keep: int) -> float:
 
 
 def check_finite(scores: Tensor) -> None:
-    """Refuse scores that have no order.
+    """Refuse scores that cannot be ranked.
 
     Raises:
         ValueError: If ``scores`` holds NaN or infinity.
     """
     if not bool(torch.isfinite(scores).all()):
-        raise ValueError("it holds NaN or infinity, so the largest cannot be told")
+        raise ValueError("the scores hold NaN or infinity, so they cannot be ranked")

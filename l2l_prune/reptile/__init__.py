@@ -1,4 +1,4 @@
-"""Reptile with pruning (Algorithms 1 and 2 of the paper), in learn2learn's verbs."""
+"""Reptile with pruning (Algorithms 1 and 2 of the paper), with learn2learn's method names."""
 
 from l2l_prune.reptile.batched import BatchedLearners
 from l2l_prune.reptile.compiled import CompiledStep

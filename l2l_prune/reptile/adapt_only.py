@@ -1,4 +1,4 @@
-"""Which parameters of a learner adapt to a task, where not all do."""
+"""Which parameters of a learner adapt to a task, if not all do."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ def chosen_parameters(model: nn.Module, adapt_only: AdaptOnly) -> dict[str, Tens
             for all.
 
     Returns:
-        For each parameter ``None``, or which of its entries adapt: boolean, broadcast from its
-        first dimension.
+        For each parameter that adapts ``None``, or which of its entries do: boolean, broadcast from
+        its first dimension.
 
     Raises:
-        TypeError: If something else is given.
-        ValueError: If a name means no parameter, a channel is not there, or nothing would adapt.
+        TypeError: If anything else is given.
+        ValueError: If a name matches no parameter, a channel does not exist, or nothing would
+            adapt.
     """
     if isinstance(adapt_only, Mapping):
         chosen = _of_channels(model, adapt_only)
     else:
         chosen = _of_rules(model, read_rules("adapt_only", adapt_only, model))
     if not any(model.get_parameter(name).requires_grad for name in chosen):
-        raise ValueError("adapt_only leaves no parameter that could adapt")
+        raise ValueError("adapt_only leaves no parameter to adapt")
     return chosen
 
 
@@ -81,15 +82,17 @@ def _of_channels(
         counts = {len(p) for p in own.values() if p.dim()}
         if len(counts) != 1 or getattr(layer, "transposed", False):
             raise ValueError(
-                f"adapt_only cannot choose channels of {name}, a {type(layer).__name__}: it must "
-                "hold its output channels first; give None for the whole layer"
+                f"adapt_only cannot choose channels of {name}, a {type(layer).__name__}, which "
+                "does not hold its output channels first; give None for the whole layer"
             )
         count = counts.pop()
         keep = torch.zeros(count, dtype=torch.bool)
         for channel in channels:
             index = checks.whole_number(f"adapt_only[{name!r}]", channel)
             if index >= count:
-                raise ValueError(f"adapt_only[{name!r}] names channel {index} of {count}")
+                raise ValueError(
+                    f"adapt_only[{name!r}] names channel {index}, but there are {count}"
+                )
             keep[index] = True
         if not bool(keep.any()):
             raise ValueError(f"adapt_only[{name!r}] names no channel: leave the layer out")
@@ -101,7 +104,7 @@ def _of_channels(
 
 
 def _names(full_name: str) -> list[str]:
-    """The parameter's name, and those of all modules that it is in."""
+    """The parameter's name, and the names of all modules that contain it."""
     parts = full_name.split(".")
     return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
 

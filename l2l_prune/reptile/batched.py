@@ -1,4 +1,4 @@
-"""Learners of many tasks adapted at once: each tensor holds all tasks along a first axis."""
+"""Learners of many tasks, adapted at once: each tensor holds all tasks along a first axis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from l2l_prune.reptile.adapt_only import AdaptOnly
 from l2l_prune.reptile.learner import copied_state
 from l2l_prune.reptile.reptile import PrunedReptile
 
-# These step on each weight by itself, so one of them on stacked weights is one for each task.
+# These step on each weight by itself, so one optimizer of stacked weights serves all tasks.
 ELEMENTWISE = (
     optim.SGD,
     optim.Adam,
@@ -32,13 +32,13 @@ COUNTS = ("step", "mu_product")  # one number for a whole parameter in their sta
 class BatchedLearners:
     """Learners of one :class:`~l2l_prune.PrunedReptile` for several tasks, adapted by ``vmap``.
 
-    The same numbers as of one learner after the other, to rounding; made within
-    :meth:`~l2l_prune.PrunedReptile.task_masks` each has masks of its own. Faster for narrow
+    They give the same numbers as learners one after the other, up to rounding. If they are made
+    within :meth:`~l2l_prune.PrunedReptile.task_masks`, each has masks of its own. Faster for narrow
     networks on small images, whose many small operations become few; slower for wide ones.
 
     Args:
-        reptile: Whose learners; it is left as it was.
-        tasks: How many, >= 1.
+        reptile: Whose learners they are; it is left as it was.
+        tasks: How many learners, >= 1.
         adapt_only: As in :meth:`PrunedReptile.clone`, whole layers only.
 
     Attributes:
@@ -47,7 +47,7 @@ class BatchedLearners:
 
     Raises:
         ValueError: If channels are cut out (``structured``), the inner optimizer does not step
-            on each weight by itself, or ``adapt_only`` chooses channels or names what is not there.
+            on each weight by itself, or ``adapt_only`` chooses channels or unknown layers.
 
     Examples:
         >>> from l2l_prune import DSDSchedule
@@ -75,7 +75,7 @@ class BatchedLearners:
             )
 
         def stacked(tensor: Tensor) -> Tensor:
-            # vmap's convolutions of many networks are faster so, also where those of one are not.
+            # vmap's convolutions of many networks are faster in this format, even if one's are not.
             held = tensor.detach().expand(tasks, *tensor.shape)
             return held.clone(memory_format=torch.contiguous_format)
 
@@ -95,7 +95,7 @@ class BatchedLearners:
             }
 
     def _all_masks(self, tasks: int) -> dict[str, Tensor]:
-        """Masks by name: one for all learners, or, where each has its own, stacked."""
+        """Masks by name: one for all learners or, if each has its own, stacked."""
         first = self._learner.workspace.masks
         others = self._reptile.pruner.more_task_masks(tasks - 1)
         held = first
@@ -116,7 +116,7 @@ class BatchedLearners:
         self._reptile.discard(self._learner)
 
     def each(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        """``function(learner, *tensors)`` of every task, with ``learner(x)`` as its network.
+        """``function(learner, *tensors)`` for every task, with ``learner(x)`` as its network.
 
         Args:
             function: Called once on one task's part of the tensors, as ``torch.vmap`` does.
@@ -139,7 +139,7 @@ class BatchedLearners:
         """One inner step of every learner.
 
         Args:
-            losses: One of each task, ``[tasks]``.
+            losses: One per task, ``[tasks]``.
         """
         self._optimizer.zero_grad()
         losses.sum().backward()  # type: ignore[no-untyped-call]

@@ -21,34 +21,34 @@ Named = dict[str, Tensor]
 Update = Callable[..., None]
 
 _UPDATES: dict[type[torch.optim.Optimizer], Update] = {Adam: adam, AdamW: adamw}
-# What may be anything in their options: _update takes it, or it only chooses a kernel.
+# Options that may have any value: _update uses them, or they only choose a kernel.
 _TAKEN = {"params", "lr", "betas", "eps", "weight_decay", "maximize"}
 _TAKEN |= {"foreach", "fused", "capturable"}
 
 
 class CompiledStep:
-    """Inner steps through ``torch.compile``; the same numbers as plain ones to rounding.
+    """Inner steps through ``torch.compile``, with the same numbers as plain steps up to rounding.
 
-    In place of ``learner.adapt(F.cross_entropy(learner(x), y))``. Normalisation, activations, the
+    Replaces ``learner.adapt(F.cross_entropy(learner(x), y))``. Normalisation, activations, the
     step of Adam and the mask become a few kernels. It pays where operations are small: conv4
     steps a tenth faster at 28x28; at 84x84 on a CPU plain steps are faster
     (``python -m benchmarks meta_iteration``).
 
-    The first step for each shape of data, phase and training mode compiles, for some ten seconds
-    each; torch needs a C++ compiler for that on a CPU. The step of Adam and AdamW is compiled if
-    all of its options are known here; else, for other optimizers, and for the first step of a
-    fresh one, the optimizer's own ``step()`` runs. Weights that a loss does not reach stay, as in
-    plain steps. Dropout draws other numbers than there. Pruned weights are set to 0 at the end of
-    each step: what somebody writes there in between is used once.
+    The first step for each shape of data, phase and training mode compiles, which takes some ten
+    seconds; on a CPU torch needs a C++ compiler for that. The step of Adam and AdamW is compiled
+    if all of its options are known here; otherwise, and for the first step of a fresh optimizer,
+    the optimizer's own ``step()`` runs. Weights that a loss does not reach stay, as in plain
+    steps. Dropout draws other numbers than in plain steps. Pruned weights are set to 0 at the end
+    of each step: a value that is written there in between is used once.
 
     Args:
         loss: ``loss(learner, *data)``, a scalar of ``learner(x)``. Make it once: torch compiles
-            anew for each function that it has not seen. For bfloat16 use ``torch.autocast`` in it.
+            again for each new function. For bfloat16 use ``torch.autocast`` in it.
 
     Raises:
-        RuntimeError: If torch is older than 2.6, whose kernels turn off subnormal numbers in the
-            whole process.
-        TypeError: If ``loss`` is no function.
+        RuntimeError: If torch is older than 2.6; kernels of older versions turn off subnormal
+            numbers in the whole process.
+        TypeError: If ``loss`` is not a function.
 
     Examples:
         >>> def loss(learner, x, y):
@@ -73,14 +73,14 @@ class CompiledStep:
 
         Args:
             learner: Made by :meth:`~l2l_prune.PrunedReptile.clone`.
-            data: What ``loss`` takes beside it, such as ``x, y``.
+            data: What ``loss`` takes besides the learner, such as ``x, y``.
 
         Returns:
             The loss before the step, detached.
 
         Raises:
             RuntimeError: If the learner was collected, or the loss does not depend on it.
-            TypeError: If the loss is no tensor.
+            TypeError: If the loss is not a tensor.
             ValueError: If it holds several numbers.
         """
         workspace = learner.workspace
@@ -93,7 +93,7 @@ class CompiledStep:
         reached = {name: p for name, p in weights.items() if p.grad is not None}
         optimizer = workspace.optimizer
         update = _functional(optimizer)
-        # A plain step makes the state of what has none yet, and knows of chosen channels.
+        # A plain step makes missing state, and handles chosen channels.
         if (
             update is None
             or workspace.partly
@@ -125,7 +125,7 @@ class CompiledStep:
 
 
 def _functional(optimizer: torch.optim.Optimizer) -> Update | None:
-    """Torch's function for a step, if one call of it is known to be the whole step."""
+    """Torch's function for a step, if a single call of it is known to be the whole step."""
     update = _UPDATES.get(type(optimizer))
     (group, *others) = optimizer.param_groups
     needed = {
@@ -148,7 +148,7 @@ def _functional(optimizer: torch.optim.Optimizer) -> Update | None:
 
 
 def _loss_of(loss: Loss, module: nn.Module, weights: Named, buffers: Named, data: Any) -> Any:
-    """The loss of a network; buffers move as in a forward pass."""
+    """The loss of a network; buffers are updated as in a forward pass."""
 
     def learner(*args: Any, **kwargs: Any) -> Any:
         return functional_call(module, {**weights, **buffers}, args, kwargs)

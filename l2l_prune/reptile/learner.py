@@ -23,12 +23,12 @@ def adam(parameters: Iterable[Tensor], lr: float, weight_decay: float = 0.0) -> 
     """The inner optimizer of Reptile's authors and of the paper: Adam without momentum.
 
     Args:
-        parameters: What it steps on.
-        lr: Its learning rate.
+        parameters: The parameters to optimize.
+        lr: The learning rate.
         weight_decay: Decoupled weight decay, as in AdamW; none in the paper.
 
     Returns:
-        ``torch.optim.AdamW`` with betas (0, 0.999), fused into one kernel where torch has that.
+        ``torch.optim.AdamW`` with betas (0, 0.999), fused into one kernel where torch can.
     """
     held = list(parameters)
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in held)
@@ -41,7 +41,7 @@ class Learner(nn.Module):
     """A task's own copy of the model; made by :meth:`~l2l_prune.PrunedReptile.clone`.
 
     Attributes:
-        module: A plain copy of the model; while sparse its pruned weights are exactly 0 after
+        module: A plain copy of the model. In sparse phases its pruned weights are exactly 0 after
             every :meth:`adapt` and before every forward.
     """
 
@@ -53,7 +53,7 @@ class Learner(nn.Module):
         self.__dict__.update(_reptile=reptile, _workspace=workspace, _born=iteration)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the learner's model under the mask.
+        """Run the learner's model under its mask.
 
         Raises:
             RuntimeError: If the learner was collected.
@@ -69,7 +69,7 @@ class Learner(nn.Module):
 
         Raises:
             RuntimeError: If the learner was collected, or ``loss`` does not depend on it.
-            TypeError: If ``loss`` is no tensor.
+            TypeError: If ``loss`` is not a tensor.
             ValueError: If ``loss`` holds several numbers.
         """
         self.workspace.adapt(loss)
@@ -80,7 +80,9 @@ class Learner(nn.Module):
         if self.__dict__["_reptile"] is not reptile:
             raise RuntimeError("this learner was cloned from another PrunedReptile")
         if self.__dict__["_born"] != iteration:
-            raise RuntimeError("this learner was cloned before the last step(): its start is stale")
+            raise RuntimeError(
+                "this learner is stale, cloned before the last step(): clone() a new one"
+            )
         workspace.project()
         self.__dict__["_workspace"] = None
         del self.module
@@ -116,9 +118,9 @@ class Workspace:
             "a torch Optimizer",
         )
         if not optimizer_state.held_ids(self.optimizer) <= {id(p) for p in given}:
-            raise ValueError("inner_optimizer must step on the parameters that it is given only")
+            raise ValueError("inner_optimizer must step only on the parameters that it is given")
         if isinstance(self.optimizer, LBFGS):
-            raise ValueError("inner_optimizer must step on one loss; L-BFGS needs a closure")
+            raise ValueError("inner_optimizer must step without a closure, but L-BFGS needs one")
         self._fresh = [copied_state(self.optimizer.state.get(p, {})) for p in self.parameters]
         self._by_name = dict(self.module.named_parameters())
         self._trained = {name: p.requires_grad for name, p in self._by_name.items()}
@@ -133,7 +135,7 @@ class Workspace:
         self.before_last: list[Tensor] = []
 
     def restore(self, model: nn.Module, state: list[dict[str, Any]]) -> None:
-        """Start from the meta-model: weights, buffers, modes, masks, optimizer state."""
+        """Start again from the meta-model: weights, buffers, modes, masks, optimizer state."""
         torch._foreach_copy_([*self.parameters], [*model.parameters()])
         for parameter in self.parameters:
             parameter.grad = None
@@ -160,7 +162,7 @@ class Workspace:
         """Let only these parameters adapt, until :meth:`restore`.
 
         Args:
-            chosen: By name, ``None`` or which entries adapt
+            chosen: By name, ``None`` (all entries) or which entries adapt
                 (:func:`~l2l_prune.reptile.adapt_only.chosen_parameters`).
         """
         self._narrowed = True
@@ -184,11 +186,11 @@ class Workspace:
         self.step()
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of a loss on the parameters that it reaches, none on the others.
+        """Set gradients of a loss on the parameters that it reaches, none on the others.
 
         Raises:
             RuntimeError: If it reaches none.
-            TypeError: If it is no tensor.
+            TypeError: If it is not a tensor.
             ValueError: If it holds several numbers.
         """
         check_loss(loss)
@@ -200,7 +202,7 @@ class Workspace:
             raise RuntimeError("loss does not depend on this learner: compute it from learner(x)")
 
     def step(self) -> None:
-        """The inner optimizer's step on the gradients that are there."""
+        """Make the inner optimizer's step with the present gradients."""
         self.about_to_step()
         self.optimizer.step()
         self.project()
@@ -208,12 +210,12 @@ class Workspace:
             torch.where(adapts, weight, start, out=weight)
 
     def about_to_step(self) -> None:
-        """Keep what first-order MAML subtracts."""
+        """Save what first-order MAML subtracts."""
         if self._foml:
             torch._foreach_copy_(self.before_last, [p.detach() for p in self.parameters])
 
     def project(self) -> None:
-        """Pruned weights to exactly 0; ``.data`` so that a pending backward is not disturbed."""
+        """Set pruned weights to exactly 0; ``.data`` leaves a pending backward undisturbed."""
         if self._masked:
             torch._foreach_mul_(self._masked, list(self.masks.values()))
 
@@ -226,14 +228,14 @@ class Workspace:
         return list(moved)
 
     def clear_momentum(self) -> None:
-        """Pruned weights must not be pushed by an old momentum when they are released."""
+        """Clear momentum of pruned weights, which would push them when they are released."""
         for name, mask in self.masks.items():
             optimizer_state.clear_momentum(self.optimizer, self._by_name[name], mask)
 
     def save_state(self, into: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The optimizer's state, handed out; it goes on with the tensors of ``into`` as its own.
+        """Hand out the optimizer's state; the optimizer goes on with the tensors of ``into``.
 
-        Until :meth:`restore` the optimizer's state means nothing then, and no tensor is copied.
+        No tensor is copied. The optimizer's own state is meaningless until :meth:`restore`.
         """
         states = [dict(self.optimizer.state.get(p, {})) for p in self.parameters]
         self.optimizer.state.clear()
@@ -249,7 +251,7 @@ def _restore_state(
         return
     _copy_states(saved, [optimizer.state[p] for p in parameters])
     for group in optimizer.param_groups:
-        if group.get("fused") or group.get("capturable"):  # these count their steps on the device
+        if group.get("fused") or group.get("capturable"):  # they count their steps on the device
             for parameter in group["params"]:
                 state = optimizer.state[parameter]
                 for key, value in state.items():  # "step", and NAdam's "mu_product"
@@ -258,7 +260,7 @@ def _restore_state(
 
 
 def _copy_states(sources: list[dict[str, Any]], targets: list[dict[str, Any]]) -> None:
-    """Make each target dict equal to its source; tensors in one grouped copy."""
+    """Make each target dict equal to its source, with one grouped copy for the tensors."""
     old: list[Tensor] = []
     new: list[Tensor] = []
     for source, target in zip(sources, targets, strict=True):
@@ -276,10 +278,10 @@ def _copy_states(sources: list[dict[str, Any]], targets: list[dict[str, Any]]) -
 
 
 def copied_state(state: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
-    """A copy of the state of one parameter, on ``device`` if one is given.
+    """A copy of one parameter's state, on ``device`` if one is given.
 
-    Single numbers (Adam's step count) stay where they are: :meth:`Workspace.restore` knows where
-    an optimizer counts.
+    Single numbers (Adam's step count) stay where they are; :meth:`Workspace.restore` moves them to
+    where the optimizer counts.
     """
     return {
         k: v.to(device if v.dim() else None, copy=True) if isinstance(v, Tensor) else v

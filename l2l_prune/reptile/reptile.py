@@ -1,4 +1,4 @@
-"""Reptile with network pruning (Algorithms 1 and 2 of the paper) in learn2learn's verbs."""
+"""Reptile with pruning (Algorithms 1 and 2 of the paper), with learn2learn's method names."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ class PrunedReptile(nn.Module):
         schedule: When to prune, and how much.
         inner_lr: Learning rate of the inner optimizer, > 0.
         meta_lr: Step towards the mean of the adapted weights at the start, >= 0.
-        meta_lr_final: The same at the end of the schedule; linear in between.
+        meta_lr_final: The step at the end of the schedule; it changes linearly in between.
         annealing: ``"run"``: the meta step goes from the first to the last value once, over the
-            schedule, as in the paper; ``"phase"``: anew in each of its segments, so that what is
-            released has full steps to learn with.
+            whole schedule, as in the paper; ``"phase"``: it does so in each segment, so that
+            released weights learn with full steps.
         inner_optimizer: Called as ``inner_optimizer(parameters, lr=inner_lr)``: an optimizer
             class or a ``functools.partial`` of one. By default :func:`adam`, with betas (0, 0.999).
         carry_state: Carry the inner optimizer's state over from one collected task to the next,
-            as the authors and learn2learn's example do; else each task starts afresh.
-        foml: First-order MAML: move by the last inner step only, instead of by all.
-        layers: As in :class:`~l2l_prune.Pruner`, likewise ``only``, ``skip``,
-            ``criterion``, ``pattern``, ``allocation`` and ``task_masks``.
+            as the authors and learn2learn's example do; otherwise each task starts afresh.
+        foml: First-order MAML: move by the last inner step only instead of by all steps.
+        layers: As in :class:`~l2l_prune.Pruner`, as are ``only``, ``skip``, ``criterion``,
+            ``pattern``, ``allocation`` and ``task_masks``.
         structured: Cut out whole channels instead of masking weights, so that sparse phases run on
-            a small network: see :class:`~l2l_prune.channels.pruner.ChannelPruner`. Of the arguments
-            before it, only ``skip`` goes with this, as names of layers.
+            a small network: see :class:`~l2l_prune.channels.pruner.ChannelPruner`. Of the
+            pruning arguments above, it can only be combined with ``skip``, for layers.
         group: Ranks of torch.distributed (``dist.group.WORLD``) that share the tasks of each
             meta-iteration: every rank adapts its own, at least one, and all call :meth:`step`.
-            Weights and masks are then the same on all ranks, as of one process with all tasks
-            (masks as of :class:`~l2l_prune.Pruner`). The
-            carried state is averaged over the ranks, where one process hands it from task to task.
+            Weights and masks are then the same on all ranks, as if one process had all tasks
+            (for masks see :class:`~l2l_prune.Pruner`). The carried state is averaged over the
+            ranks, whereas one process hands it from task to task.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -142,8 +142,8 @@ class PrunedReptile(nn.Module):
             given = (only, layers, criterion, pattern, allocation)
             if given != (None, "all", magnitude, UNSTRUCTURED, "layerwise"):
                 raise ValueError(
-                    "structured goes without only, layers, criterion, pattern and allocation: it "
-                    "cuts out whole channels of all layers but those of skip="
+                    "structured cannot be combined with only, layers, criterion, pattern or "
+                    "allocation: it cuts channels out of all layers except those in skip="
                 )
             self.pruner = ChannelPruner(
                 model,
@@ -184,7 +184,7 @@ class PrunedReptile(nn.Module):
 
     @property
     def meta_lr(self) -> float:
-        """The meta step size of the current iteration: linear from start to end."""
+        """The meta step size of the current iteration, which changes linearly."""
         start, stop = 0, self.schedule.iterations
         if self.annealing == "phase":
             spans = self.schedule.spans()
@@ -204,16 +204,16 @@ class PrunedReptile(nn.Module):
         evaluation is ``clone``, ``adapt``, predict.
 
         Args:
-            adapt_only: What inner steps change, by default everything: names of layers (or of
+            adapt_only: What inner steps change, everything by default: names of layers (or of
                 modules around them, or of parameters), ``fnmatch`` patterns, module types or
                 predicates ``(name, module) -> bool``; or a mapping from layers to the output
                 channels that adapt (``None``: all). The backward pass ends at the first layer
-                that adapts. Chosen channels cost as much time as their whole layers.
+                that adapts. Chosen channels take as much time as their whole layers.
 
         Raises:
             RuntimeError: After :meth:`finalize`.
             TypeError: If ``adapt_only`` is none of these.
-            ValueError: If it names a layer or channel that is not there, or nothing would adapt.
+            ValueError: If it names an unknown layer or channel, or nothing would adapt.
 
         Source:
             Only the head: ANIL (Raghu et al., ICLR 2020). Chosen layers and channels: p-Meta (Qu
@@ -228,22 +228,21 @@ class PrunedReptile(nn.Module):
 
     @contextmanager
     def task_masks(self, masks: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
-        """One task: a learner that is cloned within has masks of its own, for all its life.
+        """Run one task: a learner that is cloned within keeps masks of its own, to its end.
 
-        In the meta-update, weights that they prune count as where the model has them: this task
-        moves them by nothing. See :meth:`l2l_prune.Pruner.task_masks`; arguments and errors are
-        the same.
+        In the meta-update, weights that these masks prune count as unchanged: this task does not
+        move them. See :meth:`l2l_prune.Pruner.task_masks`; arguments and errors are the same.
         """
         with self.pruner.task_masks(masks) as held:
             yield held
 
     @torch.no_grad()
     def collect(self, learner: Learner) -> None:
-        """Take the adapted weights of ``learner`` into this meta-iteration, and use it up.
+        """Add the adapted weights of ``learner`` to this meta-iteration, and use the learner up.
 
         Raises:
-            RuntimeError: If the learner is another's, was collected before, or was cloned before
-                the last :meth:`step`; or after :meth:`finalize`.
+            RuntimeError: If the learner belongs to another PrunedReptile, was collected before, or
+                was cloned before the last :meth:`step`; or after :meth:`finalize`.
         """
         self._check_usable()
         workspace = self._taken_back(learner)
@@ -284,7 +283,7 @@ class PrunedReptile(nn.Module):
         """
         self._check_usable()
         if not self._tasks:
-            raise RuntimeError("step() without a task: collect(learner) at least one before it")
+            raise RuntimeError("step() without a task: collect(learner) at least once before it")
         tasks, mean = self._tasks, [total.clone() for total in self._collected]
         if self._group is not None:
             ranks.check_same_iteration(self.iteration, self._group, mean[0].device)
@@ -306,7 +305,7 @@ class PrunedReptile(nn.Module):
                 torch._foreach_lerp_([p.detach() for p in parameters], mean, self.meta_lr)
             self.pruner.step()
         except Exception:
-            if self.iteration == iteration:  # else a hook failed after the step
+            if self.iteration == iteration:  # otherwise a hook failed after the step
                 torch._foreach_copy_([p.detach() for p in parameters], before)
             raise
         finally:
@@ -316,13 +315,13 @@ class PrunedReptile(nn.Module):
             if self.iteration != iteration:
                 self._collected, self._tasks = [], 0
         if self.structured and self.pruner.segment is not segment:
-            self._workspaces.clear()  # their shapes are those of the old segment
+            self._workspaces.clear()  # they have the shapes of the old segment
 
     def register_step_pre_hook(self, hook: StepPreHook) -> RemovableHandle:
         """Call ``hook(reptile, args, kwargs)`` in each :meth:`step` before the weights move.
 
-        As with torch's optimizers the gradients are there then: Reptile's meta-gradient, old minus
-        mean adapted weights, is in the parameters' ``grad`` (criteria find it there, too).
+        As with torch's optimizers, gradients are there: the parameters' ``grad`` holds Reptile's
+        meta-gradient, old minus mean adapted weights, where criteria find it too.
 
         Returns:
             A handle; its ``remove()`` takes the hook off.
@@ -339,7 +338,7 @@ class PrunedReptile(nn.Module):
         return self.pruner.finalize()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What ``state_dict()`` holds beside the model, to resume exactly."""
+        """What ``state_dict()`` holds besides the model, for resuming exactly."""
         return {
             "pruner": self.pruner.state_dict(),
             "inner_state": [copied_state(state) for state in self._inner_state],
@@ -353,7 +352,7 @@ class PrunedReptile(nn.Module):
         Raises:
             ValueError: If the state belongs to another model or schedule; nothing is changed then.
         """
-        # Cut tensors have the state's shapes only later.
+        # Cut tensors get the shapes of the state only later.
         parameters = dict(self.module.named_parameters())
         _check_state(state, parameters, shapes=not self.structured)
         self.pruner.load_state_dict(state["pruner"])
@@ -370,7 +369,7 @@ class PrunedReptile(nn.Module):
         self._tasks = state["tasks"]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrunedReptile:
-        """Move or cast: working copies are made anew, the carried state goes along."""
+        """Move or cast: working copies are made anew, and the carried state moves along."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._workspaces.clear()
         self._collected = [fn(total) for total in self._collected]
@@ -387,12 +386,12 @@ class PrunedReptile(nn.Module):
 
     @property
     def _collects_moves(self) -> bool:
-        """Whether learners give differences, so that what none has moved stays bit for bit."""
+        """Whether learners give differences, so that weights none has moved stay bit for bit."""
         return self.foml or self.pruner.segment.per_task
 
     def _taken_back(self, learner: Learner) -> Workspace:
         if not isinstance(learner, Learner):
-            raise TypeError(f"this takes a learner made by clone(), got {checks.describe(learner)}")
+            raise TypeError(f"learner must be one made by clone(), got {checks.describe(learner)}")
         return learner.release(self, self.iteration)
 
     def _carried_states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -407,10 +406,10 @@ class PrunedReptile(nn.Module):
 
 
 def _check_state(state: Any, parameters: dict[str, nn.Parameter], shapes: bool) -> None:
-    """Refuse a state that is not one of these parameters.
+    """Refuse a state that does not fit these parameters.
 
     Args:
-        state: What ``get_extra_state()`` may have given.
+        state: Supposedly what ``get_extra_state()`` gave.
         parameters: The meta-model's, by name.
         shapes: Whether the collected tensors must have the parameters' shapes now.
 
@@ -426,9 +425,9 @@ def _check_state(state: Any, parameters: dict[str, nn.Parameter], shapes: bool) 
     if type(tasks) is not int or tasks < 0:
         raise ValueError(f"the checkpoint's tasks must be a number >= 0, got {tasks!r}")
     if len(collected) != (len(parameters) if tasks else 0):
-        raise ValueError(f"the checkpoint has {len(collected)} collected tensors of {tasks} tasks")
+        raise ValueError(f"the checkpoint has {len(collected)} collected tensors for {tasks} tasks")
     if len(inner) not in (0, len(parameters)):
-        raise ValueError(f"the checkpoint's inner_state is of {len(inner)} parameters")
+        raise ValueError(f"the checkpoint's inner_state is for {len(inner)} parameters")
     if not shapes:
         return
     for (name, parameter), total in zip(parameters.items(), collected, strict=False):

@@ -1,4 +1,4 @@
-"""When to prune, and how much: frozen values that import no torch."""
+"""When to prune, and how much: frozen values, without importing torch."""
 
 from l2l_prune.schedules.common import cubic, cyclic, metasparse, one_shot, sparse_from_start
 from l2l_prune.schedules.paper import DSDSchedule, IHTSchedule

@@ -1,4 +1,4 @@
-"""Schedules of the field beside the paper's: one-shot, from the start, cubic, cyclic, iterative."""
+"""Schedules from other work: one-shot, sparse from the start, cubic, cyclic, iterative."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def sparse_from_start(sparsity: float, iterations: int) -> Schedule:
     """Sparse training: no dense phase at all (SET, RigL, static random masks).
 
     With ``criterion="random"`` the first masks are drawn at random. A
-    :class:`~l2l_prune.Regrowth` then moves the connections where gradients ask for them; without
-    one they stay (static sparse training).
+    :class:`~l2l_prune.Regrowth` then moves connections to where gradients ask for them; without
+    one, they stay where they are (static sparse training).
 
     Args:
         sparsity: Fraction of each selected tensor to prune, in [0, 1).
@@ -61,14 +61,14 @@ def cubic(
     hold: int,
     initial_sparsity: float = 0.0,
 ) -> Schedule:
-    """Sparsity that grows fast at first and slowly at the end.
+    """Let sparsity grow fast at first and slowly at the end.
 
     After ``k`` of ``steps`` intervals it is
     ``sparsity + (initial_sparsity - sparsity) * (1 - k / steps) ** 3``.
 
     Args:
         sparsity: Fraction that is pruned at the end, in [0, 1).
-        pretrain: Dense meta-iterations before, >= 0.
+        pretrain: Dense meta-iterations before the ramp, >= 0.
         steps: Number of intervals, >= 1.
         interval: Meta-iterations of each, >= 1.
         hold: Meta-iterations at the final sparsity, >= 0.
@@ -100,7 +100,7 @@ def cyclic(
     hold: int,
     initial_sparsity: float = 0.0,
 ) -> Schedule:
-    """The ramp of :func:`cubic` over and over: weights pruned too early can come back.
+    """Repeat the ramp of :func:`cubic`, so that weights pruned too early can come back.
 
     Args:
         sparsity: Fraction that is pruned at the end of each cycle, in [0, 1).
@@ -148,15 +148,15 @@ def metasparse(
     interval: int = 30_000,
     amount: float = 0.2,
 ) -> Schedule:
-    """Rounds that each prune a fraction of what is left, without rewinding: Meta-SparseINR's.
+    """Prune a fraction of what is left in each round, without rewinding, as Meta-SparseINR does.
 
-    After ``r`` rounds a fraction ``1 - (1 - amount) ** r`` is pruned; the last round, in which that
-    would reach ``sparsity``, prunes exactly ``sparsity``. The authors' program ranks the weights of
-    all layers together, the first and the last with them: ``Pruner(..., allocation="global")``.
+    After ``r`` rounds, a fraction ``1 - (1 - amount) ** r`` is pruned; the round in which that
+    would reach ``sparsity`` is the last, and prunes exactly ``sparsity``. The authors' program
+    ranks the weights of all layers together: ``Pruner(..., allocation="global")``.
 
     Args:
         sparsity: Fraction that is pruned at the end, in [0, 1).
-        pretrain: Dense meta-iterations before, >= 0.
+        pretrain: Dense meta-iterations before the first round, >= 0.
         interval: Meta-iterations of each round, >= 1.
         amount: Fraction of the remaining weights that a round prunes, in (0, 1).
 
@@ -179,7 +179,7 @@ def metasparse(
     segments, rate, number = [Segment(pretrain, phase="pretrain")], 0.0, 0
     while rate < last:
         number += 1
-        # A last round that only makes up for rounding would prune next to nothing.
+        # Without the tolerance, a last round might only make up for rounding errors.
         reached = 1 - kept**number
         rate = last if reached > last - 1e-9 else reached
         segments.append(Segment(interval, sparse=True, sparsity=rate, phase="prune", round=number))

@@ -20,7 +20,7 @@ from l2l_prune.schedules.schedule import Schedule, Segment
 
 __all__ = ["DSDSchedule", "IHTSchedule", "Schedule", "Segment"]
 
-# Table 1 and Table 2 of the paper: the pruning rates it reports, by data set and channels.
+# Tables 1 and 2 of the paper: the pruning rates that it reports, by data set and channels.
 _PAPER_DSD_SPARSITY = {
     "mini-imagenet": {32: 0.4, 64: 0.3, 128: 0.5, 256: 0.6},
     "tiered-imagenet": {32: 0.1, 64: 0.1, 128: 0.1, 256: 0.2},
@@ -41,7 +41,7 @@ class DSDSchedule(Schedule):
         pretrain: Dense meta-iterations before pruning, >= 0.
         prune: Sparse meta-iterations, >= 0.
         retrain: Dense meta-iterations after pruning, >= 0. The pruned weights restart from 0.
-        keep: Explicit counts ``k_l`` by layer name or pattern; precedes ``sparsity``.
+        keep: Explicit counts ``k_l`` by layer name or pattern; overrides ``sparsity``.
 
     Raises:
         TypeError: If a number of iterations is not an integer.
@@ -150,7 +150,7 @@ class IHTSchedule(Schedule):
         initial_sparsity: If given, the sparsity of the first round, growing linearly over the
             rounds to ``sparsity`` in the last, as the authors' program does (it starts at 0.1).
             By default every round prunes ``sparsity`` (the paper's constant ``k_l``).
-        keep: Explicit counts ``k_l`` by layer name or pattern; precedes ``sparsity``.
+        keep: Explicit counts ``k_l`` by layer name or pattern; overrides ``sparsity``.
 
     Raises:
         TypeError: If a number of iterations is not an integer, or ``initial_sparsity`` comes
@@ -249,7 +249,7 @@ class IHTSchedule(Schedule):
     ) -> IHTSchedule:
         """A run of ``total`` meta-iterations split by fractions of the whole.
 
-        ``pretrain + rounds * (prune + retrain)`` must be 1. Every round has the same length;
+        ``pretrain + rounds * (prune + retrain)`` must be 1. All rounds have the same length;
         what rounding leaves over goes to pre-training.
 
         Args:

@@ -1,4 +1,4 @@
-"""What a schedule is: dense and sparse stretches of meta-iterations, as a frozen value.
+"""A schedule: dense and sparse stretches of meta-iterations, as a frozen value.
 
 It knows nothing about models or tensors, so it can be printed, compared, pickled, scaled and
 plotted anywhere; this module imports no torch.
@@ -36,10 +36,10 @@ class Segment:
         masks: ``"phase"``: one mask, in the model itself, for the whole segment. ``"task"``: the
             model stays dense, and each task's learner gets a mask of its own; see
             :class:`~l2l_prune.TaskMasks`. Ignored when dense.
-        share: Of ``masks="task"``, the share of the tasks that are masked, in (0, 1]; which ones is
-            drawn.
+        share: With ``masks="task"``, the share of the tasks that are masked, in (0, 1]; which tasks
+            is drawn at random.
         sparsity: Fraction of each selected tensor to prune, in [0, 1), or a mapping from layer
-            name or ``fnmatch`` pattern to such a fraction (layers that it does not name stay
+            name or ``fnmatch`` pattern to such a fraction (layers that are not named stay
             dense). Ignored when dense.
         keep: Explicit counts ``k_l``: layer name or pattern -> number of weights that stay
             (>= 1). Takes precedence over ``sparsity``.
@@ -73,7 +73,7 @@ class Segment:
         if self.share > 1:
             raise ValueError(f"share must be in (0, 1], got {self.share}")
         if self.share < 1 and self.masks == "phase":
-            raise ValueError('share goes with masks="task" only')
+            raise ValueError('share needs masks="task"')
         of_type("phase", self.phase, str, "a string")
         set_field(self, "phase", self.phase or ("sparse" if self.sparse else "dense"))
 
@@ -168,13 +168,13 @@ class Schedule:
         return self.segments[self.index(iteration)]
 
     def per_task(self, share: float = 1.0) -> Schedule:
-        """The same phases, with masks drawn for each task instead of once for each sparse phase.
+        """The same phases, with masks drawn for each task instead of once per sparse phase.
 
         Args:
             share: Share of the tasks that are masked, in (0, 1].
 
         Raises:
-            TypeError: If ``share`` is no number.
+            TypeError: If ``share`` is not a number.
             ValueError: If it is out of range.
 
         Examples:
@@ -211,7 +211,7 @@ class Schedule:
         return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=[4])
 
     def shade(self, ax: Any) -> Any:
-        """Shade the sparse phases on a matplotlib axis whose x axis is the meta-iteration."""
+        """Shade the sparse phases of a matplotlib plot over meta-iterations."""
         named = False
         for start, stop, segment in self.spans():
             if segment.sparse:
@@ -262,7 +262,7 @@ class Schedule:
                     "keep": as_lists(segment.keep),
                     "phase": segment.phase,
                     "round": segment.round,
-                    # Only where it is not the usual, so that older checkpoints still fit.
+                    # Only if it is not the default, so that older checkpoints still fit.
                     **({"masks": "task", "share": segment.share} if segment.per_task else {}),
                 }
                 for segment in self.segments
@@ -278,7 +278,7 @@ def _described(segment: Segment) -> str:
 
 
 def _plotted(segment: Segment) -> float:
-    """One height for the plot: the mean over the named layers where sparsity is a mapping."""
+    """One height for the plot: if sparsity is a mapping, the mean over its layers."""
     if not segment.sparse:
         return 0.0
     if isinstance(segment.sparsity, tuple):

@@ -1,4 +1,4 @@
-"""Pruner: models, optimizers, selections and moments that cannot be."""
+"""Pruner: models, optimizers and selections that are refused, and calls at the wrong time."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ ARGUMENTS = [
         "more kept than a layer has",
         lambda s: Pruner(s.net, Schedule([Segment(1, sparse=True, keep={"fc": 999})])),
         ValueError,
-        "keep=999 .*fc.weight.*48",
+        "keep=999 .*48 weights of fc.weight",
         small,
     ),
     Case(

@@ -98,7 +98,7 @@ OPTIONS = [
     option("a group by name", "group .*'world'", TypeError, group="world"),
     option(
         "structured with a pattern of layers",
-        "structured goes without only",
+        "structured cannot be combined with only",
         structured=Structured(X),
         layers="authors",
     ),

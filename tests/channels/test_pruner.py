@@ -459,7 +459,7 @@ class Tied(nn.Module):
         (lambda: pruner(nn.Linear(28, 5), IMAGES.float()[:, 0, 0]), "no channels that can be"),
         (
             lambda: pruner(Unknown(), IMAGES.float()),
-            r"^cannot be shrunk: 0: .*unknown.*\['0'\]",
+            r"^these layers cannot be shrunk: 0: .*unknown.*\['0'\]",
         ),
         (lambda: pruner(FixedSize(), IMAGES.float()), r"without some channels of 0 .*skip=\['0'\]"),
         (lambda: pruner(OneSided(), IMAGES.float()), r"some channels of 0 .*skip=\['0'\]"),
@@ -704,7 +704,7 @@ def test_reptile_does_not_let_them_jump_either():
 
 def test_reptile_refuses_what_does_not_go_with_channels():
     for options in ({"only": "conv1"}, {"layers": "authors"}, {"pattern": NByM(2, 4)}):
-        with pytest.raises(ValueError, match="structured goes without"):
+        with pytest.raises(ValueError, match="structured cannot be combined"):
             PrunedReptile(Conv4(5, 8), SCHEDULE, structured=Structured(IMAGES.float()), **options)
     with pytest.raises(TypeError, match="schedule must be a Schedule"):
         ChannelPruner(Conv4(5, 8), 0.5, example_inputs=IMAGES.float())

@@ -87,7 +87,9 @@ def test_a_damaged_checkpoint_is_refused_and_runs_no_code(damage, tmp_path):
         torch.save({"version": 1, "config": print, "state": Bomb()}, file)
     else:
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"run\.pt is damaged, or not of this program.*delete it"):
+    with pytest.raises(
+        ValueError, match=r"run\.pt is damaged or was not written by this .*delete it"
+    ):
         load_checkpoint(file, settings())
     assert not Bomb.exploded
 

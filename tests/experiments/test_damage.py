@@ -271,7 +271,7 @@ def test_a_hostile_checkpoint_runs_nothing_and_takes_no_memory(kind, tmp_path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.pt").write_bytes(HOSTILE[kind]())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=r"run\.pt is damaged, or not of this program"):
+    with pytest.raises(ValueError, match=r"run\.pt is damaged or was not written by this program"):
         load_checkpoint(tmp_path / "run.pt", settings())
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
     assert os.listdir(tmp_path) == ["run.pt"]

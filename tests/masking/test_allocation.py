@@ -106,7 +106,7 @@ def test_erk_takes_one_sparsity(net, schedule):
 @pytest.mark.parametrize(
     ("options", "schedule", "words"),
     [
-        ({"pattern": NByM(2, 4)}, SCHEDULE, "goes without pattern"),
+        ({"pattern": NByM(2, 4)}, SCHEDULE, "cannot be combined with pattern"),
         ({}, BY_LAYER, "one sparsity among"),
         ({}, COUNTED, "one sparsity"),
         ({}, DSDSchedule(0.999, pretrain=0, prune=1, retrain=0), "leaves 0 weights for 3 layers"),

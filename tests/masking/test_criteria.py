@@ -59,7 +59,7 @@ def test_a_criterion_sees_the_gradient_of_the_last_backward(net):
     [
         (lambda w: w[0], "a score for each of its weights"),
         (lambda w: 1.0, "a score for each of its weights"),
-        (lambda w: w.detach().abs() * float("nan"), "scores of criterion: it holds NaN"),
+        (lambda w: w.detach().abs() * float("nan"), "by the criterion: the scores hold NaN"),
     ],
 )
 def test_bad_scores_name_the_tensor_and_change_nothing(net, criterion, words):

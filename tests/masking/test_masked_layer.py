@@ -500,7 +500,7 @@ class OwnReduce(nn.Linear):
 def test_a_class_with_its_own_pickling_is_refused_loudly():
     layer = OwnReduce(2, 2)
     Pruner(layer, SPARSE)
-    with pytest.raises(TypeError, match="own way to be pickled"):
+    with pytest.raises(TypeError, match="own way of pickling"):
         pickle.dumps(layer)
 
 

@@ -154,7 +154,7 @@ def test_bad_patterns_name_the_tensor(make, words):
 def test_a_checkpoint_of_another_pattern_is_refused():
     state = Pruner(Net(), SCHEDULE, skip="conv1", pattern=NByM(2, 4)).state_dict()
     pruner = Pruner(Net(), SCHEDULE, skip="conv1")
-    with pytest.raises(ValueError, match=r"masks of NByM\(n=2, m=4\), this Pruner Unstructured"):
+    with pytest.raises(ValueError, match=r"is NByM\(n=2, m=4\), this Pruner's Unstructured"):
         pruner.load_state_dict(state)
 
 

@@ -324,7 +324,7 @@ def test_misuse(net):
     masks = {n: m.clone() for n, m in pruner.masks.items()}
     good = masks["fc.weight"]
     for bad, words in (
-        ({"fc": good}, "'fc' is none of the pruned tensors"),
+        ({"fc": good}, "'fc' is not one of the pruned tensors"),
         ({"fc.weight": good.float()}, "must be boolean"),
         ({"fc.weight": good[:1]}, "must be boolean"),
         ({"fc.weight": torch.ones_like(good)}, "fc.weight keeps 48 weights, but"),

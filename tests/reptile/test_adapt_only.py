@@ -182,7 +182,7 @@ def test_compiled_steps(net, batch, rule):
         ([], ValueError, "adapt_only leaves no parameter"),
         ({}, ValueError, "adapt_only names no layer"),
         ({"conv9": [0]}, ValueError, "no layer is called 'conv9'"),
-        ({"conv2": [4]}, ValueError, r"adapt_only\['conv2'\] names channel 4 of 4"),
+        ({"conv2": [4]}, ValueError, r"adapt_only\['conv2'\] names channel 4, but there are 4"),
         ({"conv2": [-1]}, ValueError, r"adapt_only\['conv2'\] must be >= 0"),
         ({"conv2": []}, ValueError, "names no channel"),
         ({"conv2": [0.5]}, TypeError, "must be an integer"),

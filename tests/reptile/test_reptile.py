@@ -372,7 +372,7 @@ def test_bad_settings(net, options, message):
 
 def test_lbfgs_is_refused(net):
     reptile = PrunedReptile(net, SCHEDULE, inner_optimizer=torch.optim.LBFGS)
-    with pytest.raises(ValueError, match="L-BFGS needs a closure"):
+    with pytest.raises(ValueError, match="L-BFGS needs one"):
         reptile.clone()
 
 
