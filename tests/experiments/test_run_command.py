@@ -202,7 +202,7 @@ def test_mini_imagenet_files(tmp_path):
         (("--data", "mini-imagenet"), "--data-root"),
         (("--data", "mini-imagenet", "--data-root", "nowhere"), "not in nowhere"),
         (("--algorithm", "maml", "--published"), "published settings"),
-        (("--algorithm", "maml", "--backbone", "resnet12"), "metaoptnet only"),
+        (("--algorithm", "maml", "--backbone", "resnet12"), "the algorithm metaoptnet"),
         (("--select", "first"), "select must be"),
         (("--scale", "0"), "scale must be"),
         (("--config", "nowhere.toml"), "nowhere.toml"),

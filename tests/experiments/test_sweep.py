@@ -149,7 +149,7 @@ def test_workers_end_with_a_killed_sweep_and_the_next_one_goes_on(tmp_path):
     [
         (None, "No such file"),
         ("[base", "sweep.toml"),
-        ("[bass]\nx = 1\n", "must hold the tables"),
+        ("[bass]\nx = 1\n", "may hold only the tables"),
         ("[base]\nchanels = 3\n", "chanels"),
     ],
 )
