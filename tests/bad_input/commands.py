@@ -153,7 +153,7 @@ CASES = [
         "sweep grid.toml --cluster cloud",
         file("grid.toml", GRID),
     ),
-    told("an unknown table of the paper", "'table9'.*table1", "paper table9"),
+    told("an unknown table of the paper", "table1.*'table9'", "paper table9"),
     told("--shots 0 of the paper", "--shots", "paper table1 --shots 0"),
     told(
         "report of an empty folder", "no finished run in here", "report here", folder_called("here")

@@ -161,7 +161,7 @@ def test_all_classes_are_trained_on_outside_glyphs():
         (lambda: make_config("maml", "rigl", retrain=0.1), "method rigl takes no retrain"),
         (lambda: make_config("maml", "one-shot", rounds=2), "method one-shot takes no rounds"),
         (lambda: make_config("maml", "cubic", iterations=4), "a ramp does not fit into 3"),
-        (lambda: make_config("maml", "lottery", pretrain=1.0), "leaves no iteration out of 400"),
+        (lambda: make_config("maml", "lottery", pretrain=1.0), "leaves none of 400 iterations"),
         (lambda: make_config("maml", "iht", rounds=0), "rounds must be >= 1"),
         (
             lambda: make_config("maml", "dsd", pretrain=0.9, retrain=0.2),

@@ -140,7 +140,7 @@ def test_the_metasparse_method_is_the_published_protocol():
     short = make_schedule("metasparse", 190)
     assert short == metasparse(0.95, pretrain=50, interval=10)
     assert make_schedule("metasparse", 190, 0.6, pretrain=0.3).segments[-1].sparsity == 0.6
-    with pytest.raises(ValueError, match="no room for the 14 rounds"):
+    with pytest.raises(ValueError, match="too few for the 14 rounds"):
         make_schedule("metasparse", 10)
 
 

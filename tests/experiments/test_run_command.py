@@ -77,7 +77,7 @@ def test_one_seed_gives_the_demos_files_and_is_not_trained_twice(tmp_path):
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob("results.json")}
     before = (out / "curves.csv").read_bytes()
     again = command(*arguments, folder=tmp_path)
-    assert "2 of 2 runs had ended before" in again.stdout
+    assert "2 of 2 runs had finished before" in again.stdout
     assert table_of(again.stdout) == table_of(done.stdout)
     assert (out / "curves.csv").read_bytes() == before
     other = command(*arguments, "--inner-lr", "0.1", folder=tmp_path)
