@@ -90,7 +90,7 @@ def test_rates_by_layer_are_those_of_the_schedule():
     [
         ({"method": "cubic", "layer_rates": "a=0.5"}, "one sparsity for all layers"),
         ({"method": "dsd", "layer_rates": "a=0.5", "allocation": "erk"}, "allocation layerwise"),
-        ({"method": "dsd", "layer_rates": "a=0.5", "structured": True}, "not structured"),
+        ({"method": "dsd", "layer_rates": "a=0.5", "structured": True}, "not with structured"),
         ({"method": "dsd", "layer_rates": "a=2"}, "NAME=RATE"),
         ({"method": "dsd", "layer_rates": "a"}, "NAME=RATE"),
         ({"method": "dense", "held_out": "train"}, "held_out"),

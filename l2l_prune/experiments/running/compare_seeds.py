@@ -70,7 +70,7 @@ def _check(configs: list[RunConfig]) -> None:
         if differing := same_settings.varying(map(same_settings.identity, mine)):
             raise ValueError(f"runs of {name} must differ only in seed, not in {differing[0]}")
         if sorted(values["seed"] for values in mine) != seeds:
-            raise ValueError(f"every method must have each of the seeds {seeds} once: see {name}")
+            raise ValueError(f"{name} must have each of the seeds {seeds} once, like all methods")
 
 
 def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:
