@@ -210,7 +210,7 @@ class _Way:
         return int(counter.get_total_flops()) // 2
 
     def memory(self) -> int:
-        """Call it after a run, so that the working copy and the kernels' own memory exist already."""
+        """After a run, so that the working copy and the kernels' own memory exist already."""
         learner = self.way.reptile.clone(self.way.adapt_only)
         module = learner.module
         held = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))

@@ -150,7 +150,7 @@ def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
 
 
 def network_of(learner: nn.Module | Exported) -> nn.Module:
-    """The network of a learner, a meta-learner or an export of channels; any other module itself."""
+    """The network of a learner, a meta-learner or an export of channels; else the module itself."""
     if isinstance(learner, (PrunedReptile, Learner, Exported)):
         return learner.module
     return checks.of_type("learner", learner, nn.Module, "a torch.nn.Module")
