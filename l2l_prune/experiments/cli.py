@@ -69,7 +69,7 @@ def demo(
     iterations: Annotated[int, typer.Option(min=20, help="Meta-iterations of each run.")] = 400,
     sparsity: Annotated[float, typer.Option(help="Fraction pruned in the sparse phases.")] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and tasks.")] = 0,
-    eval_tasks: Annotated[int, typer.Option(min=2, help="tasks behind each score.")] = 200,
+    eval_tasks: Annotated[int, typer.Option(min=2, help="Tasks behind each score.")] = 200,
 ) -> None:
     """Train dense, DSD and IHT Reptile side by side on rendered characters."""
     from l2l_prune.experiments.demo import run_demo
@@ -110,9 +110,9 @@ def run(
     config: ConfigOption = None,
     **settings: Any,
 ) -> None:
-    """Train any meta-learner by any pruning methods, over one seed or several.
+    """Train any meta-learner with any pruning methods, over one seed or several.
 
-    A stopped command can be repeated: runs go on from their checkpoints, finished ones are kept.
+    Repeat a stopped command to resume it: runs go on from their checkpoints, finished ones stay.
     """
     from l2l_prune.experiments.running.compare_one_seed import compare_one_seed
     from l2l_prune.experiments.running.compare_seeds import compare_seeds
@@ -138,7 +138,7 @@ def run(
 @app.command()
 def sweep(
     file: Annotated[Path, typer.Argument(help=r"TOML file with the tables \[base] and \[grid].")],
-    out: Annotated[Path, typer.Option(help="Folder; each run gets one in it.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder; each run gets a folder in it.")] = Path(
         "runs/sweep"
     ),
     jobs: JobsOption = None,
@@ -146,9 +146,10 @@ def sweep(
     logger: LoggerOption = None,
     tensorboard: TensorboardOption = False,
 ) -> None:
-    """Run a grid of settings: a table base as of `run`, tables grid of lists, and seeds = N.
+    """Run every combination of a grid of settings, which a TOML file holds.
 
-    A stopped sweep can be repeated; a failed run does not stop the others.
+    Its table base holds settings as for `run`, its table grid lists of values, and seeds = N.
+    Repeat a stopped sweep to resume it; a failed run does not stop the others.
     """
     from l2l_prune.experiments.running.sweep import expand
 
@@ -156,9 +157,7 @@ def sweep(
     with plain_errors(out):
         document = read_toml(file)
         if not document.keys() <= {"base", "grid", "comparison"}:
-            raise ValueError(
-                f"{file} must hold the tables [base], [grid] and [[comparison]], and nothing else"
-            )
+            raise ValueError(f"{file} may hold only the tables [base], [grid] and [[comparison]]")
         try:
             configs = expand(document.get("base", {}), document.get("grid", {}))
         except (TypeError, ValueError) as error:
@@ -177,20 +176,22 @@ def tune(
     data_root: RootOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and tasks.")] = 0,
     max_size: Annotated[
-        str | None, typer.Option(help="Largest stored size, say 100KB.", show_default="none")
+        str | None, typer.Option(help="Largest stored size, such as 100KB.", show_default="none")
     ] = None,
     max_macs: Annotated[
         str | None,
-        typer.Option(help="Most multiply-adds of one image, say 2.5M.", show_default="none"),
+        typer.Option(help="Most multiply-adds per image, such as 2.5M.", show_default="none"),
     ] = None,
     max_ms: Annotated[
         float | None,
-        typer.Option(help="Longest forward pass of one image, one thread.", show_default="none"),
+        typer.Option(
+            help="Longest forward pass of one image, in ms on one thread.", show_default="none"
+        ),
     ] = None,
-    races: Annotated[int, typer.Option(min=1, help="Races of nine candidates.")] = 3,
+    races: Annotated[int, typer.Option(min=1, help="Races, of nine candidates each.")] = 3,
     hours: HoursOption = None,
     jobs: JobsOption = None,
-    out: Annotated[Path, typer.Option(help="Folder; the search goes on from it.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder of the search, which resumes from it.")] = Path(
         "runs/tune"
     ),
     config: ConfigOption = None,
@@ -198,8 +199,8 @@ def tune(
 ) -> None:
     """Choose method, rate and phases within a budget: sensitivity, races, Pareto front, TOML.
 
-    Settings are those of `run`, for any meta-learner and data. Choices are made on validation
-    tasks; the chosen one is scored on test tasks once. A stopped search can be repeated.
+    It takes the settings of `run`, any meta-learner and any data. Choices are made on validation
+    tasks; only the winner is scored on test tasks, once. Repeat a stopped search to resume it.
     """
     from l2l_prune.experiments.search.choice import tune as search
     from l2l_prune.experiments.search.costs import Budget, quantity
@@ -227,28 +228,28 @@ def study(
     method: CandidatesOption = ["dsd", "iht", "rigl", "cubic"],  # noqa: B006 - typer copies it
     rate: RatesOption = [0.5, 0.8, 0.9],  # noqa: B006
     width: Annotated[
-        list[int] | None, typer.Option(min=1, help="Channels; repeat the option.")
+        list[int] | None, typer.Option(min=1, help="Channels to study; repeat the option.")
     ] = None,
     length: Annotated[
-        list[int] | None, typer.Option(min=1, help="Meta-iterations; repeat the option.")
+        list[int] | None, typer.Option(min=1, help="Meta-iterations to study; repeat the option.")
     ] = None,
     classes: Annotated[
-        list[int] | None, typer.Option(min=1, help="Training classes; repeat the option.")
+        list[int] | None, typer.Option(min=1, help="Training classes to study; repeat the option.")
     ] = None,
     data: DataOption = "glyphs",
     data_root: RootOption = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=99, help="Seed of the races; replicates have 100, 101, ...")
+        int, typer.Option(min=0, max=99, help="Seed of the races; replicates use 100, 101, ...")
     ] = 0,
     replicates: Annotated[
-        int, typer.Option(min=2, help="Seeds, each with a split of the classes.")
+        int, typer.Option(min=2, help="Number of seeds, each with its own split of the classes.")
     ] = 8,
     fixed_split: Annotated[
-        bool, typer.Option("--fixed-split", help="Replicates keep the split of the classes.")
+        bool, typer.Option("--fixed-split", help="Use one split of the classes for all replicates.")
     ] = False,
     hours: HoursOption = None,
     jobs: JobsOption = None,
-    out: Annotated[Path, typer.Option(help="Folder; the study goes on from it.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder of the study, which resumes from it.")] = Path(
         "runs/study"
     ),
     config: ConfigOption = None,
@@ -256,9 +257,9 @@ def study(
 ) -> None:
     """Find out whether pruning helps on your data, by how much, and how sure that is.
 
-    Methods and rates race on validation tasks; the best are repeated over seeds and splits beside
-    dense networks of the full size, the same size and the same time. A stopped study can be
-    repeated.
+    Methods and rates race on validation tasks; the best are repeated over seeds and splits, next to
+    dense networks of the full size, the same size and the same time. Repeat a stopped study to
+    resume it.
     """
     from l2l_prune.experiments.search.verdict import study as find_out
 
@@ -284,7 +285,7 @@ def study(
 def _base(
     algorithm: str, data: str, data_root: Path | None, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of ``make_config`` that were given, once the files are known to be there."""
+    """The given arguments of ``make_config``, after a check that the data files are there."""
     base = {"algorithm": algorithm, "data": data, **settings}
     base["data_root"] = str(data_root) if data_root else None
     base = {name: value for name, value in base.items() if value is not None}
@@ -306,16 +307,16 @@ def paper(
     data_root: RootOption = None,
     download: DownloadOption = False,
     scale: Annotated[
-        float, typer.Option(help="Factor on the meta-iterations; phases shrink alike.")
+        float, typer.Option(help="Factor on the meta-iterations, and so on every phase.")
     ] = 1.0,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 1,
     shots: Annotated[
-        list[int], typer.Option(min=1, help="Support examples of a class; repeat the option.")
+        list[int], typer.Option(min=1, help="Support examples per class; repeat the option.")
     ] = [1, 5],  # noqa: B006 - typer copies it
     train_classes: Annotated[int | None, typer.Option(min=2, help="Classes to train on.")] = None,
     eval_tasks: Annotated[
         int | None,
-        typer.Option(min=2, help="tasks behind each score.", show_default="by algorithm"),
+        typer.Option(min=2, help="Tasks behind each score.", show_default="by algorithm"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for runs and report.", show_default="runs/NAME")
@@ -325,10 +326,10 @@ def paper(
     logger: LoggerOption = None,
     tensorboard: TensorboardOption = False,
 ) -> None:
-    """Run all that stands behind a table or figure of the paper, and write the report.
+    """Run everything behind a table or figure of the paper, and write the report.
 
-    In the published settings, which take days; --scale 0.01 keeps the shape of the schedules.
-    A stopped command can be repeated.
+    The published settings take days; --scale 0.01 is shorter and keeps the shape of the schedules.
+    Repeat a stopped command to resume it.
     """
     from l2l_prune.experiments.report.report import write_report
     from l2l_prune.experiments.running.sweep import expand
@@ -347,7 +348,7 @@ def paper(
 
 
 def _jobs(jobs: int | None, ranks: int = 1) -> int:
-    """As many runs at once as given, by default as the free cores hold."""
+    """The given number of runs at once, by default as many as the free cores have room for."""
     from l2l_prune.experiments.running.cores import free_cores
 
     return jobs or max(1, free_cores() // ranks)
@@ -374,7 +375,7 @@ def data(
     split: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Seed that divides the classes.", show_default="as the folder does, or 0"
+            min=0, help="Seed that splits the classes.", show_default="the folder's own split, or 0"
         ),
     ] = None,
     sheet: Annotated[Path, typer.Option(help="The contact sheet, a PNG file.")] = Path(
@@ -383,7 +384,7 @@ def data(
 ) -> None:
     """Show what `--data folder` finds: classes, counts, sizes, splits, and a contact sheet.
 
-    Heads of the files are read; a file that breaks off later is found when it is decoded.
+    Only the headers of the files are read: a truncated file is found when it is decoded.
     """
     from l2l_prune.fewshot.data.overview import contact_sheet, look, split_lines
 
@@ -401,14 +402,14 @@ def report(
     plan: Annotated[
         Path | None,
         typer.Option(
-            help=r"TOML file of \[\[comparison]] tables to judge, a sweep's own or another."
+            help=r"TOML file with \[\[comparison]] tables to judge; it may be the sweep's own."
         ),
     ] = None,
     adaptation: Annotated[
         bool,
         typer.Option(
             "--adaptation",
-            help="Measure what adapting costs the runs of reptile, and show it: it takes minutes.",
+            help="Also measure what adapting costs the reptile runs, which takes minutes.",
         ),
     ] = False,
 ) -> None:
@@ -436,15 +437,15 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder for model.safetensors and export.json.")],
     half: Annotated[bool, typer.Option("--half", help="Write half precision.")] = False,
     onnx: Annotated[
-        bool, typer.Option("--onnx", help="Also model.onnx, compared in ONNX Runtime.")
+        bool, typer.Option("--onnx", help="Also write model.onnx, checked in ONNX Runtime.")
     ] = False,
     program: Annotated[
-        bool, typer.Option("--program", help="Also model.pt2, for torch.export.load.")
+        bool, typer.Option("--program", help="Also write model.pt2, for torch.export.load.")
     ] = False,
 ) -> None:
-    """Write the network of a run for a device: tensors and JSON, no code, sparse ones packed.
+    """Write the network of a run for a device: packed tensors and JSON, without code.
 
-    Nothing is written if something cannot be.
+    Nothing is written unless everything can be.
     """
     from l2l_prune.experiments.device import export_run
 
@@ -456,8 +457,8 @@ def export(
 def main() -> None:
     """Entry point of the console script.
 
-    One thread here and in all processes from here, unless ``OMP_NUM_THREADS`` says otherwise: on a
-    busy machine threads wait for each other, which takes many times as long.
+    This process and its children use one thread each, unless ``OMP_NUM_THREADS`` says otherwise: on
+    a busy machine threads wait for each other, which makes a run many times slower.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"

@@ -23,19 +23,19 @@ from l2l_prune.schedules.paper import Schedule
 
 _BY_ALGORITHM, _BY_METHOD = "by algorithm", "by method"
 _NO_THIRD_DERIVATIVE = ("maml", "metasgd", "cavia", "metaoptnet")
-"""Batch normalisation has derivatives up to the second order, the SVM of the first."""
+"""Batch normalisation has derivatives up to the second order, the SVM up to the first."""
 
 
 @dataclass(frozen=True)
 class Phases:
-    """How a run is divided into phases; what is ``None`` goes by the method."""
+    """How a run is divided into phases; ``None`` leaves a value to the method."""
 
     iterations: int | None = setting(None, "Meta-iterations.", least=1, shown=_BY_ALGORITHM)
     sparsity: float | None = setting(
         None,
         "Fraction pruned in the sparse phases, in (0, 1).",
         share=True,
-        shown="0.5, 0.95 of metasparse, or the paper's with --published",
+        shown="0.5; 0.95 for metasparse; the paper's with --published",
         panel="What",
     )
     pretrain: float | None = setting(
@@ -45,18 +45,18 @@ class Phases:
         None, "Dense end, as a fraction of the run (DSD) or of a round (IHT).", shown=_BY_METHOD
     )
     rounds: int | None = setting(
-        None, "Rounds of IHT, cycles of cyclic.", least=1, shown=_BY_METHOD
+        None, "Rounds of IHT, or cycles of cyclic.", least=1, shown=_BY_METHOD
     )
     task_share: float | None = setting(
-        None, "Share of the tasks that task masks prune, in (0, 1].", above=0, shown="all"
+        None, "Share of tasks to prune, in (0, 1] (task-masks only).", above=0, shown="all"
     )
     layer_rates: str | None = setting(
         None,
-        "Rates of single layers, which then are those that are pruned: "
-        "'features.conv4.weight=0.9,features.conv3.*=0.5'; sparsity counts for no layer.",
+        "Rates of single layers, such as 'features.conv4.weight=0.9,features.conv3.*=0.5': only "
+        "these layers are pruned, and sparsity is ignored.",
         shown="none",
     )
-    scale: float = setting(1.0, "Factor on the meta-iterations; phases shrink alike.", above=0)
+    scale: float = setting(1.0, "Factor on the meta-iterations, and so on every phase.", above=0)
     published: bool = setting(
         False, "Start from the published settings (reptile, cavia, metaoptnet, field)."
     )
@@ -77,7 +77,7 @@ class RunConfig:
 
     Raises:
         TypeError: If a value has the wrong type.
-        ValueError: If a value is out of range, a name unknown, or settings do not go together.
+        ValueError: If a value is out of range, a name is unknown, or settings cannot be combined.
     """
 
     name: str
@@ -92,38 +92,38 @@ class RunConfig:
     )
     split: int | None = setting(
         None,
-        "Split characters of glyphs, pictures, or the classes of a folder into training, "
-        "validation and test at random by this seed.",
+        "Seed that splits the characters of glyphs, the pictures, or the classes of a folder at "
+        "random into training, validation and test.",
         least=0,
-        shown="by script, or as the folder does; 0 of pictures",
+        shown="by script for glyphs, 0 for pictures, the folder's own split",
     )
     skip_damaged: bool = setting(
-        False, "Leave out pictures of a folder that cannot be read.", panel="What"
+        False, "Leave out those pictures of a folder that cannot be read.", panel="What"
     )
     image_size: int | None = setting(
         None,
-        "Pixels of a side: glyphs are drawn finer (16 to 128), pictures and images of a folder are "
-        "cut to squares and resampled.",
+        "Side in pixels: glyphs are drawn at this size (16 to 128), pictures and images "
+        "of a folder are cropped to squares and resampled.",
         least=1,
         panel="What",
-        shown="28 of glyphs, 64 of pictures, as they are in a folder",
+        shown="28 for glyphs, 64 for pictures, unchanged for a folder",
     )
-    ways: int = setting(5, "Classes of a task (field has none).", least=1, shown="5, 1 of field")
-    shots: int = setting(1, "Support examples of a class at evaluation.", least=1)
+    ways: int = setting(5, "Classes in a task (field has none).", least=1, shown="5; 1 for field")
+    shots: int = setting(1, "Support examples per class at evaluation.", least=1)
     queries: int = setting(
-        5, "Query examples of a class at evaluation.", least=0, shown=_BY_ALGORITHM
+        5, "Query examples per class at evaluation.", least=0, shown=_BY_ALGORITHM
     )
     train_shots: int = setting(
-        10, "Support examples of a class in training.", least=1, shown=_BY_ALGORITHM
+        10, "Support examples per class in training.", least=1, shown=_BY_ALGORITHM
     )
     train_queries: int = setting(
-        0, "Query examples of a class in training (reptile has none).", least=0, shown=_BY_ALGORITHM
+        0, "Query examples per class in training (reptile has none).", least=0, shown=_BY_ALGORITHM
     )
     train_classes: int | None = setting(
         30,
         "Classes, or pictures, to train on.",
         least=1,
-        shown="30 of glyphs, all of other data and for field",
+        shown="30 for glyphs; all for other data and for field",
     )
     backbone: str = setting(
         "conv4",
@@ -133,7 +133,7 @@ class RunConfig:
     )
     channels: int = setting(
         64,
-        "Channels of each convolution of conv4, neurons of each layer of a field.",
+        "Channels of each convolution of conv4, or neurons in each layer of a field.",
         least=1,
         shown=_BY_ALGORITHM,
     )
@@ -171,19 +171,21 @@ class RunConfig:
     )
     regrow: str | None = setting(
         None,
-        "Let masks move within sparse phases; what grows",
+        "Exchange weights within sparse phases; the ones that grow are chosen by",
         choices=("random", "gradient"),
         shown=_BY_METHOD,
     )
     prune_head: bool = setting(True, "Prune the classifier, too.")
-    structured: bool = setting(False, "Cut out whole channels instead (reptile only).")
+    structured: bool = setting(
+        False, "Cut out whole channels instead of single weights (reptile only)."
+    )
     compile: bool = setting(
         False,
-        "Inner steps through torch.compile (reptile only): faster on small images, after some ten "
-        "seconds of compiling for each phase and shape.",
+        "Compile inner steps with torch.compile (reptile only): faster on small images, after some "
+        "ten seconds of compiling for each phase and shape.",
     )
     bf16: bool = setting(
-        False, "Inner steps in bfloat16 (reptile only): faster where the processor has it."
+        False, "Run inner steps in bfloat16 (reptile only): faster where the processor supports it."
     )
     label_noise: float = setting(
         0.0,
@@ -203,12 +205,12 @@ class RunConfig:
     )
     meta_lr: float = setting(
         1.0,
-        "Reptile's first meta step, falling linearly to 0, or the outer learning rate.",
+        "Reptile's first meta step, which falls linearly to 0; else the outer learning rate.",
         shown=_BY_ALGORITHM,
     )
     annealing: str = setting(
         "run",
-        "Whether the meta step falls to 0 once, over the run, or anew in each phase (reptile only)",
+        "Whether the meta step falls to 0 once over the run or again in each phase (reptile only)",
         choices=("run", "phase"),
     )
     eval_steps: int = setting(5, "Inner steps at evaluation.", least=0, shown=_BY_ALGORITHM)
@@ -226,7 +228,7 @@ class RunConfig:
     )
     held_out: str = setting(
         "test",
-        "Classes to score on beside those of training: validation leaves the test classes unseen",
+        "Classes to score on besides those of training (validation leaves test classes unseen)",
         choices=("test", "validation"),
     )
     curve_tasks: int = setting(
@@ -239,82 +241,90 @@ class RunConfig:
     def __post_init__(self) -> None:
         checks.of_type("schedule", self.schedule, Schedule, "a Schedule")
         if not checks.of_type("name", self.name, str, "a string"):
-            raise ValueError("name must not be empty: tables and files are called by it")
+            raise ValueError("name must not be empty: tables and files use it")
         check_settings(self)
         self._check_data()
         self._check_tasks()
         if self.annealing != "run" and self.algorithm != "reptile":
-            raise ValueError("annealing goes with the algorithm reptile only")
+            raise ValueError("annealing works only with the algorithm reptile")
         special = ("dropout", "weight_decay", "structured", "compile", "bf16")
         if self.algorithm != "reptile" and any(getattr(self, name) for name in special):
             raise ValueError(
-                "dropout, weight_decay, structured, compile and bf16 go with the algorithm "
-                "reptile only"
+                "dropout, weight_decay, structured, compile and bf16 work only with the algorithm "
+                "reptile"
             )
         self._check_ranks()
         masks = (self.criterion, self.allocation, self.rewind, self.regrow)
         if self.structured and masks != ("magnitude", "layerwise", None, None):
-            raise ValueError("structured takes no criterion, allocation, rewind or regrow")
+            raise ValueError(
+                "structured cannot be combined with criterion, allocation, rewind or regrow"
+            )
         per_task = any(segment.per_task for segment in self.schedule.segments)
         if self.structured and per_task:
-            raise ValueError("structured cuts channels once for a phase: it takes no task masks")
+            raise ValueError(
+                "structured cuts channels once per phase: it cannot be combined with task masks"
+            )
         if per_task and (self.criterion, self.rewind, self.regrow) != ("magnitude", None, None):
             raise ValueError(
-                "task masks are drawn by chance: they take no criterion, rewind or regrow"
+                "task masks are random: they cannot be combined with criterion, rewind or regrow"
             )
         if self.criterion == "grasp" and self.algorithm in _NO_THIRD_DERIVATIVE:
             raise ValueError(
-                f"criterion grasp does not go with {self.algorithm}, whose meta-gradient cannot be "
-                "differentiated once more"
+                f"criterion grasp cannot be combined with {self.algorithm}, whose meta-gradient "
+                "cannot be differentiated again"
             )
         if self.regrow and self.allocation == "global":
-            raise ValueError("regrow counts layer by layer: it goes without allocation global")
+            raise ValueError(
+                "regrow counts layer by layer: it cannot be combined with allocation global"
+            )
         if self.backbone == "resnet12" and self.algorithm != "metaoptnet":
-            raise ValueError("backbone resnet12 goes with the algorithm metaoptnet only")
+            raise ValueError("backbone resnet12 works only with the algorithm metaoptnet")
 
     def _check_ranks(self) -> None:
         if self.ranks == 1:
             return
         if self.algorithm != "reptile":
-            raise ValueError("ranks goes with the algorithm reptile only")
+            raise ValueError("ranks works only with the algorithm reptile")
         if self.tasks % self.ranks:
             raise ValueError(
-                f"tasks must be a multiple of ranks, which share them alike: {self.tasks} tasks "
-                f"and {self.ranks} ranks"
+                f"tasks must be a multiple of ranks, so that all ranks get equally many: got "
+                f"{self.tasks} tasks and {self.ranks} ranks"
             )
         if self.dropout or self.criterion == "grasp":
             raise ValueError(
-                "dropout and grasp look at all tasks of a meta-iteration: leave ranks out"
+                "dropout and grasp need all tasks of a meta-iteration in one process: leave ranks "
+                "out"
             )
 
     def _check_data(self) -> None:
         if self.split is not None and self.data in OWN_SPLITS:
             raise ValueError(
-                f"split goes with glyphs, pictures and folder only: {self.data} has splits of its "
+                f"split works only with glyphs, pictures and folder: {self.data} has splits of its "
                 "own"
             )
         if self.image_size is not None and self.data in OWN_SPLITS:
             raise ValueError(
-                f"image_size goes with glyphs, pictures and folder only: {self.data} has its own"
+                f"image_size works only with glyphs, pictures and folder: images of {self.data} "
+                "have a size of their own"
             )
         if self.skip_damaged and self.data != "folder":
-            raise ValueError("skip_damaged goes with the data folder only")
+            raise ValueError("skip_damaged works only with data=folder")
         if self.data == "pictures" and self.algorithm not in PICTURE_TASKS:
             raise ValueError(
-                f"pictures have no classes, which {self.algorithm} learns: data pictures goes with "
-                f"the algorithm {', '.join(PICTURE_TASKS)} only"
+                f"pictures have no classes for {self.algorithm} to learn: data=pictures works only "
+                f"with the algorithm {', '.join(PICTURE_TASKS)}"
             )
 
     def _check_tasks(self) -> None:
-        """A task is one picture, or few examples of classes, and the network is made for it."""
+        """Check that the tasks and the network are those of the algorithm."""
         fields = ("siren", "fourier")
         if not self.picture_tasks:
             checks.whole_number("ways", self.ways, least=2)
             checks.whole_number("queries", self.queries, least=1)
             if self.backbone in fields:
-                raise ValueError(f"backbone {self.backbone} goes with the algorithm field only")
+                raise ValueError(f"backbone {self.backbone} works only with the algorithm field")
             if (self.depth, self.omega) != (RunConfig.depth, RunConfig.omega):
-                raise ValueError("depth and omega go with the algorithm field only")
+                raise ValueError("depth and omega work only with the algorithm field")
             return
         one = {"ways": 1, "shots": 1, "train_shots": 1, "queries": 0, "train_queries": 0}
         if wrong := [name for name, value in one.items() if getattr(self, name) != value]:
@@ -322,25 +332,25 @@ class RunConfig:
                 f"a task of {self.algorithm} is one picture: leave {', '.join(wrong)} out"
             )
         if self.backbone not in fields:
-            raise ValueError(f"{self.algorithm} needs a backbone of {', '.join(fields)}")
+            raise ValueError(f"{self.algorithm} needs one of the backbones {', '.join(fields)}")
         if self.label_noise:
             raise ValueError(f"{self.algorithm} has no labels: leave label_noise out")
         if self.backbone != "siren" and self.omega != RunConfig.omega:
-            raise ValueError("omega goes with the backbone siren only")
+            raise ValueError("omega works only with the backbone siren")
 
     @property
     def picture_tasks(self) -> bool:
-        """Whether a task is one picture instead of few examples of classes."""
+        """Whether a task is one picture instead of a few examples of some classes."""
         return self.algorithm in PICTURE_TASKS
 
     @property
     def measure(self) -> Measure:
-        """What the run's scores are."""
+        """What the run's scores measure."""
         return measure_of(self.algorithm)
 
     @property
     def data_options(self) -> dict[str, Any]:
-        """The arguments of ``load_images`` that are settings, but for the split and its classes."""
+        """The settings among the arguments of ``load_images``, except the split and its classes."""
         return {
             "root": self.data_root,
             "split_seed": self.split,
@@ -362,18 +372,18 @@ class RunConfig:
 
     @property
     def special(self) -> dict[str, Any]:
-        """What differs from the defaults, so that a new setting leaves the names of runs alone."""
+        """What differs from the defaults: a new setting thus leaves the names of runs unchanged."""
         usual = {f.name: f.default for f in dataclasses.fields(self)}
         return {name: value for name, value in self.to_json().items() if value != usual[name]}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, the schedule as its own dict."""
+        """Plain values; the schedule is a dict of its own."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {**values, "schedule": self.schedule.to_dict()}
 
 
 def make_config(algorithm: str, method: str, **settings: Any) -> RunConfig:
-    """The settings of a run from an algorithm's defaults and what is given.
+    """The settings of a run: an algorithm's defaults, changed by the settings that are given.
 
     Args:
         algorithm: A key of :data:`~l2l_prune.experiments.defaults.DEFAULTS`.
@@ -383,28 +393,32 @@ def make_config(algorithm: str, method: str, **settings: Any) -> RunConfig:
             their default. With ``published``, defaults are those of
             :data:`~l2l_prune.experiments.defaults.PUBLISHED`, with all training classes; for
             Reptile on a data set of the paper also its phases and rates. A ``name`` replaces the
-            one that says the method and what is special.
+            usual one, which gives the method and what is special about the run.
 
     Raises:
         TypeError: If a value has the wrong type.
-        ValueError: If a name or number is not possible, or a setting unknown.
+        ValueError: If a value is not possible, or a setting is unknown.
     """
     if algorithm not in DEFAULTS:
         raise ValueError(f"algorithm must be one of {', '.join(DEFAULTS)}, got {algorithm!r}")
     if unknown := sorted(settings.keys() - KNOWN):
-        raise ValueError(f"there is no setting {', '.join(unknown)}; there are {sorted(KNOWN)}")
+        raise ValueError(
+            f"there is no setting {', '.join(unknown)}; the settings are {sorted(KNOWN)}"
+        )
     given = {name: value for name, value in settings.items() if value is not None}
     phases = Phases(**{name: given.pop(name) for name in settings_of(Phases) if name in given})
     chosen = dict(DEFAULTS[algorithm])
     if phases.published:
         if algorithm not in PUBLISHED:
-            raise ValueError(f"there are published settings for {', '.join(PUBLISHED)} only")
+            raise ValueError(
+                f"there are no published settings for {algorithm}, only for {', '.join(PUBLISHED)}"
+            )
         chosen |= {**PUBLISHED[algorithm], "train_classes": None}
     whole = chosen.pop("iterations", 400) if phases.iterations is None else phases.iterations
     chosen.pop("iterations", None)
     iterations = round(phases.scale * whole)
     if iterations < 1:
-        raise ValueError(f"scale={phases.scale} leaves nothing of {whole} iterations")
+        raise ValueError(f"scale={phases.scale} leaves none of the {whole} iterations")
     chosen |= given
     data, channels = chosen.get("data", "glyphs"), chosen.get("channels", RunConfig.channels)
     paper = published_phases(method, data, channels) if phases.published else {}
@@ -416,7 +430,9 @@ def make_config(algorithm: str, method: str, **settings: Any) -> RunConfig:
     if phases.layer_rates is not None:
         shape["sparsity"] = read_layer_rates(phases.layer_rates)
         if chosen.get("allocation", "layerwise") != "layerwise" or chosen.get("structured"):
-            raise ValueError("layer_rates goes with the allocation layerwise, and not structured")
+            raise ValueError(
+                "layer_rates works only with the allocation layerwise, and not with structured"
+            )
     pruning = make_schedule(method, iterations, **(paper | shape))
     chosen = {**METHODS[method].settings, **chosen}
     if algorithm not in ("reptile", "metaoptnet") and "train_shots" not in given:
@@ -428,7 +444,7 @@ def make_config(algorithm: str, method: str, **settings: Any) -> RunConfig:
         chosen["train_queries"] = min(chosen.get("train_queries", 0), max(room, 0))
     if "final_tasks" in given and "curve_tasks" not in given:
         usual = chosen.get("curve_tasks", RunConfig.curve_tasks)
-        chosen["curve_tasks"] = min(usual, given["final_tasks"])  # no more on the way
+        chosen["curve_tasks"] = min(usual, given["final_tasks"])  # no more than at the end
     by_layer = isinstance(shape.pop("sparsity", None), dict)
     derived = {
         "name": _name(method, {} if method == "dense" else shape, chosen, by_layer),
@@ -438,7 +454,7 @@ def make_config(algorithm: str, method: str, **settings: Any) -> RunConfig:
 
 
 KNOWN = (settings_of(RunConfig).keys() | settings_of(Phases).keys() | {"name"}) - {"algorithm"}
-"""The settings that :func:`make_config` takes beside algorithm and method."""
+"""The settings that :func:`make_config` takes besides algorithm and method."""
 
 
 def file_name(name: str) -> str:
@@ -449,7 +465,7 @@ def file_name(name: str) -> str:
 def _name(
     kind: str, phases: dict[str, Any], settings: dict[str, Any], by_layer: bool = False
 ) -> str:
-    """The method, and all by which it differs from its default."""
+    """The method, and everything in which the run differs from its default."""
     method = METHODS[kind]
     parts = [method.title]
     for phase in ("pretrain", "retrain"):

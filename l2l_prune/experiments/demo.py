@@ -15,7 +15,7 @@ from l2l_prune.fewshot.data import Glyphs
 def demo_configs(
     iterations: int, sparsity: float, seed: int, eval_tasks: int = 200
 ) -> list[RunConfig]:
-    """The three runs: the same weights and tasks at the start, other schedules."""
+    """The three runs: they share initial weights and tasks, and differ in their schedules."""
     return [
         make_config(
             "reptile",

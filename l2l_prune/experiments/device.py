@@ -1,4 +1,4 @@
-"""What a device gets of finished runs: an export, and what adapting costs there."""
+"""From finished runs to a device: an export, and what adapting costs there."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PARTS: dict[str, AdaptOnly | None] = {
     "last block": ["features.conv4", "features.norm4", "classifier"],
     "head": "classifier",
 }
-"""What adapts of the four-block network."""
+"""Which parts of the four-block network adapt."""
 
 _MOST_TASKS = 200
 _ABOUT = ("algorithm", "ways", "shots", "inner_lr", "eval_steps", "eval_batch", "transductive")
@@ -50,19 +50,19 @@ def export_run(
 
     Args:
         folder: The run's folder, or one with a single run in it.
-        out: Made if it is not there.
-        half: As of :func:`~l2l_prune.shipping.export`.
+        out: The folder to write to; made if missing.
+        half: As for :func:`~l2l_prune.shipping.export`.
         onnx: Also write ``model.onnx``.
-        program: Also write ``model.pt2``, of ``torch.export``.
+        program: Also write ``model.pt2``, with ``torch.export``.
 
     Returns:
-        What was written, in lines for a person.
+        Lines that describe what was written.
 
     Raises:
         FileNotFoundError: If the folder or a file is missing.
         ImportError: If an extra is missing.
-        ValueError: If there are several runs, a file is damaged, or another format gives other
-            outputs.
+        ValueError: If there are several runs, a file is damaged, or another format gives outputs
+            that differ.
     """
     run = _only_run(folder)
     config, data = _config(run), _unseen_images(run)
@@ -101,18 +101,18 @@ def export_run(
 def measure_adaptation(folder: Path) -> list[Path]:
     """Measure what adapting costs the Reptile runs of a folder, for its report.
 
-    Of each method the run of the first seed, on its own unseen classes. Masks are held as in the
-    run's last phase. The inner optimizer starts afresh, as on a device: in the run's own scores it
-    carries its state over from training, so they can be higher.
+    For each method, the run of the first seed is measured on its own unseen classes. Masks are held
+    as in the run's last phase. The inner optimizer starts afresh, as on a device: in the run's own
+    scores it carries its state over from training, so they can be higher.
 
     Args:
-        folder: As of the report.
+        folder: The folder of the report.
 
     Returns:
         The files, see :func:`~l2l_prune.experiments.report.adaptation.write_adaptation`.
 
     Raises:
-        ValueError: If no run is one of Reptile with its weights, or runs have other tasks.
+        ValueError: If no run is a Reptile run with its weights, or the runs have different tasks.
     """
     runs: dict[str, FinishedRun] = {}
     found = [run for run in read_folder(folder).runs if run.config["algorithm"] == "reptile"]
@@ -121,8 +121,8 @@ def measure_adaptation(folder: Path) -> list[Path]:
         runs.setdefault(f"{run.size} {run.method}", run)
     if not runs:
         raise ValueError(
-            f"no run in {folder} is one of reptile with its weights: what adapting costs is "
-            "measured for these"
+            f"there is no reptile run with its weights in {folder}: the cost of adapting is "
+            "measured only for such runs"
         )
     first = next(iter(runs.values()))
     config, data = _config(first), _unseen_images(first)
@@ -159,7 +159,7 @@ def restored_network(run: FinishedRun, data: Images) -> nn.Module:
 
     Raises:
         FileNotFoundError: If the file of its weights is gone.
-        ValueError: If that is damaged, or of another network.
+        ValueError: If that file is damaged, or of another network.
     """
     config, shape = _config(run), data.images.shape[1:]
     state = read_weights(run.weights_file.path)
@@ -187,8 +187,8 @@ def restored_reptile(run: FinishedRun, data: Images) -> PrunedReptile:
     """A meta-learner around a finished run's network, as it was in the run's last phase.
 
     Raises:
-        FileNotFoundError: As of :func:`restored_network`.
-        ValueError: As there.
+        FileNotFoundError: As for :func:`restored_network`.
+        ValueError: Likewise.
     """
     config = _config(run)
     net = restored_network(run, data)
@@ -214,7 +214,7 @@ def _only_run(folder: Path) -> FinishedRun:
         raise ValueError(f"there is no finished run in {folder}")
     if len(found.runs) > 1:
         names = ", ".join(sorted({str(run.folder) for run in found.runs}))
-        raise ValueError(f"{folder} holds {len(found.runs)} runs, give the folder of one: {names}")
+        raise ValueError(f"{folder} holds {len(found.runs)} runs: give the folder of one: {names}")
     return found.runs[0]
 
 

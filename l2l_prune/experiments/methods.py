@@ -1,4 +1,4 @@
-"""The pruning methods that runs compare: by name a schedule, and how its masks come about."""
+"""The pruning methods that runs compare: for each name, a schedule and how masks are chosen."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Method:
 
     Attributes:
         title: Its name for people.
-        make: Its schedule from iterations, sparsity and those phases that it takes.
-        takes: The arguments of :func:`make_schedule` that have a meaning for it.
+        make: Makes its schedule from iterations, sparsity and the phases that it takes.
+        takes: The arguments of :func:`make_schedule` that apply to it.
         settings: What else it sets in :class:`~l2l_prune.experiments.config.RunConfig`.
-        sparsity: What it prunes where nothing is given.
+        sparsity: Its default sparsity.
     """
 
     title: str
@@ -40,7 +40,9 @@ def _dsd(
 ) -> DSDSchedule:
     prune = round(1 - pretrain - retrain, 12)  # 0.6 and not 0.6000000000000001
     if prune < 0:
-        raise ValueError(f"pretrain={pretrain} and retrain={retrain} are more than the run")
+        raise ValueError(
+            f"pretrain={pretrain} and retrain={retrain} must not add up to more than 1, the run"
+        )
     return DSDSchedule.from_fractions(
         sparsity, iterations, pretrain=pretrain, prune=prune, retrain=retrain
     )
@@ -73,13 +75,13 @@ def _sparse(iterations: int, sparsity: float, pretrain: float = 0.0) -> Schedule
 
 
 def _cubic(iterations: int, sparsity: float, pretrain: float = 0.2) -> Schedule:
-    """The ramp takes half of what follows pre-training, in up to 10 steps."""
+    """The ramp takes the first half of what follows pre-training, in up to 10 steps."""
     dense = _dense_start(iterations, pretrain)
     return cubic(sparsity, pretrain=dense, **_ramp_lengths(iterations - dense, 10))
 
 
 def _cyclic(iterations: int, sparsity: float, pretrain: float = 0.2, rounds: int = 4) -> Schedule:
-    """Each cycle is a ramp of up to 5 steps, and as long at the full sparsity."""
+    """Each cycle is a ramp of up to 5 steps, and then equally long at the full sparsity."""
     cycles = checks.whole_number("rounds", rounds, least=1)
     length = (iterations - _dense_start(iterations, pretrain)) // cycles
     return cyclic(
@@ -88,13 +90,13 @@ def _cyclic(iterations: int, sparsity: float, pretrain: float = 0.2, rounds: int
 
 
 def _metasparse(iterations: int, sparsity: float, pretrain: float | None = None) -> Schedule:
-    """Rounds of a fifth of what is left; the dense start is as long as five, as published."""
+    """Each round prunes a fifth of what is left; the dense start is as long as five rounds."""
     rounds = len(metasparse(sparsity, pretrain=0, interval=1).segments) - 1
     dense = _dense_start(iterations, 5 / (5 + rounds) if pretrain is None else pretrain)
     interval = (iterations - dense) // rounds
     if interval < 1:
         raise ValueError(
-            f"{iterations} iterations have no room for the {rounds} rounds down to "
+            f"{iterations} iterations are too few for the {rounds} rounds down to "
             f"{100 * (1 - sparsity):g}% of the weights: make the run longer"
         )
     return metasparse(sparsity, pretrain=iterations - rounds * interval, interval=interval)
@@ -103,7 +105,7 @@ def _metasparse(iterations: int, sparsity: float, pretrain: float | None = None)
 def _dense_start(iterations: int, pretrain: float) -> int:
     dense = round(pretrain * iterations)
     if dense >= iterations:
-        raise ValueError(f"pretrain={pretrain} leaves no iteration out of {iterations} to prune in")
+        raise ValueError(f"pretrain={pretrain} leaves none of {iterations} iterations for pruning")
     return dense
 
 
@@ -141,17 +143,17 @@ METHODS: dict[str, Method] = {
         "Meta-SparseINR", _metasparse, settings={"allocation": "global"}, sparsity=0.95
     ),
 }
-"""The paper's three first; what the others are is told in docs/methods.md."""
+"""The paper's three come first; docs/methods.md explains the others."""
 
 
 _RAMPS = ("cubic", "cyclic", "metasparse")
 
 
 def read_layer_rates(text: str) -> dict[str, float]:
-    """Rates by layer as settings write them.
+    """Read rates by layer as settings write them.
 
     Raises:
-        ValueError: If it is not of that form, or a rate is not in [0, 1).
+        ValueError: If the text has another form, or a rate is not in [0, 1).
 
     Examples:
         >>> read_layer_rates("conv4.weight=0.9, fc.*=0.25")
@@ -179,14 +181,14 @@ def make_schedule(
     rounds: int | None = None,
     task_share: float | None = None,
 ) -> Schedule:
-    """A schedule of ``iterations``, with the method's usual fractions where nothing else is given.
+    """A schedule of ``iterations``, with the method's usual fractions where none are given.
 
     Args:
         kind: A key of :data:`METHODS`.
-        iterations: Meta-iterations in all, >= 1.
-        sparsity: Fraction pruned in the sparse phases (metasparse: in the last), in (0, 1); 0.5
-            by default, 0.95 of metasparse. Or fractions by layer, where it does not grow within
-            the run.
+        iterations: Total number of meta-iterations, >= 1.
+        sparsity: Fraction pruned in the sparse phases (metasparse: in the last), in (0, 1); by
+            default 0.5, or 0.95 for metasparse. Or fractions by layer, for methods whose sparsity
+            does not grow during the run.
         pretrain: Pre-training as a fraction of the run: 0.3 (DSD, one-shot), 0.2 (IHT, cubic,
             cyclic), 0.5 (lottery), 0 (static, SET, RigL, task masks) or the length of five
             rounds (metasparse) by default.
@@ -196,8 +198,8 @@ def make_schedule(
         task_share: Share of the tasks that task masks prune, in (0, 1], 1 by default.
 
     Raises:
-        ValueError: If ``kind`` is none of :data:`METHODS`, a number is not possible, or the method
-            does not take it (dense takes none, and ignores all).
+        ValueError: If ``kind`` is not in :data:`METHODS`, a number is out of range, or the method
+            does not take it (dense ignores all numbers but ``iterations``).
     """
     if kind not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {kind!r}")
@@ -207,7 +209,9 @@ def make_schedule(
     sparsity = method.sparsity if sparsity is None else sparsity
     if isinstance(sparsity, dict):
         if kind in _RAMPS:
-            raise ValueError(f"method {kind} takes one sparsity for all layers: it grows to it")
+            raise ValueError(
+                f"method {kind} takes one sparsity for all layers, because its sparsity grows"
+            )
     elif checks.fraction("sparsity", sparsity) == 0:
         raise ValueError(f"sparsity must be in (0, 1), got {sparsity}")
     given = {
@@ -218,7 +222,7 @@ def make_schedule(
     }
     phases = {name: value for name, value in given.items() if value is not None}
     if unknown := sorted(phases.keys() - set(method.takes)):
-        raise ValueError(f"method {kind} takes no {', '.join(unknown)}")
+        raise ValueError(f"method {kind} takes no {', '.join(unknown)}: leave it out")
     shares = {name: phases[name] for name in phases if name in ("pretrain", "retrain")}
     checks.check_fractions(shares)
     return method.make(iterations, sparsity, **phases)

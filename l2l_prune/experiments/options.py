@@ -1,4 +1,4 @@
-"""Options that commands share, and how their errors reach a person."""
+"""Options that several commands share, and how errors are shown to the user."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ else:
     import tomli as tomllib
 
 OLD_NAMES = {"schedule": "method", "eval_tasks": "final_tasks"}
-"""What version 0.1 called a setting, and its name today; options and files take both."""
+"""Names of settings in version 0.1, and their names today; options and files accept both."""
 
 _LARGEST_TOML = 1_000_000
 
@@ -41,7 +41,7 @@ CandidatesOption = Annotated[
     list[str],
     typer.Option(
         "--method",
-        help=f"What may be chosen: {', '.join(name for name in METHODS if name != 'dense')}; "
+        help=f"Candidate methods: {', '.join(name for name in METHODS if name != 'dense')}; "
         "repeat the option.",
         rich_help_panel="What",
     ),
@@ -50,19 +50,19 @@ RatesOption = Annotated[
     list[float],
     typer.Option(
         "--rate",
-        help="Fractions to prune that may be chosen; repeat the option.",
+        help="Candidate fraction to prune; repeat the option.",
         rich_help_panel="What",
     ),
 ]
 HoursOption = Annotated[
     float | None,
-    typer.Option(help="The most that it may take in all, over restarts.", show_default="no bound"),
+    typer.Option(help="Time limit in hours, restarts included.", show_default="none"),
 ]
 DataOption = Annotated[
     str, typer.Option(help=f"One of {', '.join(DATA_SETS)}.", rich_help_panel="What")
 ]
 RootOption = Annotated[
-    Path | None, typer.Option(help="Folder of the data set's files.", rich_help_panel="What")
+    Path | None, typer.Option(help="Folder with the data set's files.", rich_help_panel="What")
 ]
 DownloadOption = Annotated[
     bool,
@@ -77,7 +77,7 @@ JobsOption = Annotated[
     typer.Option(
         min=1,
         help="Runs at once, one thread each.",
-        show_default="as many as cores are free; on slurm all",
+        show_default="one for each free core; all on slurm",
     ),
 ]
 
@@ -104,7 +104,7 @@ def _check_logger(name: str | None) -> str | None:
 LoggerOption = Annotated[
     str | None,
     typer.Option(
-        help=f"Also write the curves for {', '.join(LOGGERS)}; nothing is sent.",
+        help=f"Also log the curves to local files of {', '.join(LOGGERS)}.",
         callback=_check_logger,
     ),
 ]
@@ -114,10 +114,10 @@ TensorboardOption = Annotated[
 
 
 def chosen_logger(logger: str | None, tensorboard: bool) -> str | None:
-    """The logger that both options together name.
+    """The logger that the two options together name.
 
     Raises:
-        typer.BadParameter: If they name two.
+        typer.BadParameter: If they name two different ones.
     """
     if tensorboard and logger not in (None, "tensorboard"):
         raise typer.BadParameter(f"give --logger {logger} or --tensorboard, not both")
@@ -125,7 +125,7 @@ def chosen_logger(logger: str | None, tensorboard: bool) -> str | None:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file.
+    """Read a TOML file.
 
     Raises:
         ValueError: If it cannot be read.
@@ -134,17 +134,17 @@ def read_toml(path: Path) -> dict[str, Any]:
         if path.exists() and not path.is_file():
             raise ValueError("a directory or a device, not a file")
         if path.stat().st_size > _LARGEST_TOML:
-            raise ValueError(f"more than {_LARGEST_TOML} bytes: no settings")
+            raise ValueError(f"more than {_LARGEST_TOML} bytes, too large for a settings file")
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         return values
-    except (OSError, ValueError) as error:  # also of text and numbers that Python refuses
+    except (OSError, ValueError) as error:  # the latter also for text that Python refuses
         raise ValueError(f"{path}: {error}") from None
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply") from None
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Options from a TOML file, as defaults: what is given on the command line wins."""
+    """Take defaults of the options from a TOML file; the command line overrides them."""
     if path is None:
         return None
     try:
@@ -158,7 +158,8 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
             values[new] = values.pop(old)
     if unknown := sorted(values.keys() - known):
         raise typer.BadParameter(
-            f"{path} sets {', '.join(unknown)}; there are {', '.join(sorted(map(str, known)))}"
+            f"{path} sets unknown options: {', '.join(unknown)}; the options are "
+            f"{', '.join(sorted(map(str, known)))}"
         )
     several = {p.name for p in context.command.params if getattr(p, "multiple", False)}
     context.default_map = {
@@ -171,7 +172,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
-        help="TOML file of options (underscores or dashes); the command line wins.",
+        help="TOML file of options (underscores or dashes); the command line overrides it.",
         callback=_read_config,
         is_eager=True,
         rich_help_panel="Settings",
@@ -181,11 +182,11 @@ ConfigOption = Annotated[
 
 @contextmanager
 def plain_errors(out: Path, hint: str = "--out") -> Iterator[None]:
-    """What a user can mend is told in a line; Ctrl-C leaves quietly.
+    """Show errors that a user can fix in one line, without a traceback; exit quietly on Ctrl-C.
 
     Args:
         out: The folder that the command works in.
-        hint: The option or argument that gives it.
+        hint: The option or argument that names it.
     """
     from l2l_prune.experiments.running.processes import RunFailed
     from l2l_prune.experiments.running.storage import in_words
@@ -199,7 +200,7 @@ def plain_errors(out: Path, hint: str = "--out") -> Iterator[None]:
         typer.echo(f"l2l-prune: {in_words(error)}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.echo("stopped by Ctrl-C; the same command goes on from the last checkpoints, if any")
+        typer.echo("stopped by Ctrl-C; repeat the command to resume from the last checkpoints")
         raise typer.Exit(130) from None
 
 
@@ -209,6 +210,6 @@ def baseline_first(method: str) -> int:
 
 
 def check_sparsity(sparsity: float | None) -> None:
-    """Refuse what is no fraction."""
+    """Refuse a sparsity outside (0, 1)."""
     if sparsity is not None and not 0 < sparsity < 1:
         raise typer.BadParameter(f"{sparsity} is not in (0, 1)", param_hint="--sparsity")

@@ -74,8 +74,8 @@ EXPERIMENTS: dict[str, tuple[str, list[Grid]]] = {
     ),
 }
 """Data set of the paper and grids of :func:`~l2l_prune.experiments.running.sweep.expand`, by table
-or figure. Where the paper does not print what a figure varies, the values span its text (Section
-5.2)."""
+or figure. Where the paper does not print the values that a figure varies, ours span the range in
+its text (Section 5.2)."""
 
 
 def experiment(name: str, data: str | None = None) -> tuple[Grid, list[Grid]]:
@@ -89,7 +89,7 @@ def experiment(name: str, data: str | None = None) -> tuple[Grid, list[Grid]]:
         ValueError: If there is no such table or figure.
     """
     if name not in EXPERIMENTS:
-        raise ValueError(f"there is no {name!r}; there are {', '.join(EXPERIMENTS)}")
+        raise ValueError(f"name must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
     own_data, grids = EXPERIMENTS[name]
     base = {"algorithm": "reptile", "published": True, "data": data or own_data}
     return base, grids

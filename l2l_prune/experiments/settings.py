@@ -22,12 +22,12 @@ from l2l_prune._basics import checks
 
 @dataclass(frozen=True)
 class Setting:
-    """What a setting may be, beside its type.
+    """What a setting may be, besides its type.
 
     Attributes:
-        help: What it means, in a line.
-        least: Its smallest value, of whole numbers.
-        above: Numbers must be larger; without it they must be >= 0.
+        help: What it means, in one line.
+        least: Smallest value of a whole number.
+        above: A number must be larger than this; without it, the number must be >= 0.
         share: Whether it is a number in [0, 1).
         choices: The names that it may take.
         shown: Its default in words, where it depends on other settings.
@@ -43,16 +43,16 @@ class Setting:
     panel: str = "Settings"
 
     def check(self, name: str, value: object, kind: type) -> None:
-        """Refuse what no run could use.
+        """Refuse a value that no run could use.
 
         Args:
-            name: The setting's, for messages.
+            name: The setting's name, for messages.
             value: What it is set to.
             kind: Its type.
 
         Raises:
             TypeError: If the value has the wrong type.
-            ValueError: If it is out of range, or a name unknown.
+            ValueError: If it is out of range, or an unknown name.
         """
         if kind is bool:
             checks.true_or_false(name, value)
@@ -92,14 +92,14 @@ def settings_of(owner: type) -> dict[str, tuple[Setting, type, bool]]:
 
 
 def check_settings(settings: object) -> None:
-    """Refuse what no run could use, setting by setting.
+    """Check each setting, and refuse values that no run could use.
 
     Args:
         settings: An instance of a dataclass with fields made by :func:`setting`.
 
     Raises:
         TypeError: If a value has the wrong type.
-        ValueError: If a value is out of range, or a name unknown.
+        ValueError: If a value is out of range, or an unknown name.
     """
     for name, (rules, kind, optional) in settings_of(type(settings)).items():
         value = getattr(settings, name)
@@ -112,12 +112,12 @@ def takes_settings(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each setting of some dataclasses.
 
-    The command gets those that were given as its keyword arguments; others keep their default by
-    being ``None``.
+    The command gets all of them as keyword arguments; those that were not given are ``None``, which
+    keeps their default.
 
     Args:
         *owners: The dataclasses.
-        own: More names of an option, by setting.
+        own: Further names of an option, by setting.
     """
 
     def add(command: Callable[..., None]) -> Callable[..., None]:

@@ -30,12 +30,12 @@ class ClonesLearners(Protocol):
 
 @dataclass(frozen=True)
 class Measure:
-    """What is measured on a task, and how people read it.
+    """What is measured on a task, and how it is displayed.
 
     Args:
         name: Its name in tables and on axes.
-        unit: The unit there.
-        factor: What a value is multiplied by to be in that unit.
+        unit: Its unit in tables and on axes.
+        factor: Factor that converts a value to that unit.
 
     Examples:
         >>> str(ACCURACY), str(PSNR)
@@ -60,7 +60,7 @@ class Measure:
 
 
 ACCURACY = Measure("accuracy", "%", 100.0)
-"""The fraction of queries that are classified right, read as per cent."""
+"""The fraction of queries that are classified correctly, displayed in per cent."""
 
 PSNR = Measure("PSNR", "dB")
 """Peak signal-to-noise ratio, see :func:`~l2l_prune.metalearners.fields.psnr`."""
@@ -75,7 +75,7 @@ class Mean:
         measure: What they measure.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are no values.
 
     Examples:
         >>> str(Mean((0.4, 0.6)))
@@ -107,7 +107,7 @@ class Mean:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval leaves out 0 (for differences)."""
+        """Whether the interval excludes 0 (for differences)."""
         return abs(self.mean) > self.ci95
 
     def __str__(self) -> str:
@@ -122,12 +122,14 @@ def paired_difference(a: MeanT, b: MeanT) -> MeanT:
     """``a - b`` pair by pair, for two methods evaluated on the same tasks (or seeds).
 
     Raises:
-        ValueError: If they have different numbers of tasks, or measures.
+        ValueError: If they have different measures or numbers of tasks.
     """
     if a.measure != b.measure:
-        raise ValueError(f"not the same measure: {a.measure} and {b.measure}")
+        raise ValueError(f"a and b must have the same measure, got {a.measure} and {b.measure}")
     if len(a.values) != len(b.values):
-        raise ValueError(f"not the same tasks: {len(a.values)} and {len(b.values)}")
+        raise ValueError(
+            f"a and b must have the same tasks, got {len(a.values)} and {len(b.values)} values"
+        )
     return type(a)(tuple(x - y for x, y in zip(a.values, b.values, strict=True)), a.measure)
 
 
@@ -140,14 +142,14 @@ def accuracy(scores: Callable[[Episode], Tensor], episodes: Iterable[Episode]) -
     """Accuracy on the queries of each episode, for any way to score them.
 
     Args:
-        scores: Learns from an episode's support set; class scores ``[queries, ways]``.
+        scores: Learns from an episode's support set, and returns class scores ``[queries, ways]``.
         episodes: The tasks.
 
     Returns:
         Accuracy per task, in [0, 1].
 
     Raises:
-        TypeError: If ``episodes`` does not end, or holds something else.
+        TypeError: If ``episodes`` is endless, or holds anything but episodes.
         ValueError: If there are no episodes, one has no queries, or scores do not fit the queries.
         FloatingPointError: If scores are not finite: they would count as chance.
     """
@@ -157,20 +159,20 @@ def accuracy(scores: Callable[[Episode], Tensor], episodes: Iterable[Episode]) -
 def _with_queries(episodes: Iterable[Episode]) -> Iterator[Episode]:
     if isinstance(episodes, EpisodeSampler):
         raise TypeError(
-            "an EpisodeSampler draws without end: give [sampler.sample() for _ in range(tasks)]"
+            "an EpisodeSampler is endless: give [sampler.sample() for _ in range(tasks)]"
         )
     for episode in episodes:
         checks.of_type("each of episodes", episode, Episode, "an Episode")
         if len(episode.query_y) == 0:
-            raise ValueError("an episode without queries cannot be scored")
+            raise ValueError("an episode has no queries to score: draw it with queries >= 1")
         yield episode
 
 
 def _accuracy(scored: Iterable[tuple[Tensor, Tensor]]) -> Mean:
-    """From the labels and scores of each episode; they stay on their device until the end."""
+    """Accuracy from each episode's labels and scores, which stay on their device until the end."""
     accuracies, beyond, finite = [], [], []
     for labels, scores in scored:
-        if scores.dim() != 2 or len(scores) != len(labels):  # would be compared without an error
+        if scores.dim() != 2 or len(scores) != len(labels):  # the comparison would not fail
             raise ValueError(
                 f"scores must have the shape [{len(labels)}, classes], got {tuple(scores.shape)}"
             )
@@ -180,7 +182,10 @@ def _accuracy(scored: Iterable[tuple[Tensor, Tensor]]) -> Mean:
     if not accuracies:
         raise ValueError("there are no episodes to evaluate on")
     if (most := int(torch.stack(beyond).max())) >= 0:
-        raise ValueError(f"a query's label lies {most + 1} beyond the classes that have scores")
+        raise ValueError(
+            f"a query has a label {most + 1} above the largest class that has scores: score every "
+            "class"
+        )
     if wrong := len(finite) - int(torch.stack(finite).sum()):
         raise FloatingPointError(
             f"the scores of {wrong} of {len(finite)} tasks are not finite: training or adaptation "
@@ -199,7 +204,7 @@ def query_scores(
         learner: The learner, images to scores.
         episode: The task.
         transductive: Score all queries in one batch, so that batch statistics see them together
-            (the paper's setting). Otherwise each query is scored alone among the support set.
+            (the paper's setting). Otherwise each query is scored alone with the support set.
     """
     if transductive:
         return learner(episode.query_x)
@@ -222,32 +227,32 @@ def few_shot_accuracy(
 ) -> Mean:
     """Adapt to each episode's support set and score its query set.
 
-    The algorithm is left exactly as it was: learners are clones that are dropped.
+    The algorithm is left exactly as it was: learners are clones, which are discarded.
 
     Args:
-        algorithm: A :class:`~l2l_prune.PrunedReptile`, or learn2learn's MAML and its like.
-        episodes: The tasks, for instance a list so that several methods share them.
+        algorithm: A :class:`~l2l_prune.PrunedReptile`, or learn2learn's MAML and similar.
+        episodes: The tasks; give a list if several methods should share them.
         steps: Inner steps of adaptation (50 in the paper), >= 0.
         batch_size: Support examples in each inner step (5 in the paper).
         loss: ``loss(scores, labels)``, a scalar.
-        step: How a learner makes an inner step, ``step(learner, x, y)``, instead of ``adapt`` on
-            ``loss``: a :class:`~l2l_prune.reptile.compiled.CompiledStep`, for instance.
+        step: Makes an inner step, ``step(learner, x, y)``, instead of ``adapt`` on ``loss``; for
+            instance a :class:`~l2l_prune.reptile.compiled.CompiledStep`.
         transductive: See :func:`query_scores`.
         generator: Source of the inner minibatches.
-        tasks_at_once: Tasks of equal shape that are adapted together, >= 1; more than one for
-            PrunedReptile only. The same numbers to rounding; see
+        tasks_at_once: Tasks of equal shape to adapt together, >= 1; more than one only for
+            PrunedReptile. The numbers are the same up to rounding; see
             :class:`~l2l_prune.reptile.batched.BatchedLearners` for when it is faster.
-        adapt_only: What inner steps change, by default everything; for PrunedReptile only. See
+        adapt_only: What inner steps change, by default everything; only for PrunedReptile. See
             :meth:`~l2l_prune.PrunedReptile.clone`.
 
     Returns:
         Accuracy per task, in [0, 1].
 
     Raises:
-        TypeError: If ``algorithm`` has no ``clone()``, ``episodes`` does not end, or a number is no
-            integer.
+        TypeError: If ``algorithm`` has no ``clone()``, ``episodes`` is endless, or a number is not
+            an integer.
         ValueError: If there are no episodes, one has no queries, scores do not fit the queries, or
-            ``tasks_at_once`` or ``adapt_only`` does not go with the algorithm or with ``step``.
+            ``tasks_at_once`` or ``adapt_only`` cannot be used with the algorithm or ``step``.
         FloatingPointError: If scores are not finite: they would count as chance.
     """
     if not callable(getattr(algorithm, "clone", None)):
@@ -304,7 +309,7 @@ def few_shot_accuracy(
 
 
 def _equal_shapes(episodes: Iterable[Episode], most: int) -> Iterator[list[Episode]]:
-    """Neighbours of equal shapes, up to ``most`` together."""
+    """Groups of up to ``most`` successive episodes of equal shapes."""
     for _, equal in groupby(episodes, key=lambda episode: [part.shape for part in episode]):
         while group := list(islice(equal, most)):
             yield group

@@ -24,9 +24,9 @@ class Conv4(nn.Module):
         channels: Channels of each convolution (32, 64, 128 or 256 in the paper).
         in_channels: Channels of the images.
         image_size: Height and width of the images in pixels.
-        pooling: ``"stride"``: convolutions of stride 2, as the authors do for Omniglot.
-            ``"max"``: 2x2 max-pooling after each block, as for mini-ImageNet.
-        dropout: Rate of dropout after each block, in [0, 1); none in the paper.
+        pooling: ``"stride"`` for convolutions of stride 2, as the authors do for Omniglot;
+            ``"max"`` for 2x2 max-pooling after each block, as for mini-ImageNet.
+        dropout: Dropout rate after each block, in [0, 1); the paper uses none.
 
     Examples:
         >>> Conv4(ways=5, channels=8)(torch.zeros(2, 1, 28, 28)).shape
@@ -101,7 +101,7 @@ class CaviaConv4(nn.Module):
     ) -> None:
         super().__init__()
         if not film_at or not set(film_at) <= {1, 2, 3, 4}:
-            raise ValueError(f"film_at must name blocks out of 1 to 4, got {film_at!r}")
+            raise ValueError(f"film_at must name one or more of the blocks 1 to 4, got {film_at!r}")
         if image_size < 16:
             raise ValueError(f"image_size must be >= 16, got {image_size}")
         blocks: OrderedDict[str, nn.Module] = OrderedDict()
@@ -131,7 +131,7 @@ class CaviaConv4(nn.Module):
 
 @keeps_arguments
 class CaviaMLP(nn.Module):
-    """CAVIA's regression network: the context joins the input, two hidden layers, ReLU.
+    """CAVIA's regression network: the context joins the input of an MLP with ReLU.
 
     Args:
         inputs: Length of an input (1 for the sine tasks).

@@ -30,7 +30,7 @@ class Assumptions:
         delta: The bounds hold with probability at least ``1 - delta``, in (0, 1).
 
     Raises:
-        TypeError: If a value is no number.
+        TypeError: If a value is not a number.
         ValueError: If a number is out of range.
     """
 
@@ -69,8 +69,8 @@ def sparse_gap_bound(
     """Theorem 1: bound on the gap between training and population risk of sparse networks.
 
     ``constant * B sqrt((k log(p sqrt(M) G R (1 + eta H) / (B k)) + log(1 / delta)) / M)``, for all
-    parameters with at most ``k`` entries that are not 0. The paper states the order only; the
-    constant is yours.
+    parameters with at most ``k`` non-zero entries. The paper states only the order; the constant is
+    yours to choose.
 
     Args:
         kept: ``k``, in 1 .. ``total``.
@@ -79,11 +79,11 @@ def sparse_gap_bound(
         constant: Factor in front, > 0.
 
     Returns:
-        The bound, in units of the loss. A logarithm below 0 (then the theorem says nothing) counts
-        as 0.
+        The bound, in units of the loss. A negative logarithm, for which the theorem says nothing,
+        counts as 0.
 
     Raises:
-        TypeError: If a value is no number.
+        TypeError: If a value is not a number.
         ValueError: If a number is out of range.
     """
     _check_counts(kept, total)
@@ -101,7 +101,7 @@ def margin_risk_bound(
 
     Args:
         training_risk: Mean margin loss over the training tasks, >= 0.
-        kept: As in :func:`sparse_gap_bound`, likewise the others.
+        kept: As in :func:`sparse_gap_bound`, like the others.
         total: See ``kept``.
         assumptions: See ``kept``.
         constant: See ``kept``.
@@ -111,7 +111,7 @@ def margin_risk_bound(
 
 
 def dense_gap_bound(total: int, assumptions: Assumptions, constant: float = 1.0) -> float:
-    """The dense networks' ``constant * B sqrt(p / M)`` that the paper compares with (Lemma 1).
+    """Lemma 1: the bound ``constant * B sqrt(p / M)`` for dense networks, for comparison.
 
     Args:
         total: ``p``, the number of parameters, >= 1.
@@ -124,11 +124,11 @@ def dense_gap_bound(total: int, assumptions: Assumptions, constant: float = 1.0)
 
 
 def covering_gap_bound(kept: int, total: int, assumptions: Assumptions) -> float:
-    """Theorem 1 with every constant, by a covering argument; holds as it stands.
+    """Theorem 1 with every constant, by a covering argument; valid without further constants.
 
     Each choice of ``k`` entries spans a ball of radius ``R`` that ``(3R / e)^k`` points cover
     within ``e <= R``, and there are at most ``(exp(1) p / k)^k`` choices. Hoeffding's inequality at
-    every point of the net, and the Lipschitz constant ``L = G (1 + eta H)`` between, give
+    every point of the net, and the Lipschitz constant ``L = G (1 + eta H)`` between points, give
 
     ``B sqrt((k log(3 exp(1) p R / (e k)) + log(2 / delta)) / (2 M)) + 2 L e``,
 
@@ -162,7 +162,7 @@ def parameter_counts(
     Args:
         model: A network without masks.
         schedule: The schedule; one without sparse segments gives ``(p, p)``.
-        layers: As in :class:`~l2l_prune.Pruner`, likewise ``only`` and ``skip``.
+        layers: As in :class:`~l2l_prune.Pruner`, like ``only`` and ``skip``.
         only: See ``layers``.
         skip: See ``layers``.
 
@@ -188,20 +188,20 @@ def estimate_smoothness(
     samples: int = 20,
     generator: torch.Generator | None = None,
 ) -> tuple[float, float]:
-    """Estimates of G and H around the current parameters, by sampling.
+    """Estimates G and H around the current parameters, by sampling.
 
-    Gradients are taken at random points within ``radius``; G is the largest norm. H is the largest
-    curvature ``|∇²loss v|`` at such a point in a random direction ``v`` of norm 1, or the largest
-    ratio of the gradient's change to the parameters' between two points that lie apart, so that
-    kinks count: half of the samples each. Where rounding could make a change of the gradient up,
-    the curvature is taken instead. Both are lower bounds of the true constants. The parameters
-    are put back.
+    Gradients are taken at random points within ``radius``; G is their largest norm. H is the
+    largest of two quantities, each from half of the samples: the curvature ``|∇²loss v|`` at such a
+    point in a random direction ``v`` of norm 1, and the ratio of the gradient's change to the
+    parameters' change between two distant points, so that kinks count. Where the gradient's change
+    could be due to rounding, the curvature is taken instead. Both results are lower bounds of the
+    true constants. The parameters are restored.
 
     The loss must be twice differentiable by autograd.
 
     Args:
-        loss: Computes the loss from the parameters in place.
-        parameters: The tensors to vary, with gradients.
+        loss: Computes the loss from the parameters, which are changed in place.
+        parameters: The tensors to vary; they must require gradients.
         radius: Largest distance from the current parameters, > 0.
         samples: Number of curvatures and pairs of points, >= 1.
         generator: Source of the points.
@@ -210,7 +210,7 @@ def estimate_smoothness(
         ``(G, H)``.
 
     Raises:
-        TypeError: If ``loss`` gives no tensor, or a value is no number.
+        TypeError: If ``loss`` does not return a tensor, or a value is not a number.
         ValueError: If a number is out of range, or the loss is not finite somewhere or does not
             depend on the parameters.
     """
@@ -231,14 +231,14 @@ def estimate_smoothness(
         move(point)
         value = checks.of_type("loss's result", loss(), Tensor, "a tensor")
         if not bool(value.isfinite()):
-            raise ValueError(f"the loss is not finite within radius {radius}: take a smaller one")
+            raise ValueError(f"the loss is not finite within radius {radius}: use a smaller radius")
         parts: tuple[Tensor | None, ...] = (None,)
         if value.requires_grad:
             parts = torch.autograd.grad(
                 value, tensors, create_graph=create_graph, allow_unused=True
             )
         if any(part is None for part in parts):
-            raise ValueError("the loss does not depend on parameters that were given to vary")
+            raise ValueError("the loss does not depend on all of the given parameters")
         return torch.cat([part.flatten() for part in parts if part is not None])
 
     def curvature(point: Tensor, direction: Tensor) -> float:

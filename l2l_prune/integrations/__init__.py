@@ -1,1 +1,1 @@
-"""Adapters to hosts; each module imports its host only."""
+"""Adapters to other libraries; each module imports only its own host."""

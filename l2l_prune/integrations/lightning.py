@@ -1,4 +1,4 @@
-"""Pruning in a Lightning training, learn2learn's Lightning algorithms included."""
+"""Pruning in Lightning, including learn2learn's Lightning algorithms."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from l2l_prune.schedules.schedule import Schedule
 
 
 def _callback_class() -> Any:
-    """Callback of the Lightning package that is installed; the two packages share their hooks."""
+    """The Callback class of the installed Lightning package; both packages have the same hooks."""
     for package in ("pytorch_lightning", "lightning.pytorch"):  # learn2learn uses the first
         with suppress(ImportError):
             return importlib.import_module(package).Callback
@@ -34,29 +34,29 @@ def _callback_class() -> Any:
 
 
 class PruningCallback(_callback_class()):  # type: ignore[misc]
-    """Carries a pruning schedule out while a Lightning trainer fits.
+    """Runs a pruning schedule while a Lightning trainer fits.
 
-    One optimizer step is one iteration of the schedule: steps skipped by gradient accumulation
-    or a gradient scaler do not count, those that a fused optimizer skips by itself included. Of
-    several optimizers the first that holds pruned weights
-    counts; the others only have their state follow the masks. The callback logs
-    ``pruning/sparsity`` and ``pruning/phase`` (the number of the segment), and saves and restores
-    itself with Lightning's checkpoints. The model stays attached after the fit, so that its
-    checkpoints go on to load; ``callback.pruner.finalize()`` makes it plain.
+    One optimizer step is one iteration of the schedule. Steps skipped by gradient accumulation or a
+    gradient scaler do not count, even if a fused optimizer skips them itself. With several
+    optimizers, the steps of the first that holds pruned weights count; for the others, only their
+    state follows the masks. The callback logs ``pruning/sparsity`` and ``pruning/phase`` (the
+    number of the segment), and saves and restores itself with Lightning's checkpoints. The model
+    keeps its masks after the fit, so that its checkpoints can still be loaded;
+    ``callback.pruner.finalize()`` makes it plain.
 
-    ``validate``, ``test`` and ``predict`` prune nothing by themselves: a module that this callback
-    has not fitted takes masks from the checkpoint only, and is plain again afterwards. Each
-    module that is fitted starts the schedule anew, unless a checkpoint of its own is given.
+    ``validate``, ``test`` and ``predict`` prune nothing themselves: a module that this callback has
+    not fitted gets masks only from a checkpoint, and is plain again afterwards. Each fitted module
+    starts the schedule anew, unless a checkpoint of its own is given.
 
-    Where the schedule draws masks for each task, each training batch is a task, as in
-    learn2learn's Lightning algorithms: it has masks of its own from its start to the step of the
-    counting optimizer, or to its end. Evaluation has none.
+    If the schedule draws masks for each task, each training batch is a task, as in learn2learn's
+    Lightning algorithms: it has its own masks from its start to the step of the counting optimizer,
+    or to its end. Evaluation has none.
 
     Args:
         schedule: When to prune, and how much, in optimizer steps.
-        layers: As in :class:`~l2l_prune.Pruner`, likewise ``only``, ``skip``,
-            ``criterion``, ``pattern``, ``allocation``, ``release_state`` and ``task_masks``; names
-            start at the LightningModule.
+        layers: As in :class:`~l2l_prune.Pruner`, like ``only``, ``skip``, ``criterion``,
+            ``pattern``, ``allocation``, ``release_state`` and ``task_masks``; names start at the
+            LightningModule.
         only: See ``layers``.
         skip: See ``layers``.
         criterion: See ``layers``.
@@ -65,12 +65,12 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         release_state: See ``layers``.
         task_masks: See ``layers``.
         regrow_state: Deprecated: the old name of ``release_state``.
-        dense_weights: If given, at the end of the fit the weights are written to this file under
-            dense keys, as ``torch.save`` of a state dict.
+        dense_weights: If given, the weights are written to this file at the end of the fit, as a
+            state dict with dense keys, by ``torch.save``.
 
     Raises:
-        TypeError: If ``schedule`` is no Schedule, or ``dense_weights`` no path.
-        FileNotFoundError: When the fit starts, if the folder of ``dense_weights`` is not there.
+        TypeError: If ``schedule`` is not a Schedule, or ``dense_weights`` not a path.
+        FileNotFoundError: When the fit starts, if the folder of ``dense_weights`` does not exist.
         ValueError: When the fit starts, if the module cannot be pruned as asked, or no optimizer
             holds a pruned weight.
 
@@ -120,8 +120,8 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         """Attach before Lightning restores weights, whose keys are those of a pruned model.
 
         Raises:
-            FileNotFoundError: If the folder of ``dense_weights`` is not there: said before the
-                training, and not after it.
+            FileNotFoundError: If the folder of ``dense_weights`` does not exist; raised before the
+                training, not after it.
         """
         if stage != "fit":
             self._lend_masks(pl_module)
@@ -137,7 +137,7 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
                 self.pruner.load_state_dict(state)
 
     def teardown(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
-        """Take off the masks that an evaluation was lent."""
+        """Remove the masks that were attached for an evaluation."""
         self._take_masks_back()
 
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
@@ -145,7 +145,10 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         pruner = self._attached()
         found = [_plain(o) for o in trainer.optimizers if pruner.owns(_plain(o))]
         if not found:
-            raise ValueError("none of the trainer's optimizers holds a weight that is pruned")
+            raise ValueError(
+                "none of the trainer's optimizers holds a pruned weight: check layers, only and "
+                "skip, or configure_optimizers()"
+            )
         for number, optimizer in enumerate(found):
             if optimizer not in pruner.optimizers:
                 pruner.add_optimizer(optimizer)
@@ -153,7 +156,7 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
             self._handles.append(optimizer.register_step_post_hook(then))
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, *args: Any) -> None:
-        """A batch is a task: draw its masks, if the schedule says so."""
+        """A batch is a task: draw masks for it, if the schedule says so."""
         if self._attached().segment.per_task:
             self._task.enter_context(self._attached().task_masks())
 
@@ -166,13 +169,13 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         pl_module.log("pruning/phase", position, on_step=True, on_epoch=False)
 
     def on_fit_end(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Stop counting; write the dense weights if asked to."""
+        """Stop counting, and write the dense weights if requested."""
         self._unhook()
         if self._dense_weights is not None and trainer.is_global_zero:
             save_tensors(dense_state_dict(pl_module), Path(self._dense_weights))
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
-        """Stop counting after a fit that failed or was interrupted; take back lent masks."""
+        """Stop counting after a failed or interrupted fit; remove the masks of an evaluation."""
         self._unhook()
         self._take_masks_back()
 
@@ -181,9 +184,9 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         return {} if self.pruner is None else self.pruner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restored from Lightning's checkpoints: for the module of the fit that goes on.
+        """Restored from Lightning's checkpoints, for the module of the current fit.
 
-        Before the first fit it is kept for the module of that one.
+        Before the first fit, the state is kept for the module of that fit.
         """
         if not state_dict:
             return
@@ -194,11 +197,11 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
 
     def _attached(self) -> Pruner:
         if self.pruner is None:
-            raise RuntimeError("PruningCallback is not set up: pass it to Trainer(callbacks=...)")
+            raise RuntimeError("PruningCallback is not set up: give it to Trainer(callbacks=...)")
         return self.pruner
 
     def _count(self, optimizer: Optimizer, *args: Any) -> None:
-        # A scaler leaves it to fused optimizers to skip a step; it then tells them by this tensor.
+        # A scaler lets fused optimizers skip a step themselves, and signals it by this tensor.
         overflow = getattr(optimizer, "found_inf", None)
         self._task.close()
         if overflow is None or not overflow.item():
@@ -208,7 +211,7 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         self._attached().project()
 
     def _lend_masks(self, pl_module: nn.Module) -> None:
-        """Masks of ones on a plain module, for a checkpoint to fill."""
+        """Attach masks of ones to a plain module, for a checkpoint to fill."""
         if any(held_names(module) for module in pl_module.modules()):
             return
         choice = {key: self._options[key] for key in ("layers", "only", "skip")}

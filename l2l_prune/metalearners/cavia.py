@@ -13,7 +13,7 @@ from l2l_prune._basics.losses import inner_gradients
 
 
 class ContextModule(nn.Module):
-    """A layer that reads the context of the :class:`CAVIA` learner that runs the model.
+    """A layer that reads the context of the running :class:`CAVIA` learner.
 
     Args:
         context_size: Length of the context vector, >= 1.
@@ -34,8 +34,8 @@ class ContextModule(nn.Module):
         """
         if self.context is None:
             raise RuntimeError(
-                f"{type(self).__name__} has no context: run the model through CAVIA(model), or a "
-                "learner made by its clone()"
+                f"{type(self).__name__} has no context: run the model through CAVIA(model) or one "
+                "of its clones"
             )
         return self.context
 
@@ -66,11 +66,11 @@ class FiLM(ContextModule):
         """``scale * x + shift`` for ``x`` of shape ``[batch, channels, ...]``.
 
         Raises:
-            ValueError: If ``x`` has other channels.
+            ValueError: If ``x`` has another number of channels.
         """
-        if x.dim() < 2 or x.shape[1] != self.channels:  # one channel would be spread over all
+        if x.dim() < 2 or x.shape[1] != self.channels:  # a single channel would be broadcast
             raise ValueError(
-                f"FiLM was made for {self.channels} channels, got an input of {tuple(x.shape)}"
+                f"FiLM expects {self.channels} channels, got an input of shape {tuple(x.shape)}"
             )
         film = self.linear(self.read())
         if self.hidden is not None:
@@ -80,7 +80,7 @@ class FiLM(ContextModule):
 
 
 class ConcatContext(ContextModule):
-    """Appends the context to each row of ``[batch, features]``; stands before a linear layer.
+    """Appends the context to each row of ``[batch, features]``; put it before a linear layer.
 
     Args:
         context_size: Length of the context vector, >= 1.
@@ -96,27 +96,29 @@ class ConcatContext(ContextModule):
             ValueError: If ``x`` has another shape.
         """
         if x.dim() != 2:
-            raise ValueError(f"ConcatContext reads [batch, features], got {tuple(x.shape)}")
+            raise ValueError(
+                f"ConcatContext expects an input [batch, features], got shape {tuple(x.shape)}"
+            )
         return torch.cat([x, self.read().expand(len(x), -1)], dim=1)
 
 
 class CAVIA(nn.Module):
-    """Wraps a model with context layers in learn2learn's verbs.
+    """Wraps a model with context layers and gives it learn2learn's verbs.
 
-    The context starts at 0 in each task and is all that :meth:`adapt` changes; the weights are
-    shared by all learners, and the outer loss of a learner gives their meta-gradient. The context
-    is no parameter, so no optimizer and no pruning ever touches it.
+    The context starts at 0 in each task, and :meth:`adapt` changes nothing else. All learners share
+    the weights, and a learner's outer loss gives the meta-gradient of the weights. The context is
+    not a parameter, so no optimizer and no pruning ever touches it.
 
     Args:
-        model: Any module that holds :class:`FiLM` or :class:`ConcatContext` layers (or other
-            subclasses of :class:`ContextModule`), which share one context vector.
+        model: Any module with :class:`FiLM` or :class:`ConcatContext` layers (or other subclasses
+            of :class:`ContextModule`), which share one context vector.
         lr: Learning rate of the context, > 0.
         first_order: Ignore second derivatives.
 
     Raises:
-        TypeError: If ``model`` is no module, or ``lr`` no number.
-        ValueError: If the model has no context layer, or they disagree in size, or ``lr`` is not
-            a positive number.
+        TypeError: If ``model`` is not a module, or ``lr`` not a number.
+        ValueError: If the model has no context layer, the layers' context sizes differ, or ``lr``
+            is not positive.
 
     Examples:
         >>> net = nn.Sequential(ConcatContext(5), nn.Linear(1 + 5, 40), nn.ReLU(), nn.Linear(40, 1))
@@ -137,8 +139,8 @@ class CAVIA(nn.Module):
         layers = _context_layers(model)
         if not layers:
             raise ValueError(
-                "the model has no context parameters: put a FiLM or ConcatContext layer where the "
-                "context shall act"
+                "the model has no context layers: put a FiLM or ConcatContext layer where the "
+                "context should act"
             )
         sizes = {name: layer.context_size for name, layer in layers.items()}
         if len(set(sizes.values())) > 1:
@@ -160,9 +162,9 @@ class CAVIA(nn.Module):
         return self._context
 
     def clone(self, first_order: bool | None = None) -> CAVIA:
-        """A learner that shares the weights and has a context of its own.
+        """A learner that shares the weights and has its own context.
 
-        A clone of a learner goes on from its context, with gradients flowing back to it.
+        A clone of a learner starts from that learner's context, and gradients flow back to it.
 
         Args:
             first_order: Overrides the wrapper's setting.
@@ -183,7 +185,7 @@ class CAVIA(nn.Module):
 
         Raises:
             RuntimeError: If ``loss`` does not depend on this learner's context.
-            TypeError: If ``loss`` is no tensor.
+            TypeError: If ``loss`` is not a tensor.
             ValueError: If ``loss`` holds several numbers.
         """
         order = self.first_order if first_order is None else first_order
@@ -193,7 +195,7 @@ class CAVIA(nn.Module):
         self._context = self.context - self.lr * cast(Tensor, gradient)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model under this learner's context."""
+        """Run the model with this learner's context."""
         layers = _context_layers(self.module).values()
         for layer in layers:
             layer.context = self.context
@@ -204,7 +206,7 @@ class CAVIA(nn.Module):
                 layer.context = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> CAVIA:
-        """Move or cast: a context of another device or type would not fit, so it starts anew."""
+        """Move or cast; the context would keep its old device and type, so it is reset."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._context = None
         return self

@@ -1,4 +1,4 @@
-"""A field as few bytes: half precision, and of pruned tensors only what is left."""
+"""A field in few bytes: half precision, and only the remaining weights of pruned tensors."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from l2l_prune.masking.masked_layer import dense_state_dict
 
 _MAGIC = b"l2F1"
 _HEAD = struct.Struct("<4sII")  # magic, checksum of what follows, checksum of names and shapes
-_TENSOR = struct.Struct("<BI")  # how the positions are told, how many values there are
+_TENSOR = struct.Struct("<BI")  # how positions are stored, number of values
 
 
 def export_field(field: nn.Module) -> bytes:
     """The weights of a field in half precision.
 
-    Of each tensor either all values are written, or those that are not 0 with their positions: as
-    a bitmask or as indices, whichever is the smallest. The bytes are read back by
-    :func:`read_field` into a network of the same shapes; what these are is not written.
+    Each tensor is written in the smallest of three forms: all values, or only the values that are
+    not 0, with a bitmask or with indices. :func:`read_field` reads the bytes back into a network
+    with the same shapes; the shapes themselves are not written.
 
     Args:
-        field: The network, with masks or without (as :meth:`FieldMAML.field` or
-            :meth:`Pruner.finalize` give it).
+        field: The network, with or without masks (as :meth:`FieldMAML.field` or
+            :meth:`Pruner.finalize` return it).
 
     Raises:
-        TypeError: If ``field`` is no module.
-        ValueError: If a tensor holds no real numbers, or one that is not finite in half precision.
+        TypeError: If ``field`` is not a module.
+        ValueError: If a tensor does not hold real numbers, or holds one that is not finite in half
+            precision.
 
     Examples:
         >>> from l2l_prune.metalearners.fields import Siren
@@ -46,7 +47,7 @@ def export_field(field: nn.Module) -> bytes:
 
 
 def read_field(data: bytes, field: nn.Module) -> nn.Module:
-    """Load what :func:`export_field` gave.
+    """Load what :func:`export_field` returned.
 
     Args:
         data: The bytes.
@@ -57,13 +58,14 @@ def read_field(data: bytes, field: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If the bytes are damaged, or of a network of other shapes; nothing is changed.
+        ValueError: If the bytes are damaged, or of a network with other shapes; ``field`` is then
+            unchanged.
     """
     checks.of_type("data", data, bytes, "bytes")
     checks.of_type("field", field, nn.Module, "a torch.nn.Module")
     state = dense_state_dict(field)
     if len(data) < _HEAD.size or data[: len(_MAGIC)] != _MAGIC:
-        raise ValueError("the bytes are no field: they must be what export_field gave")
+        raise ValueError("the bytes are not a field: they must come from export_field")
     _, checksum, fingerprint = _HEAD.unpack_from(data)
     body = data[_HEAD.size :]
     if zlib.crc32(body) != checksum:
@@ -80,7 +82,7 @@ def read_field(data: bytes, field: nn.Module) -> nn.Module:
 
 def _write(name: str, tensor: Tensor) -> bytes:
     if not tensor.is_floating_point():
-        raise ValueError(f"{name} is of {tensor.dtype}: only real numbers can be exported")
+        raise ValueError(f"{name} has the type {tensor.dtype}: only real numbers can be exported")
     values = tensor.detach().cpu().half()
     if not bool(values.isfinite().all()):
         raise ValueError(f"{name} holds numbers that are not finite in half precision")

@@ -21,17 +21,17 @@ from l2l_prune._basics.arguments import keeps_arguments
 class Siren(nn.Module):
     """A network of sine layers, with its published initialisation.
 
-    Each layer but the last gives ``sin(omega_0 * (W x + b))``. The weights of the first start
-    uniform in ``1 / in``, all others in ``sqrt(6 / in) / omega_0``, to both sides of 0; biases
-    start as torch's linear layers have them.
+    Each layer but the last computes ``sin(omega_0 * (W x + b))``. Weights start uniform in
+    ``[-bound, bound]``, with ``bound = 1 / in`` in the first layer and ``sqrt(6 / in) / omega_0``
+    in all others; biases start as in torch's linear layers.
 
     Args:
         in_features: Coordinates of a point, >= 1.
         out_features: Values at a point (1 for grey, 3 for colour), >= 1.
-        width: Neurons of a layer, >= 1.
-        depth: Sine layers, >= 1; a linear layer follows.
+        width: Neurons in a layer, >= 1.
+        depth: Number of sine layers, >= 1; a linear layer follows.
         omega_0: Frequency of the sines, > 0.
-        generator: Source of the first weights, on the CPU; torch's own by default.
+        generator: Source of the initial weights, on the CPU; torch's own by default.
 
     Raises:
         TypeError: If a number has the wrong type.
@@ -76,16 +76,16 @@ class Siren(nn.Module):
 
 @keeps_arguments
 class FourierFeatureMLP(nn.Module):
-    """A ReLU network on sines and cosines of random frequencies of the coordinates.
+    """A ReLU network on sines and cosines of the coordinates at random frequencies.
 
     Args:
         in_features: Coordinates of a point, >= 1.
         out_features: Values at a point, >= 1.
-        width: Neurons of a layer, >= 1.
-        depth: Hidden layers, >= 1; a linear layer follows.
-        features: Random frequencies, >= 1; the first layer reads twice as many numbers.
+        width: Neurons in a layer, >= 1.
+        depth: Number of hidden layers, >= 1; a linear layer follows.
+        features: Number of random frequencies, >= 1; the first layer has twice as many inputs.
         scale: Standard deviation of the frequencies, > 0.
-        generator: Source of frequencies and first weights, on the CPU; torch's own by default.
+        generator: Source of frequencies and initial weights, on the CPU; torch's own by default.
 
     Attributes:
         frequencies: ``[in_features, features]``, a buffer: neither trained nor pruned.
@@ -168,7 +168,7 @@ def coordinates(height: int, width: int) -> Tensor:
 
 
 class ImageSignals:
-    """Pictures of one size as signals: a point for each pixel, and its values.
+    """Pictures of one size as signals: one point for each pixel, with the pixel's values.
 
     Args:
         images: ``[n, C, H, W]``: uint8, or real numbers in [0, 1].
@@ -178,7 +178,7 @@ class ImageSignals:
         values: float32 ``[n, H * W, C]`` in [0, 1].
 
     Raises:
-        TypeError: If ``images`` is no tensor.
+        TypeError: If ``images`` is not a tensor.
         ValueError: If it has another shape or range.
     """
 
@@ -197,14 +197,14 @@ class ImageSignals:
         return len(self.values)
 
     def sample(self, signals: int, generator: torch.Generator | None = None) -> Tensor:
-        """Values of different signals, drawn evenly: ``[signals, H * W, C]``.
+        """Values of distinct signals, drawn uniformly: ``[signals, H * W, C]``.
 
         Args:
-            signals: How many, from 1 to all.
+            signals: Number of signals, from 1 to all.
             generator: Source of the draw, on the CPU; torch's own by default.
 
         Raises:
-            ValueError: If there are not so many.
+            ValueError: If there are fewer signals than that.
         """
         if not 1 <= signals <= len(self):
             raise ValueError(f"signals must be in [1, {len(self)}], got {signals}")
@@ -232,9 +232,9 @@ def psnr(predicted: Tensor, values: Tensor) -> Tensor:
 class FieldMAML(nn.Module):
     """MAML whose tasks are signals; all signals adapt at once, through ``torch.vmap``.
 
-    Each learns from all of its points, and its loss after ``steps`` plain gradient steps on the
-    mean squared error is the meta-loss. Masks hold in the inner loop: prune the network, or this
-    object, with :class:`~l2l_prune.Pruner` before or after.
+    Each signal is learned from all of its points. The meta-loss is its loss after ``steps`` plain
+    gradient steps on the mean squared error. Masks hold in the inner loop: prune the network or
+    this object with :class:`~l2l_prune.Pruner`, before or after wrapping.
 
     Args:
         model: The field: any module from points ``[points, D]`` to values ``[points, C]``.
@@ -282,10 +282,10 @@ class FieldMAML(nn.Module):
 
         Args:
             coordinates: ``[points, D]``.
-            weights: Of adapted signals, as :meth:`adapt` and :meth:`fit` give them.
+            weights: Weights of adapted signals, from :meth:`adapt` or :meth:`fit`.
 
         Returns:
-            ``[points, C]`` of the shared network, or ``[signals, points, C]``.
+            ``[points, C]`` from the shared network, or ``[signals, points, C]`` from ``weights``.
         """
         if weights is None:
             return cast(Tensor, self.module(coordinates))
@@ -294,10 +294,10 @@ class FieldMAML(nn.Module):
     def adapt(
         self, coordinates: Tensor, values: Tensor, *, steps: int | None = None
     ) -> dict[str, Tensor]:
-        """Inner steps on every signal, from the shared weights.
+        """Take inner steps on every signal, from the shared weights.
 
-        Gradients flow back to the shared weights, through the steps unless ``first_order``. Where
-        none are wanted call it under ``torch.no_grad()``, which takes less time and memory.
+        Gradients flow back to the shared weights, through the steps unless ``first_order``. If you
+        need none, call it under ``torch.no_grad()``, which takes less time and memory.
 
         Args:
             coordinates: ``[points, D]``, the same for all.
@@ -332,7 +332,7 @@ class FieldMAML(nn.Module):
     def fit(
         self, coordinates: Tensor, values: Tensor, *, steps: int = 100, lr: float = 1e-3
     ) -> dict[str, Tensor]:
-        """Longer fits with Adam, from the shared weights, which stay as they are.
+        """Fit longer with Adam, from the shared weights, which do not change.
 
         Args:
             coordinates: ``[points, D]``.
@@ -366,8 +366,8 @@ class FieldMAML(nn.Module):
         """A copy of the network with the weights of one adapted signal, masks included.
 
         Args:
-            weights: As :meth:`adapt` and :meth:`fit` give them.
-            signal: Which, from 0.
+            weights: From :meth:`adapt` or :meth:`fit`.
+            signal: Index of the signal, from 0.
         """
         field = copy.deepcopy(self.module)
         parameters = dict(field.named_parameters())
@@ -404,6 +404,6 @@ def _check_fit(coordinates: Tensor, values: Tensor) -> None:
     checks.of_type("values", values, Tensor, "a tensor [signals, points, C]")
     if coordinates.dim() != 2 or values.dim() != 3 or values.shape[1] != len(coordinates):
         raise ValueError(
-            f"values must be [signals, points, C] with the points of coordinates, got "
-            f"{tuple(values.shape)} for coordinates of {tuple(coordinates.shape)}"
+            f"values must be [signals, points, C] with as many points as coordinates, got shape "
+            f"{tuple(values.shape)} for coordinates of shape {tuple(coordinates.shape)}"
         )

@@ -25,14 +25,14 @@ RIDGE = 50.0
 class MetaOptNet(nn.Module):
     """Embeds an episode, solves a convex base learner on its support set, scores its queries.
 
-    Only ``features`` has weights to prune; the head's one parameter is the learned ``scale``.
+    Only ``features`` has weights to prune; the head's only parameter is the learned ``scale``.
 
     Args:
         features: Embedding network, images to ``[batch, dimensions]``; see :func:`resnet12`.
-        head: ``"svm"`` (Crammer and Singer, the paper's), ``"ridge"`` or ``"prototype"``.
+        head: ``"svm"`` (Crammer and Singer, as in the paper), ``"ridge"`` or ``"prototype"``.
 
     Raises:
-        TypeError: If ``features`` is no module.
+        TypeError: If ``features`` is not a module.
         ValueError: If ``head`` is another name.
 
     Source:
@@ -49,10 +49,10 @@ class MetaOptNet(nn.Module):
         self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
-        """Class scores of the queries of one task or several.
+        """Class scores of the queries of one or more tasks.
 
-        Support and queries go through the network apart, each as one batch over all tasks, as in
-        the published program (it matters to batch statistics).
+        Support and queries go through the network separately, each as one batch over all tasks, as
+        in the published program; this matters for batch statistics.
 
         Args:
             support_x: ``[ways * shots, C, H, W]``, or ``[tasks, ways * shots, C, H, W]``.
@@ -64,9 +64,9 @@ class MetaOptNet(nn.Module):
             ``[queries, ways]``, or ``[tasks, queries, ways]``.
 
         Raises:
-            TypeError: If labels are no integers.
-            ValueError: If the classes of an episode have unequal shots, or (SVM) the embedding is
-                not finite.
+            TypeError: If labels are not integers.
+            ValueError: If the classes of an episode have different numbers of shots, or the
+                embedding is not finite (SVM).
         """
         if support_y.dim() == 1:
             return cast(Tensor, self(support_x[None], support_y[None], query_x[None])[0])
@@ -101,8 +101,8 @@ def svm_scores(support: Tensor, labels: Tensor, query: Tensor, C: float = SVM_C)
 def svm_dual(kernel: Tensor, labels: Tensor, C: float = SVM_C) -> Tensor:
     """Dual variables of the Crammer-Singer SVM of MetaOptNet, differentiable in ``kernel``.
 
-    The minimum over ``a`` of ``0.5 tr(a' (kernel + I) a) - sum_i a[i, labels[i]]`` such that
-    ``a[i, j] <= C`` if ``j`` is the label of ``i`` and ``<= 0`` otherwise, rows summing to 0.
+    They minimise ``0.5 tr(a' (kernel + I) a) - sum_i a[i, labels[i]]`` over ``a``, where
+    ``a[i, j] <= C`` if ``j`` is the label of ``i``, ``<= 0`` otherwise, and rows sum to 0.
 
     Args:
         kernel: ``[n, n]`` in float64.
@@ -154,13 +154,13 @@ HEADS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def smoothed_cross_entropy(scores: Tensor, labels: Tensor, smoothing: float = 0.1) -> Tensor:
-    """Cross entropy against ``1 - smoothing`` at the label and the rest shared by the others.
+    """Cross entropy against ``1 - smoothing`` at the label, with the rest shared by the others.
 
     Args:
         scores: ``[..., ways]``.
         labels: ``[...]``.
-        smoothing: In [0, 1). torch's own ``label_smoothing`` also gives the label its share of
-            the rest, so the same number would mean less there.
+        smoothing: In [0, 1). torch's own ``label_smoothing`` also gives the label a share of the
+            rest, so the same number smooths less there.
     """
     checks.fraction("smoothing", smoothing)
     ways = scores.shape[-1]
@@ -177,8 +177,9 @@ def resnet12(
     Args:
         image_size: 84 (16,000 dimensions, blocks of 5x5), or 32 (2,560, blocks of 2x2).
         in_channels: Channels of the images.
-        drop_block: Drop 10% by DropBlock, the baseline; pruning replaces it in the paper (5.3).
-        wider: 64, 160, 320 and 640 channels as MetaOptNet, or 64, 128, 256 and 512.
+        drop_block: Drop 10% with DropBlock, as in the baseline; pruning replaces it in the paper
+            (Section 5.3).
+        wider: 64, 160, 320 and 640 channels as in MetaOptNet; else 64, 128, 256 and 512.
 
     Raises:
         ValueError: If the images are too small for DropBlock (28x28: pad them to 32x32).
@@ -217,6 +218,6 @@ def _check_labels(labels: Tensor) -> None:
     shots = torch.bincount(labels).tolist() if len(labels) else []
     if len(set(shots)) != 1:
         raise ValueError(
-            "an episode needs equally many support examples of each class 0 .. ways - 1, got "
+            "an episode needs equally many support examples for each class 0 .. ways - 1, got "
             f"{shots}"
         )

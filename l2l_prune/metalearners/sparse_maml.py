@@ -1,4 +1,4 @@
-"""sparse-MAML: which weights the inner loop may change is learnt, not which are there."""
+"""sparse-MAML learns which weights the inner loop may change; it removes none."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class _Step(torch.autograd.Function):
 
 
 class SparseMAML(nn.Module):
-    """MAML whose inner steps are masked by learnt signs, in learn2learn's verbs.
+    """MAML whose inner steps are masked by learnt signs, with learn2learn's verbs.
 
     Each parameter has a score ``m`` of its own shape; the inner step is
-    ``w - lr * 1[m >= 0] * g``. The outer optimizer trains weights and scores alike
-    (``parameters()`` holds both); the step function's gradient is taken straight through.
-    A :class:`~l2l_prune.Pruner` of the network is given this object, not the network alone, so
-    that the optimizer's state of the scores rests with pruned weights.
+    ``w - lr * 1[m >= 0] * g``. The outer optimizer trains both weights and scores
+    (``parameters()`` holds both); gradients pass straight through the step function.
+    To prune the network, give :class:`~l2l_prune.Pruner` this object, not the network alone, so
+    that the optimizer's state for the scores rests where weights are pruned.
 
     Args:
         model: The network; pruned or not, before or after it is wrapped.
         lr: Inner learning rate, > 0.
         first_order: Ignore second derivatives, as the paper does.
         initial_sparsity: Expected fraction of weights that are frozen at the start, in [0, 1).
-        generator: Source of the first scores, on the CPU; torch's own by default.
+        generator: Source of the initial scores, on the CPU; torch's own by default.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -82,12 +82,12 @@ class SparseMAML(nn.Module):
 
     @property
     def frozen(self) -> float:
-        """Fraction of the weights that inner steps leave alone now, in [0, 1]."""
+        """Fraction of the weights that inner steps currently leave unchanged, in [0, 1]."""
         total = sum(score.numel() for score in self.scores)
         return float(sum(int((score < 0).sum()) for score in self.scores) / total)
 
     def clone(self, first_order: bool | None = None) -> SparseMAML:
-        """A learner for one task; its outer loss gives gradients of weights and scores."""
+        """A learner for one task; its outer loss gives gradients for weights and scores."""
         learner = SparseMAML.__new__(SparseMAML)
         nn.Module.__init__(learner)
         learner.module, learner.scores, learner.lr = self.module, self.scores, self.lr
@@ -105,7 +105,7 @@ class SparseMAML(nn.Module):
 
         Raises:
             RuntimeError: If ``loss`` does not depend on this learner.
-            TypeError: If ``loss`` is no tensor.
+            TypeError: If ``loss`` is not a tensor.
             ValueError: If ``loss`` holds several numbers.
         """
         order = self.first_order if first_order is None else first_order

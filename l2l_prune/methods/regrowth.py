@@ -1,4 +1,4 @@
-"""Masks that move within a sparse phase: the smallest weights go, others grow (SET, RigL)."""
+"""Masks that change within a sparse phase: the smallest weights go, others grow (SET, RigL)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from l2l_prune.pruner import Pruner
 
 
 class Regrowth:
-    """Every ``interval`` iterations of a sparse segment some weights are exchanged.
+    """Exchanges some weights every ``interval`` iterations of a sparse segment.
 
-    In each tensor the smallest of the kept weights are dropped and as many of the others grow from
+    In each tensor the smallest of the kept weights are dropped, and as many of the others grow from
     0: those with the largest gradient (RigL) if ``loss`` is given, else random ones (SET). The
-    fraction falls over the segment by half a cosine. One line after the Pruner is made::
+    fraction falls to 0 over the segment, along half a cosine. Add one line after making the
+    Pruner::
 
         regrowth = Regrowth(pruner, interval=100, loss=lambda: loss_of(model))
 
@@ -30,13 +31,13 @@ class Regrowth:
         pruner: A :class:`~l2l_prune.Pruner`: ``reptile.pruner`` for Reptile.
         interval: Meta-iterations between exchanges, >= 1.
         fraction: Fraction of the kept weights that is exchanged at the segment's start, in [0, 1).
-        loss: Computes the (meta-)loss, a scalar, from the model that is pruned; its gradient is
-            taken with respect to all weights, the pruned ones at 0 included
-            (:func:`dense_gradients`). With Reptile it is the loss of ``reptile(x)`` on data of the
-            tasks, since no gradient comes back from ``reptile.clone()``. In a ``group`` of ranks
-            each computes the loss of its own data, and the gradients are added up.
-        generator: Source of SET's random numbers, on the CPU; a new one with seed 0 by default. Of
-            several ranks the first one's numbers count.
+        loss: Computes the (meta-)loss, a scalar, from the pruned model; its gradient is taken with
+            respect to all weights, including the pruned ones at 0 (:func:`dense_gradients`). With
+            Reptile, use the loss of ``reptile(x)`` on the tasks' data, since no gradient comes back
+            from ``reptile.clone()``. In a ``group`` of ranks, each rank computes the loss of its
+            own data, and the gradients are summed.
+        generator: Source of SET's random numbers, on the CPU; a new one with seed 0 by default.
+            With several ranks, those of the first rank are used.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -58,7 +59,9 @@ class Regrowth:
     ) -> None:
         self._pruner = checks.of_type("pruner", pruner, Pruner, "a Pruner")
         if not pruner.layerwise:
-            raise ValueError("Regrowth counts layer by layer: use no pattern and no global masks")
+            raise ValueError(
+                "Regrowth counts layer by layer: make the Pruner without pattern and global masks"
+            )
         self._interval = checks.whole_number("interval", interval, least=1)
         self._fraction = checks.fraction("fraction", fraction)
         if loss is not None and not callable(loss):
@@ -72,7 +75,7 @@ class Regrowth:
         pruner.register_step_hook(self._after_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The random numbers' state, to resume from beside the Pruner's own."""
+        """The state of the random numbers, to save along with the Pruner's own."""
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -95,7 +98,7 @@ class Regrowth:
         )
 
     def _span(self) -> tuple[int, int]:
-        """First iteration of the segment in force, and the one after its last."""
+        """First iteration of the current segment, and the one after its last."""
         for start, stop, _ in self._pruner.schedule.spans():
             if start <= self._pruner.iteration < stop:
                 return start, stop
@@ -122,8 +125,8 @@ def exchanged(weight: Tensor, mask: Tensor, growth: Tensor, fraction: float) -> 
     Args:
         weight: The weights; those outside the mask are 0.
         mask: Boolean tensor of the same shape; True is kept.
-        growth: Scores of the same shape, >= 0: the largest outside what stays grow, so that a
-            weight may also come back at once, as it was.
+        growth: Scores of the same shape, >= 0. Of the entries that do not stay, those with the
+            largest scores grow; a dropped weight may thus return at once, with its value.
         fraction: Fraction of the kept weights to exchange, in [0, 1].
 
     Examples:
@@ -140,22 +143,22 @@ def exchanged(weight: Tensor, mask: Tensor, growth: Tensor, fraction: float) -> 
 
 
 def dense_gradients(pruner: Pruner, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """Gradients of ``loss`` for all entries of the pruned weights, those that are cut off included.
+    """Gradients of ``loss`` for all entries of the pruned weights, including the pruned ones.
 
-    The masks are opened for one forward and backward pass (:meth:`Pruner.opened_masks`); the loss
-    is the same. Through a meta-loss this is the derivative by the initial weights of an inner loop
-    that moves the kept entries only.
+    The masks are opened for one forward and backward pass (:meth:`Pruner.opened_masks`), which does
+    not change the loss. For a meta-loss, this is the derivative with respect to the initial weights
+    of an inner loop that changes only the kept entries.
 
     Args:
         pruner: In a sparse segment.
         loss: Computes a scalar from the pruned model.
 
     Returns:
-        A gradient for each tensor by its dense name.
+        A gradient for each tensor, by its dense name.
 
     Raises:
-        TypeError: If the loss is no tensor.
-        ValueError: If it holds several numbers, or does not reach a tensor, which is named.
+        TypeError: If the loss is not a tensor.
+        ValueError: If it holds several numbers, or does not depend on a tensor, which is named.
     """
     weights = pruner.weights
     with ExitStack() as local, pruner.opened_masks(), torch.enable_grad():
@@ -169,8 +172,8 @@ def dense_gradients(pruner: Pruner, loss: Callable[[], Tensor]) -> dict[str, Ten
     found = {n: g for n, g in zip(weights, gradients, strict=True) if g is not None}
     if missing := [name for name in weights if name not in found]:
         raise ValueError(
-            f"loss gives no gradient for {', '.join(missing)}: compute it from the model that is "
-            "pruned (with PrunedReptile from reptile(x), not from reptile.clone(), which is a "
-            "copy), and leave tensors that it does not use out with skip="
+            f"loss gives no gradient for {', '.join(missing)}: compute it from the pruned model "
+            "(for PrunedReptile from reptile(x), not from reptile.clone(), which is a copy), and "
+            "leave out tensors that it does not use with skip="
         )
     return found

@@ -1,4 +1,4 @@
-"""Lottery-ticket rewinding: what survives pruning restarts from where it was early in training."""
+"""Lottery-ticket rewinding: remaining weights restart from their values early in training."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from l2l_prune.reptile.reptile import PrunedReptile
 
 
 class Rewind:
-    """At the start of every sparse segment all parameters go back to an earlier iteration.
+    """Returns all parameters to an earlier iteration at the start of every sparse segment.
 
-    The mask is that of the trained weights; the values are those of iteration ``to``, under the
-    mask. The optimizers' state starts afresh. One line after the Pruner or PrunedReptile is made::
+    The mask is chosen from the trained weights; the values are those of iteration ``to``, under the
+    mask. The optimizers' state starts afresh. Add one line after making the Pruner or
+    PrunedReptile::
 
         rewind = Rewind(pruner, to=0)
 
@@ -24,13 +25,13 @@ class Rewind:
 
     Args:
         trainer: A :class:`~l2l_prune.Pruner` or :class:`~l2l_prune.PrunedReptile` at iteration 0.
-        to: Iteration to go back to, >= 0 and not after the first sparse segment begins. The weights
-            are those before that segment's masks, so that any later mask finds them all.
+        to: Iteration to go back to, >= 0 and not after the first sparse segment begins. Weights are
+            stored before that segment's masks, so that every later mask finds all of them.
 
     Raises:
         TypeError: If ``trainer`` is neither, or prunes channels.
-        ValueError: If ``to`` is negative or past the first pruning, or the trainer has begun, or
-            the schedule is sparse from the start, so that no dense weights are left.
+        ValueError: If ``to`` is negative or after the first pruning, the trainer has already made a
+            step, or the schedule is sparse from the start, so that there are no dense weights.
 
     Source:
         Frankle and Carbin, *The Lottery Ticket Hypothesis*, ICLR 2019, Section 1 (``to=0``);
@@ -55,12 +56,12 @@ class Rewind:
             )
         if sparse[0] == 0:
             raise ValueError(
-                "the weights of iteration 0 are pruned already: begin the schedule with a dense "
-                "segment, of one iteration for instance"
+                "the weights of iteration 0 are already pruned: begin the schedule with a dense "
+                "segment, for instance of one iteration"
             )
         if pruner.iteration > 0:
             raise ValueError(
-                "Rewind must be made at iteration 0: load_state_dict() then resumes it"
+                "make Rewind at iteration 0; to resume, load its state with load_state_dict() later"
             )
         self._trainer, self._pruner = trainer, pruner
         self._values: list[Tensor] = []
@@ -70,18 +71,18 @@ class Rewind:
             self._store()
 
     def state_dict(self) -> dict[str, Any]:
-        """The values to go back to, to resume from beside the Pruner's own state."""
+        """The values to go back to, to save along with the Pruner's own state."""
         return {"values": [value.clone() for value in self._values]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`.
 
         Raises:
-            ValueError: If it is of another model.
+            ValueError: If it belongs to another model.
         """
         shapes = [tuple(p.shape) for p in self._pruner.model.parameters()]
         if [tuple(value.shape) for value in state["values"]] not in ([], shapes):
-            raise ValueError("the checkpoint's values to rewind to are of another model")
+            raise ValueError("the state holds the values of another model: its shapes differ")
         self._values = [value.clone() for value in state["values"]]
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""From a meta-learner to a device: files without code, other formats, what adapting costs."""
+"""From a meta-learner to a device: files without code, other formats, the cost of adapting."""
 
 from l2l_prune.shipping.costs import AdaptationCost, Adapting, adaptation_costs, costs_table
 from l2l_prune.shipping.folder import export, load

@@ -33,7 +33,7 @@ class Adapting:
     """A meta-learner, and which of its layers adapt.
 
     Args:
-        reptile: In the phase that it shall be measured in: dense, masked, or with channels cut.
+        reptile: The meta-learner, in the phase to measure: dense, masked, or with channels cut.
         adapt_only: As in :meth:`~l2l_prune.PrunedReptile.clone`.
     """
 
@@ -43,18 +43,18 @@ class Adapting:
 
 @dataclass(frozen=True)
 class AdaptationCost:
-    """What :func:`adaptation_costs` measures of one way to adapt.
+    """What :func:`adaptation_costs` measures for one way to adapt.
 
     The parts are ``"forward"`` (of a minibatch), ``"step"`` (forward, backward and the optimizer)
     and ``"episode"`` (all steps, and the scores of the queries).
 
     Attributes:
-        macs: Multiply-accumulates that are executed, by part. A masked network executes as many
+        macs: Number of multiply-accumulates executed, by part. A masked network executes as many
             as a dense one.
         milliseconds: Medians, by part.
         ratios: Medians of the ratios to the first way in the same round, by part.
-        memory: Bytes at the peak of an episode: the learner's weights, activations, gradients and
-            the optimizer's state.
+        memory: Peak number of bytes in an episode: the learner's weights, activations, gradients
+            and the optimizer's state.
         stored: Bytes on disk, as :func:`~l2l_prune.shipping.export` writes them.
     """
 
@@ -77,15 +77,16 @@ def adaptation_costs(
 ) -> dict[str, AdaptationCost]:
     """Measure what adapting costs, several ways side by side.
 
-    On one thread; each round times every way once, so that a busy machine slows them alike. Masks
-    alone save bytes on disk, not time: what is faster has fewer channels, or fewer layers adapt.
+    All ways run on one thread; each round times every way once, so that a busy machine slows them
+    all alike. Masks alone save bytes on disk, not time: fewer channels, or fewer layers that adapt,
+    are faster.
 
     Args:
-        ways: By name; the first is what ratios are to.
-        episode: The task that is adapted to, on the learners' device (CPU or CUDA).
+        ways: The ways to adapt, by name; ratios are relative to the first.
+        episode: The task to adapt to, on the learners' device (CPU or CUDA).
         steps: Inner steps, >= 1.
-        batch_size: Support examples in each.
-        rounds: Timed rounds, >= 1, after one that is not counted.
+        batch_size: Support examples in each step.
+        rounds: Number of timed rounds, >= 1; they follow one that is not counted.
         half: Store in half precision.
         loss: ``loss(scores, labels)``, a scalar.
 
@@ -105,7 +106,9 @@ def adaptation_costs(
     for name, way in ways.items():
         checks.of_type(f"ways[{name!r}]", way, Adapting, "an Adapting")
         if (device := next(way.reptile.parameters()).device).type not in ("cpu", "cuda"):
-            raise ValueError(f"costs are measured on the CPU or on CUDA, {name} is on {device}")
+            raise ValueError(
+                f"costs are measured on the CPU or on CUDA, but {name} is on {device}: move it"
+            )
     checks.of_type("episode", episode, Episode, "an Episode")
     checks.whole_number("steps", steps, least=1)
     checks.whole_number("rounds", rounds, least=1)
@@ -138,11 +141,11 @@ def adaptation_costs(
 
 
 def stored_bytes(learner: Any, *, half: bool = False) -> int:
-    """Bytes on disk that :func:`~l2l_prune.shipping.export` makes of a learner.
+    """Bytes on disk of a learner that :func:`~l2l_prune.shipping.export` writes.
 
     Args:
-        learner: As there.
-        half: As there.
+        learner: As for ``export``.
+        half: As for ``export``.
     """
     with tempfile.TemporaryDirectory() as folder:
         export(learner, Path(folder), half=half)
@@ -152,11 +155,11 @@ def stored_bytes(learner: Any, *, half: bool = False) -> int:
 def costs_table(
     costs: Mapping[str, AdaptationCost], accuracies: Mapping[str, Mean] | None = None
 ) -> list[dict[str, Any]]:
-    """Rows for a table or a CSV file: numbers by column, one row a way.
+    """Rows for a table or a CSV file: numbers by column, one row for each way.
 
     Args:
         costs: From :func:`adaptation_costs`.
-        accuracies: Of the same names; ways without one leave it out.
+        accuracies: Accuracies by the same names; a way may have none.
     """
     rows: list[dict[str, Any]] = []
     for name, cost in costs.items():
@@ -190,7 +193,7 @@ class _Way:
         self._device = next(way.reptile.parameters()).device
 
     def run(self, part: str) -> float:
-        """Seconds of a part, without making the learner."""
+        """Seconds that a part takes, without the time to make the learner."""
         learner = self.way.reptile.clone(self.way.adapt_only)
         work = {"forward": self._forward, "step": self._step, "episode": self._adapt}[part]
         self._wait()
@@ -207,7 +210,7 @@ class _Way:
         return int(counter.get_total_flops()) // 2
 
     def memory(self) -> int:
-        """After a run, so that the working copy and what kernels keep are there already."""
+        """After a run, so that the working copy and the kernels' own memory exist already."""
         learner = self.way.reptile.clone(self.way.adapt_only)
         module = learner.module
         held = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
@@ -242,7 +245,7 @@ class _Way:
 
 
 def _peak(told: Any) -> int:
-    """The most bytes that were allocated at once since the profile began."""
+    """The largest number of bytes allocated at once since the profile began."""
     events: Iterable[Any] = told.profiler.kineto_results.events()
     changes = [e for e in events if e.name() == "[memory]"]
     now = most = 0
@@ -253,7 +256,7 @@ def _peak(told: Any) -> int:
 
 
 def _interleaved(ways: Mapping[str, _Way], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each round, by way and part; each round begins with another way."""
+    """Seconds in each round, by way and part; each round begins with a different way."""
     times: dict[str, dict[str, list[float]]] = {n: {part: [] for part in PARTS} for n in ways}
     order = list(ways)
     for number in range(rounds + 1):

@@ -50,16 +50,16 @@ def export(
 ) -> dict[str, Any]:
     """Write a trained learner as ``model.safetensors`` and ``export.json``; nothing is pickled.
 
-    Masked weights are written as zeros; of tensors with many zeros what is left, with a bitmask or
-    indices, whichever is smaller. A network whose channels are cut out is written small.
+    Masked weights are written as zeros. Tensors with many zeros are written as their other values,
+    with a bitmask or indices, whichever is smaller. A network with cut channels is written small.
 
     Args:
-        learner: A network with masks or without, a :class:`~l2l_prune.PrunedReptile` or a learner
-            of one (their networks), or what :meth:`ChannelPruner.export` gave.
-        folder: Made if it is not there; an export in it is replaced.
-        half: Write real numbers in half precision. :func:`load` gives them their type back.
-        data: What it was trained on.
-        accuracy: On which tasks is for ``data`` or ``about`` to say.
+        learner: A network with or without masks, a :class:`~l2l_prune.PrunedReptile` or one of its
+            learners (their network is written), or the result of :meth:`ChannelPruner.export`.
+        folder: The folder to write to; made if missing. An export in it is replaced.
+        half: Write real numbers in half precision; :func:`load` restores their type.
+        data: What the network was trained on.
+        accuracy: Its accuracy; say in ``data`` or ``about`` on which tasks.
         about: More plain values, such as the inner learning rate and the number of steps.
 
     Returns:
@@ -68,7 +68,7 @@ def export(
     Raises:
         ImportError: If safetensors is missing (extra ``ship``).
         OSError: If a file cannot be written.
-        TypeError: If an argument has the wrong type, or the state holds what is no tensor.
+        TypeError: If an argument has the wrong type, or the state holds anything but tensors.
         ValueError: If numbers are not finite in half precision, or a tensor's type cannot be
             written.
 
@@ -111,24 +111,24 @@ def export(
 
 
 def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
-    """The network of an export; torch and this library suffice, and no code is run from the files.
+    """Load the network of an export, with torch and this library only; the files run no code.
 
-    Checksums are compared first, and nothing is changed if something does not fit.
+    Checksums are compared first, and nothing is changed if anything does not match.
 
     Args:
         folder: Written by :func:`export`.
-        model: A network of the exported class, without masks, for the weights to go into; where
-            channels are cut out, its layers become small. May be left out for networks of this
-            library, which are made anew from their arguments.
+        model: A network of the exported class, without masks, that receives the weights; where
+            channels are cut out, its layers become small. It may be left out for networks of this
+            library, which are made again from their arguments.
 
     Returns:
-        ``model``, or the new network, in the mode (training or evaluation) that it was exported in.
+        ``model``, or the new network, in the mode (training or evaluation) of the exported one.
 
     Raises:
         OSError: If a file cannot be read.
-        TypeError: If ``model`` is no module.
+        TypeError: If ``model`` is not a module.
         ValueError: If the export is damaged, of another version of the format, or of another
-            network; ``model`` is as it was then.
+            network; ``model`` is then unchanged.
     """
     place = Path(folder)
     manifest = read_manifest(place)
@@ -138,7 +138,7 @@ def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
         model = _remade(network, place)
     checks.of_type("model", model, nn.Module, "a torch.nn.Module")
     if any(held_names(module) for module in model.modules()):
-        raise ValueError("model holds masks: give one without (Pruner.finalize takes them off)")
+        raise ValueError("model has masks: give one without (Pruner.finalize removes them)")
     if (given := _class_path(model)) != network["class"]:
         raise ValueError(f"{place} is an export of {network['class']}, but model is a {given}")
     sizes = _changed_sizes(model, network["settings"])
@@ -150,7 +150,7 @@ def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
 
 
 def network_of(learner: nn.Module | Exported) -> nn.Module:
-    """The network of a learner, a meta-learner or an export of channels; a module is one itself."""
+    """The network of a learner, a meta-learner or an export of channels; else the module itself."""
     if isinstance(learner, (PrunedReptile, Learner, Exported)):
         return learner.module
     return checks.of_type("learner", learner, nn.Module, "a torch.nn.Module")
@@ -160,14 +160,14 @@ def network_of(learner: nn.Module | Exported) -> nn.Module:
 
 
 def _pack_all(network: nn.Module, half: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of the file, and what ``export.json`` says of each."""
+    """The tensors of the file, and what ``export.json`` says about each."""
     packed: dict[str, Tensor] = {}
     entries: dict[str, Any] = {}
     for name, tensor in dense_state_dict(network).items():
         checks.of_type(name, tensor, Tensor, "a tensor, like everything in the state dict")
         kind = str(tensor.dtype).removeprefix("torch.")
         if kind not in _DTYPES or tensor.layout != torch.strided:
-            raise ValueError(f"{name} is of {tensor.dtype}, which an export does not hold")
+            raise ValueError(f"{name} has the type {tensor.dtype}, which cannot be exported")
         if half and tensor.is_floating_point():
             rounded = tensor.half()
             if not bool((rounded.isfinite() | ~tensor.isfinite()).all()):
@@ -185,12 +185,14 @@ def _pack_all(network: nn.Module, half: bool) -> tuple[dict[str, Tensor], dict[s
             "nonzero": int(tensor.count_nonzero()),
         }
     if sum(len(_keys(name, entry["stored"])) for name, entry in entries.items()) != len(packed):
-        raise ValueError('a tensor of the state dict has "#bitmask" or "#indices" in its name')
+        raise ValueError(
+            'a name in the state dict contains "#bitmask" or "#indices": rename that tensor'
+        )
     return packed, entries
 
 
 def _keys(name: str, how: str) -> dict[str, bool]:
-    """Under what names a tensor is in the file, and whether these are its values."""
+    """The names of a tensor in the file, and whether each holds its values."""
     return {name: True} if how == ALL else {name: True, f"{name}#{how}": False}
 
 
@@ -212,7 +214,7 @@ def _settings(network: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _rates(network: nn.Module, entries: dict[str, Any]) -> dict[str, Any]:
-    """Which fractions of the weights are 0."""
+    """The fractions of the weights that are 0."""
     names = [name for name, _ in network.named_parameters()]
     names = [n if n in entries else n.removesuffix("_orig") for n in names]
     numel = {name: math.prod(entries[name]["shape"]) for name in names}
@@ -242,7 +244,7 @@ def _plain(about: Mapping[str, Any] | None) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(json.dumps(dict(about), allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"about must hold plain values, as JSON has them ({error})") from None
+        raise TypeError(f"about must hold only values that JSON can hold ({error})") from None
     return found
 
 
@@ -269,18 +271,18 @@ def _read_tensors(place: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _remade(network: dict[str, Any], place: Path) -> nn.Module:
-    """A network of this library; only the classes that are named here are ever made."""
+    """Make a network of this library; only the classes in ``_NETWORKS`` are ever made."""
     kind = {_path(known): known for known in _NETWORKS}.get(network["class"])
     if kind is None or network["arguments"] is None:
         raise ValueError(
-            f"{place} is an export of {network['class']}, which is no network of this library: "
-            "make one and give it, load(folder, model)"
+            f"{place} is an export of {network['class']}, which is not a network of this library: "
+            "make one yourself and call load(folder, model)"
         )
     arguments = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in network["arguments"].items()
     }
-    with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and replaced
+    with torch.random.fork_rng(devices=[]):  # its initial weights are drawn, then replaced
         return kind(**arguments)
 
 
@@ -290,7 +292,7 @@ def _changed_sizes(model: nn.Module, settings: dict[str, Any]) -> list[tuple[nn.
     for path, here in _settings(model):
         module = model.get_submodule(path)
         for name, value in settings.get(path, {}).items():
-            if name not in here:  # of another torch
+            if name not in here:  # an attribute of another torch version
                 continue
             mine = json.loads(json.dumps(here[name]))
             if type(mine) is int and type(value) is int and mine != value:
@@ -298,7 +300,7 @@ def _changed_sizes(model: nn.Module, settings: dict[str, Any]) -> list[tuple[nn.
             elif mine != value:
                 raise ValueError(
                     f"{path or 'model'}.{name} is {value!r} in the export and {mine!r} in model: "
-                    "make the model as it was made for the export"
+                    "make the model with the arguments of the exported one"
                 )
     return changed
 
@@ -306,7 +308,7 @@ def _changed_sizes(model: nn.Module, settings: dict[str, Any]) -> list[tuple[nn.
 def _check_shapes(model: nn.Module, state: dict[str, Tensor], cut: bool) -> None:
     mine = model.state_dict()
     if wrong := sorted(mine.keys() ^ state.keys()):
-        raise ValueError(f"the export and model do not both have the tensors {', '.join(wrong)}")
+        raise ValueError(f"only one of the export and model has the tensors {', '.join(wrong)}")
     for name, tensor in mine.items():
         shape = state[name].shape
         fits = len(shape) == tensor.dim() and all(
@@ -316,13 +318,13 @@ def _check_shapes(model: nn.Module, state: dict[str, Tensor], cut: bool) -> None
         if not fits:
             raise ValueError(
                 f"{name} has the shape {tuple(shape)} in the export and {tuple(tensor.shape)} in "
-                "model: make the model as it was made for the export"
+                "model: make the model with the arguments of the exported one"
             )
 
 
 @torch.no_grad()
 def _fill(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Write a state into a model: tensors of another size are replaced (tied ones by one)."""
+    """Write a state into a model; tensors of another size are replaced, and ties are kept."""
     new: dict[int, Tensor] = {}
     for path, module in model.named_modules():
         for held in (module._parameters, module._buffers):

@@ -1,4 +1,4 @@
-"""A trained network for other runtimes (ONNX, ``torch.export``), compared with the network."""
+"""A trained network for other runtimes (ONNX, ``torch.export``), checked against the network."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from l2l_prune.masking.masked_layer import plain_copy
 from l2l_prune.shipping.folder import network_of
 
 _TOLERANCE = 1e-4
-"""Of the largest output; runtimes add in other orders."""
+"""Relative to the largest output; runtimes add in different orders."""
 
 
 def export_onnx(learner: nn.Module | Exported, path: Path | str, example: Tensor) -> float:
-    """Write a network as ONNX with any batch size, and compare it in ONNX Runtime.
+    """Write a network as ONNX for any batch size, and check its outputs in ONNX Runtime.
 
-    Batch normalisation in training mode, as Reptile's learners are scored, is written out as the
-    batch's mean and variance: what torch writes for it computes something else in ONNX Runtime.
+    Batch normalisation in training mode, in which Reptile's learners are scored, is written as the
+    batch's mean and variance: torch's own ONNX for it computes something else in ONNX Runtime.
     Dropout is left out.
 
     Args:
-        learner: As of :func:`~l2l_prune.shipping.export`.
+        learner: As for :func:`~l2l_prune.shipping.export`.
         path: The file; nothing is written if the comparison fails.
         example: An input, ``[batch, ...]`` with a batch of at least 2.
 
@@ -66,14 +66,14 @@ def export_onnx(learner: nn.Module | Exported, path: Path | str, example: Tensor
 
 
 def export_program(learner: nn.Module | Exported, path: Path | str, example: Tensor) -> float:
-    """Write a network by ``torch.export`` with any batch size, and compare what comes back.
+    """Write a network with ``torch.export`` for any batch size, and check its outputs.
 
-    It is read by ``torch.export.load`` without this library, from files that you trust only.
+    ``torch.export.load`` reads it without this library; load only files that you trust.
 
     Args:
-        learner: As of :func:`~l2l_prune.shipping.export`.
+        learner: As for :func:`~l2l_prune.shipping.export`.
         path: The file, which should end in ``.pt2``; not written if the comparison fails.
-        example: As of :func:`export_onnx`.
+        example: As for :func:`export_onnx`.
 
     Returns:
         The largest difference to the network's own outputs, on inputs of two batch sizes.
@@ -96,7 +96,7 @@ def export_program(learner: nn.Module | Exported, path: Path | str, example: Ten
 
 
 class _BatchStatistics(nn.Module):
-    """Batch normalisation by the batch's own statistics, in operations that every runtime has."""
+    """Batch normalisation with the batch's own statistics, in operations that any runtime has."""
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
         super().__init__()
@@ -116,7 +116,8 @@ def _prepared(learner: nn.Module | Exported, example: Tensor) -> nn.Module:
     checks.of_type("example", example, Tensor, "a tensor")
     if example.dim() < 2 or len(example) < 2:
         raise ValueError(
-            f"example must be [batch, ...] with a batch of at least 2, got {tuple(example.shape)}"
+            "example must be [batch, ...] with a batch of at least 2, got shape "
+            f"{tuple(example.shape)}"
         )
     for path, module in list(net.named_modules(remove_duplicate=False)):
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -137,7 +138,7 @@ def _exported(net: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
         return torch.export.export(net, (example,), dynamic_shapes=({0: batch},))
     except Exception as error:  # whatever tracing meets
         why = str(error).strip().partition("\n")[0]
-        raise ValueError(f"torch.export cannot follow {type(net).__name__}: {why}") from None
+        raise ValueError(f"torch.export cannot trace {type(net).__name__}: {why}") from None
 
 
 @torch.no_grad()
@@ -150,7 +151,8 @@ def _difference(
         difference = float((found - expected).abs().max())
         if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
             raise ValueError(
-                f"{name} gives outputs that differ by {difference:.2g}: nothing was written"
+                f"the outputs of {name} differ from the network's by {difference:.2g}: nothing was "
+                "written"
             )
         largest = max(largest, difference)
     return largest

@@ -1,4 +1,4 @@
-"""The JSON beside exported tensors: what they are, of which network, and their checksums."""
+"""The JSON file next to exported tensors: it describes them, their network and checksums."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _KEYS = {"versions", "network", "tensors", "rates", "data", "accuracy", "about",
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Add versions and the checksum of the whole, and write it.
+    """Add the versions and a checksum of everything, and write the file.
 
     Args:
         folder: The export's folder.
         content: Plain values.
 
     Returns:
-        What was written, as it is read.
+        The content of the file, as read back.
     """
     versions = {
         "l2l_prune": l2l_prune.__version__,
@@ -61,8 +61,8 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
         raise DamagedFile(path, "it does not say that it is an export")
     if (version := found.get("format_version")) != _VERSION:
         raise ValueError(
-            f"{path} is an export of format {version!r}, this l2l_prune reads {_VERSION}: load it "
-            "with the l2l_prune that wrote it"
+            f"{path} is an export of format {version!r}, but this l2l_prune reads {_VERSION}: load "
+            "it with the l2l_prune that wrote it"
         )
     checksum = found.pop("sha256", None)
     if checksum != _checksum(found) or not found.keys() >= _KEYS:

@@ -1,4 +1,4 @@
-"""Weights that lie as sparse tensor cores want them: a check, and torch's format for them."""
+"""Weights in the pattern of sparse tensor cores: a check, and torch's format for them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def n_by_m_faults(
     """How many groups of weights break an N:M pattern, layer by layer.
 
     Args:
-        learner: As of :func:`~l2l_prune.shipping.export`.
+        learner: As for :func:`~l2l_prune.shipping.export`.
         pattern: ``NByM(2, 4)`` by default.
 
     Returns:
-        For the weight of each linear layer and convolution: 0 where the pattern holds, the number
-        of groups with too many weights, or ``None`` where its inputs do not divide into groups.
+        For the weight of each linear layer and convolution: the number of groups with too many
+        weights (0 if the pattern holds), or ``None`` if its inputs cannot be divided into groups.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -55,20 +55,21 @@ def n_by_m_faults(
 def semi_structured_copy(learner: nn.Module | Exported) -> nn.Module:
     """A copy in half precision whose 2:4 linear layers run on sparse tensor cores.
 
-    Other layers are in half precision only: torch has no 2:4 convolution. For inference.
+    Other layers are only converted to half precision: torch has no 2:4 convolution. The copy is for
+    inference.
 
     Args:
-        learner: As of :func:`~l2l_prune.shipping.export`, on an NVIDIA GPU.
+        learner: As for :func:`~l2l_prune.shipping.export`, on an NVIDIA GPU.
 
     Raises:
-        ValueError: If it is not on a GPU with sparse tensor cores, or no linear layer is 2:4 and
-            of a size that torch's format takes (outputs of 32, inputs of 64).
+        ValueError: If it is not on a GPU with sparse tensor cores, or no 2:4 linear layer has a
+            size that torch's format takes (outputs in multiples of 32, inputs of 64).
     """
     net = plain_copy(network_of(learner))
     device = next(iter(net.parameters())).device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         raise ValueError(
-            "sparse tensor cores are on NVIDIA GPUs of compute capability 8.0 and later, the "
+            "sparse tensor cores need an NVIDIA GPU of compute capability 8.0 or later, but the "
             f"network is on {device}"
         )
     faults = n_by_m_faults(net)
@@ -85,7 +86,7 @@ def semi_structured_copy(learner: nn.Module | Exported) -> nn.Module:
         changed += 1
     if not changed:
         raise ValueError(
-            "no linear layer is 2:4 with outputs that divide by 32 and inputs by 64: train with "
-            "pattern=NByM(2, 4) (n_by_m_faults says which layers break it)"
+            "no linear layer is 2:4 with outputs divisible by 32 and inputs by 64: train with "
+            "pattern=NByM(2, 4) (n_by_m_faults lists the layers that break it)"
         )
     return net

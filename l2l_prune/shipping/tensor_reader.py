@@ -1,4 +1,4 @@
-"""Reading the safetensors format: a device needs no more than torch for it."""
+"""A reader of the safetensors format, so that a device needs only torch."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def read_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
 
     Args:
         data: The file's bytes.
-        path: Where they are from, for messages.
+        path: The file's path, for messages.
 
     Raises:
-        DamagedFile: If they are no such file.
+        DamagedFile: If they are not such a file.
     """
     start = _HEAD + int.from_bytes(data[:_HEAD], "little")
     if len(data) < _HEAD or start > len(data):

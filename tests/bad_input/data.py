@@ -52,7 +52,7 @@ EPISODES = [
     draws("labels as a list", "labels .*tensor, got", TypeError, labels=LABELS.tolist()),
     draws("labels as floats for episodes", "labels .*float32", TypeError, labels=LABELS.float()),
     draws("one-hot labels", r"labels .*\[8, 3\]", labels=nn.functional.one_hot(LABELS)),
-    draws("labels of fewer images", "labels .*8, 7", images=IMAGES[:7]),
+    draws("labels of fewer images", "labels .*8 and 7", images=IMAGES[:7]),
     Case(
         "draws from nowhere",
         lambda s: s.sampler.load_state_dict({}),
@@ -193,7 +193,7 @@ FOLDERS = [
         "class folder .*own/c9 is empty",
         also(classes(), lambda root: (root / "c9").mkdir()),
     ),
-    own("one class", "train .*has 0 of its 1 classes: .*at least 2", classes(1)),
+    own("one class", "train .*has 0 of its 1 classes, .*at least 2", classes(1)),
     own("two classes for three splits", "train .*has 1 of its 2 classes", classes(2)),
     own("an unknown split of a folder", "split .*'val'", classes(), split="val"),
     own("an image size of 0", "image_size .*0", classes(), image_size=0),
@@ -209,7 +209,7 @@ FOLDERS = [
     ),
     own(
         "a folder that is linked in a circle",
-        "own/c9 and .*own are one folder",
+        "own/c9 and .*own are the same folder",
         also(classes(), lambda root: (root / "c9").symlink_to(root)),
     ),
     own(
@@ -219,7 +219,7 @@ FOLDERS = [
     ),
     own(
         "a damaged picture",
-        r"1 damaged: .*c1/0\.png .*no known format.*skip_damaged",
+        r"1 damaged: .*c1/0\.png .*unknown format.*skip_damaged",
         also(classes(), lambda root: (root / "c1" / "0.png").write_bytes(b"\x89PNG")),
     ),
     own(
@@ -239,7 +239,7 @@ FOLDERS = [
         r"train\.csv: line 2 has no file name or no label",
         listed(b"filename,label\na.png\n"),
     ),
-    own("an empty list", "holds no train at all", listed(b"filename,label\n")),
+    own("an empty list", "has no train pictures", listed(b"filename,label\n")),
     own("a list of bytes", r"train\.csv: ", listed(b"\x00\xff\n")),
 ]
 
@@ -282,12 +282,12 @@ EVALUATION = [
     scored("evaluation without a batch", "batch_size .*0", batch_size=0),
     scored(
         "an episode without queries",
-        "without queries",
+        "no queries to score",
         choose=lambda s: [s.drawn[0]._replace(query_x=IMAGES[:0], query_y=LABELS[:0])],
     ),
     scored(
         "a class that the net does not have",
-        "label lies 1 beyond the classes",
+        "label 1 above the largest class",
         choose=lambda s: [s.drawn[0]._replace(query_y=torch.tensor([0, 1, 3]))],
     ),
     Case(
@@ -308,7 +308,7 @@ EVALUATION = [
         "means over other tasks",
         lambda s: paired_difference(Mean((0.5, 0.4)), Mean((0.5,))),
         ValueError,
-        "not the same tasks: 2 and 1",
+        "same tasks, got 2 and 1",
     ),
 ]
 

@@ -145,9 +145,7 @@ def film(folder):
 
 CONTEXT = [
     Case("no model for CAVIA", lambda s: CAVIA(3), TypeError, "model .*3"),
-    Case(
-        "no context layer", lambda s: CAVIA(s.net), ValueError, "no context parameters.*FiLM", small
-    ),
+    Case("no context layer", lambda s: CAVIA(s.net), ValueError, "no context layers.*FiLM", small),
     Case(
         "contexts of two sizes",
         lambda s: CAVIA(s.net),
@@ -239,7 +237,7 @@ LIGHTNING = [
         "a callback that nobody called",
         lambda s: Lightning.callback(NOW).on_fit_start(Trainer(), s.net),
         RuntimeError,
-        "not set up: pass it to Trainer",
+        "not set up: give it to Trainer",
         small,
     ),
     Case(

@@ -150,7 +150,7 @@ OTHERS = [
             generator=torch.Generator(),
         ),
         ValueError,
-        "loss does not depend on parameters",
+        "loss does not depend on all of the given parameters",
         layer,
     ),
     Case(

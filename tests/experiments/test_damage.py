@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, tmp_path):
     newest[middle_of_the_largest_record(file)] ^= 1
     content = {"truncated": newest[:-10], "flipped": newest, "empty": b""}[damage]
     file.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"run\.pt is damaged.*going on from the one before"):
+    with pytest.warns(UserWarning, match=r"run\.pt is damaged.*resuming from the previous"):
         progress, *_, resumed = run(settings(), file, checkpoint_every=3)
     assert progress.iteration == 10
     assert isinstance(resumed, RunResult)

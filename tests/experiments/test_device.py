@@ -136,7 +136,7 @@ def refused(out, *words):
 
 def test_several_runs_no_run_no_folder(runs, tmp_path):
     out = tmp_path / "out"
-    assert "holds 3 runs, give the folder of one" in refused(out, "export", runs)
+    assert "holds 3 runs: give the folder of one" in refused(out, "export", runs)
     assert "there is no folder" in refused(out, "export", tmp_path / "none")
     (tmp_path / "empty").mkdir()
     assert "there is no finished run" in refused(out, "export", tmp_path / "empty")
@@ -176,4 +176,4 @@ def test_costs_of_runs_that_are_not_reptiles(tmp_path):
     assert run_into(make_config("anil", "dense", **SETTINGS), tmp_path).error is None
     done = command("report", tmp_path, "--adaptation")
     assert done.exit_code == 2
-    assert "no run in" in done.output
+    assert "no reptile run with its weights in" in done.output

@@ -140,7 +140,7 @@ def test_the_metasparse_method_is_the_published_protocol():
     short = make_schedule("metasparse", 190)
     assert short == metasparse(0.95, pretrain=50, interval=10)
     assert make_schedule("metasparse", 190, 0.6, pretrain=0.3).segments[-1].sparsity == 0.6
-    with pytest.raises(ValueError, match="no room for the 14 rounds"):
+    with pytest.raises(ValueError, match="too few for the 14 rounds"):
         make_schedule("metasparse", 10)
 
 
@@ -151,13 +151,13 @@ def test_the_metasparse_method_is_the_published_protocol():
         ({"shots": 5}, "one picture: leave shots, train_shots out"),
         ({"queries": 5}, "leave queries out"),
         ({"train_queries": 5}, "leave train_queries out"),
-        ({"backbone": "conv4"}, "needs a backbone of siren, fourier"),
-        ({"backbone": "fourier", "omega": 10.0}, "omega goes with the backbone siren only"),
+        ({"backbone": "conv4"}, "needs one of the backbones siren, fourier"),
+        ({"backbone": "fourier", "omega": 10.0}, "omega works only with the backbone siren"),
         ({"label_noise": 0.1}, "has no labels"),
-        ({"structured": True}, "reptile only"),
+        ({"structured": True}, "work only with the algorithm reptile"),
         (
             {"data": "omniglot", "image_size": 32},
-            "image_size goes with glyphs, pictures and folder only",
+            "image_size works only with glyphs, pictures and folder",
         ),
     ],
 )
@@ -171,9 +171,9 @@ def test_settings_without_a_meaning_are_refused(settings, words):
     [
         ({"ways": 1}, "ways must be >= 2"),
         ({"queries": 0}, "queries must be >= 1"),
-        ({"backbone": "siren"}, "backbone siren goes with the algorithm field only"),
-        ({"depth": 2}, "depth and omega go with the algorithm field only"),
-        ({"data": "pictures"}, "pictures have no classes, which maml learns"),
+        ({"backbone": "siren"}, "backbone siren works only with the algorithm field"),
+        ({"depth": 2}, "depth and omega work only with the algorithm field"),
+        ({"data": "pictures"}, "pictures have no classes for maml to learn"),
     ],
 )
 def test_other_algorithms_take_no_settings_of_fields(settings, words):

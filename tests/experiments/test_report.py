@@ -558,7 +558,7 @@ def test_the_table_over_seeds_pairs_them_in_any_order(tmp_path, no_curves):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ([{}, {"seed": 1, "inner_lr": 0.5}], "not in inner_lr: sweep them"),
+        ([{}, {"seed": 1, "inner_lr": 0.5}], "not in inner_lr: use a sweep"),
         ([{}, {"seed": 1, "criterion": "random"}], "runs of DSD .* not in criterion"),
         ([{}, {"seed": 1}, {"name": "other"}], r"other must have each of the seeds \[0, 1\]"),
     ],

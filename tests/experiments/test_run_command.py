@@ -79,7 +79,7 @@ def test_one_seed_gives_the_demos_files_and_is_not_trained_twice(tmp_path):
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob("results.json")}
     before = (out / "curves.csv").read_bytes()
     again = command(*arguments, folder=tmp_path)
-    assert "2 of 2 runs had ended before" in again.stdout
+    assert "2 of 2 runs had finished before" in again.stdout
     assert table_of(again.stdout) == table_of(done.stdout)
     assert (out / "curves.csv").read_bytes() == before
     other = command(*arguments, "--inner-lr", "0.1", folder=tmp_path)
@@ -209,7 +209,7 @@ def test_mini_imagenet_files(tmp_path):
         (("--data", "mini-imagenet"), "--data-root"),
         (("--data", "mini-imagenet", "--data-root", "nowhere"), "not in nowhere"),
         (("--algorithm", "maml", "--published"), "published settings"),
-        (("--algorithm", "maml", "--backbone", "resnet12"), "metaoptnet only"),
+        (("--algorithm", "maml", "--backbone", "resnet12"), "the algorithm metaoptnet"),
         (("--select", "first"), "select must be"),
         (("--scale", "0"), "scale must be"),
         (("--config", "nowhere.toml"), "nowhere.toml"),

@@ -135,5 +135,5 @@ def test_where_a_rank_dies_the_run_fails_and_goes_on_later(tmp_path, monkeypatch
 def test_what_ranks_cannot_share_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         settings(ranks=2, **options)
-    with pytest.raises(ValueError, match="reptile only"):
+    with pytest.raises(ValueError, match="only with the algorithm reptile"):
         make_config("maml", "dsd", ranks=2)

@@ -90,7 +90,7 @@ def test_rates_by_layer_are_those_of_the_schedule():
     [
         ({"method": "cubic", "layer_rates": "a=0.5"}, "one sparsity for all layers"),
         ({"method": "dsd", "layer_rates": "a=0.5", "allocation": "erk"}, "allocation layerwise"),
-        ({"method": "dsd", "layer_rates": "a=0.5", "structured": True}, "not structured"),
+        ({"method": "dsd", "layer_rates": "a=0.5", "structured": True}, "not with structured"),
         ({"method": "dsd", "layer_rates": "a=2"}, "NAME=RATE"),
         ({"method": "dsd", "layer_rates": "a"}, "NAME=RATE"),
         ({"method": "dense", "held_out": "train"}, "held_out"),
@@ -177,7 +177,7 @@ def test_a_folder_belongs_to_one_search(tmp_path):
     file = tmp_path / "study.json"
     same_search(file, {"rates": (0.5,), "seed": 0})
     same_search(file, {"rates": [0.5], "seed": 0})
-    with pytest.raises(ValueError, match="other rates: choose another"):
+    with pytest.raises(ValueError, match="other settings of rates: choose another"):
         same_search(file, {"rates": [0.5, 0.8], "seed": 0})
 
 
@@ -264,7 +264,7 @@ def test_every_meta_learner_has_its_costs_and_its_sensitivity(algorithm, more):
     assert sparse.weights < 0.5 * dense.weights
     *_, result = run(config)
     if algorithm in LEARN_MORE:
-        with pytest.raises(ValueError, match="more than its network's weights"):
+        with pytest.raises(ValueError, match="learns more than its network's weights"):
             measure(config, result.weights, (0.5,), tasks=2)
         return
     found = measure(config, result.weights, (0.5,), tasks=2)
@@ -299,7 +299,7 @@ def test_quantities_and_budgets():
     assert quantity("100KB") == 100_000
     assert quantity("1.5m") == 1_500_000
     for wrong in ("", "KB", "1..2", "-3", "3 parsecs"):
-        with pytest.raises(ValueError, match="no quantity"):
+        with pytest.raises(ValueError, match="not a quantity"):
             quantity(wrong)
     with pytest.raises(ValueError, match="must be > 0"):
         Budget(bytes=0)
@@ -481,12 +481,12 @@ def test_a_folder_that_another_process_writes_to_is_refused(tmp_path):
     [
         (["tune", "--held-out", "test"], "the search chooses it"),
         (["tune", "--sparsity", "0.5"], "the search chooses it"),
-        (["tune", "--max-size", "small"], "no quantity"),
-        (["tune", "--method", "dense"], "but dense"),
+        (["tune", "--max-size", "small"], "not a quantity"),
+        (["tune", "--method", "dense"], "methods must be from"),
         (["study", "--method", "dense"], "leave it out"),
         (["study", "--rate", "1.5"], "sparsity"),
         (["study", "--hours", "0"], "hours"),
-        (["study", "--split", "100"], "replicates begin there"),
+        (["study", "--split", "100"], "replicates use the rest"),
     ],
 )
 def test_what_cannot_be_searched_is_told_in_a_line(tmp_path, arguments, words):

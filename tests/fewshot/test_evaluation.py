@@ -62,7 +62,7 @@ def test_differences():
     a, b = Mean((0.5, 0.9)), Mean((0.4, 0.6))
     assert paired_difference(a, b).values == pytest.approx((0.1, 0.3))
     assert unpaired_difference(a, b) == pytest.approx((0.2, math.hypot(a.ci95, b.ci95)))
-    with pytest.raises(ValueError, match="not the same tasks"):
+    with pytest.raises(ValueError, match="must have the same tasks"):
         paired_difference(a, Mean((0.1,)))
 
 
@@ -81,7 +81,7 @@ def test_no_episodes_and_no_queries():
     knower = Knower(torch.ones((), requires_grad=True))
     with pytest.raises(ValueError, match="no episodes"):
         few_shot_accuracy(knower, [], steps=1, batch_size=1)
-    with pytest.raises(ValueError, match="without queries"):
+    with pytest.raises(ValueError, match="no queries to score"):
         few_shot_accuracy(knower, [episode((), ())], steps=1, batch_size=1)
 
 

@@ -163,7 +163,7 @@ def test_bad_input(make, words):
 
 def test_a_loss_that_diverges_is_told_and_the_parameters_stay():
     theta = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="smaller one"):
+    with pytest.raises(ValueError, match="smaller radius"):
         estimate_smoothness(lambda: (theta.sum() * 1e30).exp(), [theta], radius=1.0)
     assert (theta == 1).all()
 

@@ -196,7 +196,7 @@ def test_sine_tasks():
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: CAVIA(nn.Linear(2, 2)), ValueError, "no context parameters"),
+        (lambda: CAVIA(nn.Linear(2, 2)), ValueError, "no context layers"),
         (lambda: CAVIA(BothForms(), lr=0), ValueError, "lr must be"),
         (
             lambda: CAVIA(nn.Sequential(ConcatContext(2), ConcatContext(3))),

@@ -83,5 +83,5 @@ def test_what_cannot_be_exported_or_read():
         net.layers[1].bias[0] = 1e6
     with pytest.raises(ValueError, match=r"layers\.1\.bias .* half precision"):
         export_field(net)
-    with pytest.raises(ValueError, match=r"num_batches_tracked is of torch\.int64"):
+    with pytest.raises(ValueError, match=r"num_batches_tracked has the type torch\.int64"):
         export_field(nn.BatchNorm1d(3))

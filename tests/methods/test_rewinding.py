@@ -162,7 +162,7 @@ def test_misuse(net):
     with pytest.raises(ValueError, match="begin the schedule with a dense segment"):
         Rewind(at_once)
     pruner.step()
-    with pytest.raises(ValueError, match="made at iteration 0"):
+    with pytest.raises(ValueError, match="make Rewind at iteration 0"):
         Rewind(pruner)
     fresh = Rewind(Pruner(nn.Linear(3, 2), DSDSchedule(0.5, pretrain=1, prune=1, retrain=1)))
     with pytest.raises(ValueError, match="of another model"):

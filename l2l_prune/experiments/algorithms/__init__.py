@@ -1,4 +1,4 @@
-"""Every meta-learner of the command behind one face: train on tasks, score episodes."""
+"""Every meta-learner of the command behind one interface: train on tasks, score episodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every meta-learner of the command has: one face, and the helpers behind it."""
+"""The common interface of the command's meta-learners, and helpers for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Algorithm(ABC):
 
     pruner: ScheduledPruner
     network: nn.Module
-    """What :meth:`finalize` makes plain; it takes the weights of results."""
+    """The network that :meth:`finalize` makes plain; it can load the weights of a result."""
 
     @abstractmethod
     def train(self, tasks: Sequence[Episode]) -> None:
@@ -30,7 +30,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def evaluate(self, episodes: Iterable[Episode]) -> Mean:
-        """The score of each episode, in ``config.measure``; leaves everything as it was."""
+        """Score each episode, in ``config.measure``; everything is left as it was."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict` of a learner of the same settings."""
+        """Go on from the :meth:`state_dict` of a learner with the same settings."""
 
     @abstractmethod
     def finalize(self) -> nn.Module:
@@ -55,14 +55,14 @@ def conv4(config: RunConfig, image_shape: Sequence[int]) -> Conv4:
 
 
 class OwnRandomness:
-    """torch's global generator, from which dropout draws, as one learner's own."""
+    """Gives one learner its own copy of torch's global generator, from which dropout draws."""
 
     def __init__(self, start: torch.Generator) -> None:
         self.state = start.get_state()
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
-        """Within it the global generator goes on from :attr:`state`; outside, nothing moves."""
+        """Inside, the global generator goes on from :attr:`state`; outside, it is unchanged."""
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self.state)
             yield
@@ -71,7 +71,7 @@ class OwnRandomness:
 
 @contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """Modules are in evaluation mode within, and as they were after it."""
+    """Put modules in evaluation mode inside, and back in their own mode afterwards."""
     was_training = [module.training for module in modules]
     for module in modules:
         module.eval()

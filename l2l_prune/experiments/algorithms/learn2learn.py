@@ -1,4 +1,4 @@
-"""MAML and its like, ANIL and ProtoNet of learn2learn, CAVIA and sparse-MAML."""
+"""learn2learn's MAML and its variants, ANIL and ProtoNet; CAVIA and sparse-MAML."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Adapting(Classifier):
 
     @abstractmethod
     def _adapted(self, task: Episode, steps: int, **options: Any) -> Any:
-        """A learner after its inner steps; ``options`` are those of ``adapt``."""
+        """A learner after its inner steps; ``options`` are passed to ``adapt``."""
 
     def losses(self, tasks: Sequence[Episode]) -> Iterator[Tensor]:
         for task in tasks:
@@ -39,7 +39,7 @@ class Adapting(Classifier):
             yield F.cross_entropy(learner(task.query_x), task.query_y)
 
     def scores(self, episode: Episode) -> Tensor:
-        # Without a meta-gradient, second derivatives would be work for nothing.
+        # There is no meta-gradient here, so second derivatives would be wasted work.
         learner = self._adapted(episode, self._config.eval_steps, first_order=True)
         return query_scores(learner, episode, self._config.transductive)
 
@@ -52,7 +52,7 @@ class GradientBased(Adapting):
         self.network, self._meta = self._make(config, image_shape)
         self.trained = self._meta
         self.optimizer = torch.optim.Adam(self._meta.parameters(), config.meta_lr)
-        if config.algorithm == "cavia":  # as the authors' script
+        if config.algorithm == "cavia":  # as in the authors' script
             self.clamp = 10.0
             self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 5000, 0.9)
         self._prune(self._meta, config)
@@ -81,7 +81,7 @@ class GradientBased(Adapting):
 
 
 class ANIL(Adapting):
-    """The head adapts by MAML, the features do not; the features are pruned."""
+    """The head adapts with MAML, the features do not; the features are pruned."""
 
     def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
         self._config = config

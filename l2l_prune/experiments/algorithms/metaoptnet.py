@@ -22,7 +22,7 @@ from l2l_prune.fewshot.evaluation import Mean
 
 
 class MetaOptNetLearner(Classifier):
-    """SVM head on an embedding; SGD with the published steps; running batch statistics."""
+    """SVM head on an embedding, SGD with the published steps, running batch statistics."""
 
     def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
         from l2l_prune.metalearners import metaoptnet
@@ -75,9 +75,9 @@ class MetaOptNetLearner(Classifier):
                 block.num_batches_tracked = count
 
     def _drop_blocks(self) -> list[Any]:
-        """learn2learn's residual blocks, which count batches for DropBlock's rate in an int.
+        """learn2learn's residual blocks, which count batches in an int for DropBlock's rate.
 
-        It is in no state dict, and evaluation counts too.
+        That int is in no state dict, and evaluation increases it too.
         """
         return [m for m in self._model.modules() if hasattr(m, "drop_block")]
 

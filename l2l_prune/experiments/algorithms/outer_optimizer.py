@@ -1,4 +1,4 @@
-"""Meta-learners with an outer optimizer: gradients of the tasks' losses, a step, the pruner."""
+"""Meta-learners with an outer optimizer: gradients of the tasks' losses, a step, pruning."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class WithOuterOptimizer(Algorithm):
 
     @abstractmethod
     def losses(self, tasks: Sequence[Episode]) -> Iterator[Tensor]:
-        """Losses, after adapting, that sum to the sum over the tasks."""
+        """Losses after adapting, whose sum is the sum over all tasks."""
 
     def state_dict(self) -> dict[str, Any]:
         scheduler = self.scheduler.state_dict() if self.scheduler is not None else None
@@ -82,7 +82,7 @@ class WithOuterOptimizer(Algorithm):
 
 
 class Classifier(WithOuterOptimizer):
-    """A learner of classes, which is measured by its accuracy on the queries."""
+    """A learner of classes, measured by its accuracy on the queries."""
 
     @abstractmethod
     def scores(self, episode: Episode) -> Tensor:
@@ -95,7 +95,7 @@ class Classifier(WithOuterOptimizer):
 
 @contextmanager
 def _kept_buffers(module: nn.Module) -> Iterator[None]:
-    """Running statistics that an evaluation in training mode moves are put back."""
+    """Put back the running statistics that an evaluation in training mode changes."""
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield

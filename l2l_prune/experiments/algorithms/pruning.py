@@ -1,4 +1,4 @@
-"""How a run's masks come about: criterion, allocation, rewinding and regrowth, with their state."""
+"""How a run's masks are chosen: criterion, allocation, rewinding and regrowth, with their state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from l2l_prune.reptile.reptile import PrunedReptile
 
 
 class Masks:
-    """What a run's settings ask of its Pruner, and all that must be saved beside it.
+    """What a run's settings ask of its Pruner, and what must be saved along with it.
 
     Args:
         config: The settings.
@@ -44,11 +44,11 @@ class Masks:
         }
 
     def follow(self, trainer: Pruner | PrunedReptile, steps: Optimizer | PrunedReptile) -> None:
-        """Hook onto what was made with :attr:`options`.
+        """Register hooks on the trainer that was made with :attr:`options`.
 
         Args:
-            trainer: The Pruner, or PrunedReptile.
-            steps: What takes the outer steps.
+            trainer: The Pruner or PrunedReptile.
+            steps: The object that takes the outer steps.
         """
         config = self._config
         if self._movement is not None:

@@ -32,10 +32,10 @@ from l2l_prune.reptile.reptile import PrunedReptile
 
 
 def tasks_at_once(channels: int, size: int) -> int:
-    """How many tasks of evaluation are adapted together: where vmap won in the benchmarks.
+    """How many evaluation tasks to adapt together, where vmap was faster in the benchmarks.
 
-    A rule and no measurement at run time, which would come out now so and now so: the same run
-    then ended in other bits. Wider networks and larger images are fastest one by one.
+    This is a rule, not a measurement at run time: measurements vary, and the same run would then
+    end in different bits. Wider networks and larger images are fastest one by one.
     """
     if size > 28 or channels > 64:
         return 1
@@ -43,7 +43,7 @@ def tasks_at_once(channels: int, size: int) -> int:
 
 
 class Reptile(Algorithm):
-    """The paper's: :class:`~l2l_prune.PrunedReptile` on minibatches of each task's support set."""
+    """The paper's :class:`~l2l_prune.PrunedReptile`, on minibatches of each task's support set."""
 
     def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
         self._config = config
@@ -81,7 +81,7 @@ class Reptile(Algorithm):
         """The meta-model's loss on the support sets of the current meta-iteration."""
         net, total = self._reptile.module, torch.zeros(())
         for task in self._tasks:
-            buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}  # stay as are
+            buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}  # unchanged
             total = total + F.cross_entropy(
                 functional_call(net, buffers, (task.support_x,)), task.support_y
             )
@@ -103,7 +103,7 @@ class Reptile(Algorithm):
                 generator=self._batches,
             )
             if number % ranks != self._rank:
-                deque(batches, maxlen=0)  # drawn all the same: every rank's stream is the run's
+                deque(batches, maxlen=0)  # drawn all the same: every rank has the run's stream
                 continue
             with self._reptile.task_masks():
                 learner = self._reptile.clone()

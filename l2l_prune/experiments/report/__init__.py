@@ -1,1 +1,1 @@
-"""What a person reads of finished runs: tables, pictures, a page."""
+"""Reports on finished runs: tables, figures, a page."""

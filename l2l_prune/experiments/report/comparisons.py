@@ -27,8 +27,8 @@ class Comparison:
 
     Args:
         family: The comparisons that are corrected together.
-        treatment: Settings by which the runs of one side are known, ``name`` among them.
-        control: The same of the other side.
+        treatment: Settings that identify the runs of one side, ``name`` among them.
+        control: The same for the other side.
         margin: The difference that the hypothesis sets, in fractions of accuracy (fields: in dB): 0
             asks whether the two differ; -0.02, whether the treatment is at most 2 points worse
             (one-sided).
@@ -47,13 +47,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Judged:
-    """What came out of a comparison.
+    """The result of a comparison.
 
     Attributes:
         comparison: The comparison.
-        difference: Treatment minus control, one value a replicate.
-        p: Of the paired t-test, before the correction.
-        corrected: The same after Holm's correction over the family.
+        difference: Treatment minus control, one value per replicate.
+        p: The p-value of the paired t-test, before the correction.
+        corrected: The p-value after Holm's correction over the family.
         detectable: The smallest true difference that as many replicates find in 80% of studies,
             at the strictest of the family's levels.
     """

@@ -27,10 +27,10 @@ from l2l_prune.schedules.paper import Schedule
 Key = TypeVar("Key", bound=Hashable)
 
 _SHOWN = ("algorithm", "data", "ways", "shots", "backbone", "channels", "bf16")
-"""Settings that titles and columns of tables say."""
+"""Settings that appear in titles and columns of tables."""
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-"""Buffers of batch normalisation, which are no parameters."""
+"""Buffers of batch normalisation, which are not parameters."""
 
 
 class WeightsFile:
@@ -105,12 +105,12 @@ class FinishedRun:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """All by which it differs from others of its seed, see :func:`same_settings.identity`."""
+        """What distinguishes it from others of its seed, see :func:`same_settings.identity`."""
         return same_settings.identity(self.config)
 
     @property
     def measure(self) -> Measure:
-        """What its scores are."""
+        """What its scores measure."""
         return measure_of(str(self.config["algorithm"]))
 
     @property
@@ -120,7 +120,7 @@ class FinishedRun:
 
     @property
     def shots(self) -> int:
-        """Support examples of a class at evaluation."""
+        """Support examples per class at evaluation."""
         return int(self.config["shots"])
 
     @property
@@ -231,7 +231,7 @@ class FinishedRun:
         return ", ".join((self.problem_title + shots, self.size, *self.settings))
 
     def check(self) -> None:
-        """Touch all that a report reads, so that damage shows where it can still be named.
+        """Check everything that a report reads, while an error can still name the file.
 
         Raises:
             KeyError: If something is missing.
@@ -257,7 +257,7 @@ class FinishedRun:
 
     @property
     def diverged(self) -> str:
-        """What of it is not finite, in words; empty if all is.
+        """Says what is not finite in it; empty if everything is finite.
 
         Accuracies of weights that are not finite are those of chance, and look like a result. What
         l2l_prune writes today cannot be so, but older files can: those are known by that they do
@@ -272,7 +272,7 @@ class FinishedRun:
 
     @property
     def spoilt_weights(self) -> str:
-        """What in the file of its weights is not finite, in words; empty if all is.
+        """Says what is not finite in the file of its weights; empty if everything is finite.
 
         Raises:
             ValueError: If the file is damaged.
@@ -342,7 +342,7 @@ def read_runs(file: Path) -> list[dict[str, Any]]:
     """
     runs = _read(file)
     for run in runs:
-        # Nobody counts on a run as finished whose weights have been spoilt since.
+        # A run whose weights have been damaged since does not count as finished.
         if why := run.diverged or run.spoilt_weights:
             raise ValueError(f"{file} holds a run that diverged, {why}: delete it and run it again")
     return [run.entry for run in runs]
@@ -391,7 +391,7 @@ class FolderRuns:
 
 
 def read_folder(folder: Path) -> FolderRuns:
-    """The runs in a folder and in the folders right below it.
+    """The runs in a folder and in its direct subfolders.
 
     Raises:
         ValueError: If there is none, a ``results.json`` is damaged, or two hold different results
@@ -444,7 +444,7 @@ def _without_copies(
 
 
 def _named(runs: list[FinishedRun]) -> list[FinishedRun]:
-    """The runs of one problem, with names that say all in which they differ."""
+    """The runs of one problem, with names that say everything in which they differ."""
     usual = _most([run.iterations for run in runs])
     settings = same_settings.train_shots_aside(
         same_settings.shared_settings(run.config) for run in runs

@@ -1,4 +1,4 @@
-"""How a report opens: what was run, what came out of it in words, what all runs share."""
+"""The opening of a report: what was run, the results in words, and what all runs share."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from l2l_prune.experiments.report.tables import dense_partner
 from l2l_prune.fewshot.evaluation import paired_difference
 
 _NEAR = 0.01
-"""How far below dense a smaller or faster method may be and still be named (a fraction; dB)."""
+"""How far below dense a smaller or faster method may score and still be named (fraction, or dB)."""
 
 _SMALLER, _FASTER = 0.7, 0.9
-"""From which share of the dense net's weights or seconds on a method counts as smaller, faster."""
+"""Largest share of dense's weights or seconds at which a method counts as smaller or faster."""
 
 _ALIKE = 1.25
-"""Up to which ratio two networks have as many weights."""
+"""Largest ratio of weights at which two networks count as equally large."""
 
 
 def title(runs: Sequence[FinishedRun]) -> str:
@@ -62,8 +62,8 @@ def answer(runs: Sequence[FinishedRun], judged: Sequence[Judged]) -> list[str]:
 
     Args:
         runs: All runs.
-        judged: The stated comparisons. Without any the sentences are read off the runs, and say
-            that they are exploration.
+        judged: The stated comparisons. Without any, the sentences are derived from the runs, and
+            say that they are exploration.
     """
     return _stated(judged) if judged else _explored(runs)
 

@@ -1,4 +1,4 @@
-"""The accuracies that the paper printed (``paper_tables.csv``), to stand beside ours."""
+"""The accuracies printed in the paper (``paper_tables.csv``), to show next to ours."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def _stated(judged: Sequence[Judged]) -> list[str]:
 
 
 def _notes(found: FolderRuns) -> list[str]:
-    """What of the folder is in no table of scores, and why."""
+    """What the folder holds that is in no table of scores, and why."""
     notes = []
     if found.failed:
         rows = [

@@ -1,4 +1,4 @@
-"""What a person and a program read of finished runs: table, conclusions, files."""
+"""The output of finished runs, for people and programs: table, conclusions, files."""
 
 from __future__ import annotations
 

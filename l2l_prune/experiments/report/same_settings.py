@@ -1,4 +1,4 @@
-"""What makes two runs the same but for the seed, from all fields of their settings.
+"""Which settings must agree for two runs to differ only in the seed.
 
 Every field counts, also one that this version does not know. The few that sometimes do not are
 listed here, with the reason.
@@ -13,7 +13,7 @@ from typing import Any
 from l2l_prune.experiments.config import RunConfig
 
 MASKS = ("layers", "criterion", "allocation", "rewind", "regrow", "structured")
-"""How masks come about: belongs to the method, and leaves a dense run as it is."""
+"""How masks are chosen: these settings belong to the method and do not affect a dense run."""
 
 REGULARISERS = {"dropout": "dropout", "weight_decay": "decay"}
 """Rivals of pruning, and what names of methods call them: a dense run with one is a row beside the

@@ -1,4 +1,4 @@
-"""Checkpoints of runs: the newest two, whole, of one configuration, and without code in them."""
+"""Checkpoints of runs: the newest two, complete, for one configuration, and free of code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _VERSION = 2
 
 
 def save_checkpoint(path: Path, config: RunConfig, state: dict[str, Any]) -> None:
-    """Write ``state``, replacing the file only when complete; the one before is kept beside it.
+    """Write ``state``, replacing the file only when complete; the previous one is kept next to it.
 
     Args:
         path: The file; its folder must exist.
@@ -24,7 +24,7 @@ def save_checkpoint(path: Path, config: RunConfig, state: dict[str, Any]) -> Non
         state: What to resume from: tensors and plain values.
 
     Raises:
-        OSError: If it cannot be written; the checkpoints that are there stay as they are.
+        OSError: If it cannot be written; existing checkpoints stay as they are.
     """
     document = {"version": _VERSION, "config": _text(config), "state": state}
     save_tensors(document, path, backup=_previous(path))
@@ -33,7 +33,7 @@ def save_checkpoint(path: Path, config: RunConfig, state: dict[str, Any]) -> Non
 def load_checkpoint(path: Path, config: RunConfig) -> dict[str, Any] | None:
     """The state of an earlier run with the same settings, or ``None`` if there is no file.
 
-    Where the newest file is damaged, a warning says so, and it gives way to the one before it.
+    If the newest file is damaged, the previous one is used, with a warning.
 
     Raises:
         ValueError: If all files are damaged, or one belongs to other settings.
@@ -51,9 +51,9 @@ def load_checkpoint(path: Path, config: RunConfig) -> dict[str, Any] | None:
         if made_for != _text(config):
             raise ValueError(f"{file} was made with other settings: choose another folder")
         if damaged:
-            warnings.warn(f"{damaged[0]}: going on from the one before it", stacklevel=2)
+            warnings.warn(f"{damaged[0]}: resuming from the previous checkpoint", stacklevel=2)
         if file != path:
-            os.replace(file, linked_file(path))  # else the next one to be saved would push it out
+            os.replace(file, linked_file(path))  # else the next save would overwrite it
         return state
     if damaged:
         raise ValueError(f"{'; '.join(damaged)}: delete it to start the run again")

@@ -1,4 +1,4 @@
-"""Methods of one seed side by side: their table and curves."""
+"""Methods side by side for one seed: their table and curves."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def compare_one_seed(
     jobs: int | None = None,
     logger: str | None = None,
 ) -> list[RunResult]:
-    """Run methods of one seed, those that have not ended yet; print the table, write the files.
+    """Run the methods that have not finished yet; print the table and write the files.
 
     Args:
-        configs: The runs; their names differ.
+        configs: The runs, of one seed; their names differ.
         folder: Gets a folder for each run, and ``curves.csv`` and ``curves.png`` of all; made if
             missing.
         console: Where progress and table are printed.
@@ -39,10 +39,10 @@ def compare_one_seed(
             :data:`~l2l_prune.experiments.running.loggers.LOGGERS`.
 
     Returns:
-        The results in the order of ``configs``, without weights: these are in the folders.
+        The results in the order of ``configs``, without weights, which are in the folders.
 
     Raises:
-        RunFailed: If a run failed; the others are stopped, and go on when started again.
+        RunFailed: If a run failed; the others are stopped, and resume when started again.
         ValueError: If another process writes to ``folder``, or results in it are damaged.
     """
     started = time.perf_counter()

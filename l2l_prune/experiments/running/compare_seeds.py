@@ -40,8 +40,8 @@ def compare_seeds(
         The table and the verdicts as Markdown.
 
     Raises:
-        RunFailed: If a run failed; those that ended before stay in ``folder``, and the failed one's
-            folder holds ``error.txt``, which a report reads.
+        RunFailed: If a run failed; finished runs stay in ``folder``, and the failed one's folder
+            holds ``error.txt``, which a report reads.
         ValueError: If another process writes to ``folder``, results in it are damaged, or
             ``configs`` differ in more than method and seed.
     """
@@ -55,22 +55,22 @@ def compare_seeds(
 
 
 def _check(configs: list[RunConfig]) -> None:
-    """A row pools seeds, and differences pair them: all else must be the same."""
+    """Check that only method and seed differ: a row pools seeds, and differences pair them."""
     plain = [config.to_json() for config in configs]
     if differing := same_settings.varying(
         same_settings.shared_settings(values) for values in plain
     ):
         raise ValueError(
-            f"runs to compare must differ in method and seed alone, not in {', '.join(differing)}: "
-            "sweep them instead"
+            f"runs to compare must differ only in method and seed, not in {', '.join(differing)}: "
+            "use a sweep for that"
         )
     seeds = sorted({config.seed for config in configs})
     for name in dict.fromkeys(config.name for config in configs):
         mine = [values for values in plain if values["name"] == name]
         if differing := same_settings.varying(map(same_settings.identity, mine)):
-            raise ValueError(f"runs of {name} must differ in seed alone: not in {differing[0]}")
+            raise ValueError(f"runs of {name} must differ only in seed, not in {differing[0]}")
         if sorted(values["seed"] for values in mine) != seeds:
-            raise ValueError(f"{name} must have each of the seeds {seeds} once, as all methods")
+            raise ValueError(f"{name} must have each of the seeds {seeds} once, like all methods")
 
 
 def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:

@@ -23,10 +23,10 @@ def usable_cores() -> int:
 
 
 def free_cores() -> int:
-    """Usable cores that nobody works on now, at least 1: the usual number of runs at once.
+    """Usable cores that are idle now, at least 1: the usual number of runs at once.
 
-    Each run has one thread, and so the same numbers at any load. Load is the last minute's mean;
-    where the system does not tell it, all cores count as free.
+    Each run has one thread, so its numbers are the same at any load. The load is the mean of the
+    last minute; where the system does not report it, all cores count as free.
     """
     busy = 0.0
     if hasattr(os, "getloadavg"):  # not on Windows

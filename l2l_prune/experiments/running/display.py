@@ -1,4 +1,4 @@
-"""Runs as a person watches them: a live line for each, or plain lines where output is piped."""
+"""Progress of runs on the console: a live line for each, or plain lines if output is piped."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _WIDE = 100
 
 
 class Display:
-    """Shows what happens to runs; use it as a context manager.
+    """Shows the progress of runs; use it as a context manager.
 
     Args:
         configs: All runs of the command.
-        ended: How many of them had ended before.
+        ended: How many of them had finished before.
         console: Where to show it.
     """
 
@@ -54,7 +54,7 @@ class Display:
             self._bars.stop()
 
     def started(self, config: RunConfig) -> None:
-        """A process begins to work on the run."""
+        """A process starts to work on the run."""
         phase = "compiling" if config.compile else "starting"
         self._first.pop(run_name(config), None)
         if self._bars is None:
@@ -66,7 +66,7 @@ class Display:
             )
 
     def progress(self, config: RunConfig, at: Progress) -> None:
-        """A meta-iteration is done: of plain lines there is one for each point of the curves."""
+        """A meta-iteration is done; plain lines are printed only for the points of the curves."""
         total = config.schedule.iterations
         phase = at.phase + (f" {100 * at.sparsity:.0f}%" if at.sparsity else "")
         if at.iteration == total:
@@ -90,11 +90,11 @@ class Display:
             self._print(f"{self._label(config)}: {', '.join(filter(None, parts))}")
 
     def said(self, config: RunConfig, words: str) -> None:
-        """Something that a person should know of the run."""
+        """Print a message about the run."""
         self._print(f"{self._label(config)}: {words}")
 
     def ended(self, config: RunConfig, outcome: Outcome) -> None:
-        """The run is over; the time left is that of all others."""
+        """The run is over; the time left is that of all remaining runs."""
         self._ended += 1
         if self._bars is not None and run_name(config) in self._lines:
             self._bars.remove_task(self._lines.pop(run_name(config)))
@@ -103,7 +103,7 @@ class Display:
         self._print(f"{self._ended}/{self._total} {self._label(config)}: {outcome} ({left} left)")
 
     def _left(self, name: str, iteration: int, total: int) -> str:
-        """Time to the run's end at its pace since its first message; empty at that one."""
+        """Time to the run's end at its pace since its first message; empty at the first."""
         now = time.monotonic()
         began, first = self._first.setdefault(name, (now, iteration))
         if iteration == first:
@@ -118,7 +118,7 @@ class Display:
 
 
 def _bars(console: Console) -> Bars:
-    """What the width has no room for is cut from the name, never from the time that is left."""
+    """On a narrow console the name is shortened, never the remaining time."""
 
     def fixed(text: str, width: int) -> ProgressColumn:
         return TextColumn(text, table_column=Column(min_width=width, no_wrap=True))

@@ -1,4 +1,4 @@
-"""A run's curves while it trains, in the files of TensorBoard, W&B or MLflow; nothing is sent."""
+"""Log a run's curves while it trains, to local files of TensorBoard, W&B or MLflow."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ class Writer(Protocol):
         """Take the values of a meta-iteration."""
 
     def close(self, ended: bool) -> None:
-        """Write what is still held back; ``ended`` is False for a run that was stopped."""
+        """Write what is still buffered; ``ended`` is False for a run that was stopped."""
 
 
 class EventLog:
-    """Writes scores, their gap and sparsity of each point of the curves; a context manager.
+    """Writes the scores, their gap and the sparsity at each point of the curves.
+
+    Use it as a context manager.
 
     Args:
-        name: What the scores are: ``"accuracy"``.
+        name: What the scores measure, such as ``"accuracy"``.
         folder: Gets the logger's files; ``None`` writes nothing.
         done: Meta-iterations that were done before; later points of a run that was stopped are
-            superseded.
+            overwritten.
         logger: One of :data:`LOGGERS`.
         settings: The run's settings, which W&B and MLflow show beside its curves.
 
@@ -91,10 +93,10 @@ class _TensorBoard:
 
 
 class _WandB:
-    """Offline, unless ``WANDB_MODE`` says otherwise; ``wandb sync --append`` sends it later.
+    """Offline, unless ``WANDB_MODE`` says otherwise; ``wandb sync --append`` uploads it later.
 
-    A run that goes on writes a second file under the same id. Points that both hold are equal,
-    and W&B keeps the first.
+    A resumed run writes a second file under the same id. Points in both files are equal, and W&B
+    keeps the first.
     """
 
     def __init__(self, folder: Path, done: int, settings: Mapping[str, Any]) -> None:
@@ -121,7 +123,7 @@ class _WandB:
 
 
 class _MLflow:
-    """A database in the run's folder, or what ``MLFLOW_TRACKING_URI`` names."""
+    """Writes to a database in the run's folder, or to the one in ``MLFLOW_TRACKING_URI``."""
 
     def __init__(self, folder: Path, done: int, settings: Mapping[str, Any]) -> None:
         from mlflow.tracking import MlflowClient
@@ -142,7 +144,7 @@ class _MLflow:
         self._last = max((point.step for point in points), default=0)
 
     def write(self, values: Mapping[str, float], iteration: int) -> None:
-        if iteration <= self._last:  # by the run that was stopped after its checkpoint
+        if iteration <= self._last:  # written before the run was stopped, after its checkpoint
             return
         for name, value in values.items():
             self._client.log_metric(self._id, name, value, step=iteration)
@@ -156,7 +158,7 @@ LOGGERS: dict[str, Callable[[Path, int, Mapping[str, Any]], Writer]] = {
     "wandb": _WandB,
     "mlflow": _MLflow,
 }
-"""What writes the curves, by the name of its option and of the extra that installs it."""
+"""The writers of curves, by the name that the option and the extra share."""
 
 
 def check_logger(name: str) -> str:
@@ -171,7 +173,7 @@ def check_logger(name: str) -> str:
 
 
 def _remembered(folder: Path, make: Callable[[], str]) -> str:
-    """The run's id: that of the run which is taken up, or a new one."""
+    """The run's id: the old one if the run is resumed, else a new one."""
     file = folder / "run_id"
     if file.exists():
         return file.read_text()

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, here or on a cluster; each leaves its files in its folder."""
+"""Run each run in its own process, here or on a cluster; each writes its files to its folder."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from l2l_prune.experiments.running.run_folder import Outcome, run_into
 from l2l_prune.experiments.running.storage import finished_run, run_name
 
 Work = Callable[..., Outcome]
-Message = Progress | Outcome | str | None  # None: its process starts; a string: a warning
+Message = Progress | Outcome | str | None  # None: the process starts; a string: a warning
 _STARTS = 2
 
 
 class RunFailed(RuntimeError):
-    """A run failed; the message holds what it said."""
+    """A run failed; the message contains the run's own error."""
 
 
 def run_all(
@@ -45,7 +45,7 @@ def run_all(
     work: Work = run_into,
     deadline: float | None = None,
 ) -> Generator[Outcome]:
-    """Run what has not ended in ``folder`` yet, and show how it goes.
+    """Run what has not finished in ``folder`` yet, and show the progress.
 
     A run that fails does not stop the others; closing the generator does.
 
@@ -58,11 +58,10 @@ def run_all(
         logger: Also write each run's curves into its folder: a key of
             :data:`~l2l_prune.experiments.running.loggers.LOGGERS`.
         work: What a process does with a run.
-        deadline: When to stop, on the clock of ``time.monotonic``; runs then leave their
-            checkpoints.
+        deadline: When to stop, on the clock of ``time.monotonic``; the runs keep their checkpoints.
 
     Yields:
-        The outcomes as runs end; those that had ended before come first.
+        The outcomes as runs finish; those that had finished before come first.
 
     Raises:
         ImportError: If ``cluster`` is given and submitit is missing.
@@ -72,14 +71,14 @@ def run_all(
     missing = []
     for config in configs:
         if found := finished_run(folder / run_name(config), config):
-            # It may have been killed between its result and the end of its checkpoint.
+            # It may have been killed after it wrote its result and before it removed these.
             remove_checkpoint(folder / run_name(config) / "checkpoint.pt")
             yield Outcome(run_name(config), None, found["train"]["mean"], found["test"]["mean"])
         else:
             missing.append(config)
     ended = len(configs) - len(missing)
     if ended:
-        console.print(f"{ended} of {len(configs)} runs had ended before")
+        console.print(f"{ended} of {len(configs)} runs had finished before")
     work = functools.partial(work, folder=folder, logger=logger)
     number = len(configs) if jobs is None else jobs
     if cluster:
@@ -109,7 +108,7 @@ def finish_all(
     jobs: int | None = None,
     logger: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Run what has not ended in ``folder`` yet, and stop at the first run that fails.
+    """Run what has not finished in ``folder`` yet, and stop at the first run that fails.
 
     Args:
         configs: See :func:`run_all`, likewise the others.
@@ -122,7 +121,7 @@ def finish_all(
         The entries of ``results.json`` in the order of ``configs``.
 
     Raises:
-        RunFailed: If a run failed; the others are stopped, and go on when started again.
+        RunFailed: If a run failed; the others are stopped, and resume when started again.
         ValueError: If results in ``folder`` are damaged.
     """
     by_name = {run_name(config): config for config in configs}
@@ -155,7 +154,7 @@ def _local(
                     daemon=config.ranks == 1,  # a daemon could not start other ranks
                 )
                 _start(process)
-                sending.close()  # else its end would not be seen here
+                sending.close()  # else this process would not notice when the other one ends
                 running[receiving] = (config, process)
                 yield config, None
             ready = wait(list(running))
@@ -163,11 +162,11 @@ def _local(
                 config, process = running[receiving]
                 try:
                     message: Message = receiving.recv()
-                except (EOFError, OSError):  # killed from outside, say for its memory
+                except (EOFError, OSError):  # killed from outside, perhaps for its memory
                     del running[receiving]
                     process.join()
                     if starts[run_name(config)] < _STARTS:
-                        waiting.appendleft(config)  # goes on from its checkpoint
+                        waiting.appendleft(config)  # resumes from its checkpoint
                         continue
                     message = Outcome(run_name(config), _death(process.exitcode, logs, config))
                 else:
@@ -186,7 +185,7 @@ def _local(
 def _start(process: Any) -> None:
     """Start with SIGINT blocked, which the process inherits: Ctrl-C is the parent's to handle.
 
-    Blocked and not ignored, so that a Ctrl-C at this very moment is late and not lost.
+    It is blocked, not ignored, so that a Ctrl-C at this very moment is delayed, not lost.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         process.start()
@@ -228,7 +227,7 @@ def _death(code: int | None, logs: Path, config: RunConfig) -> str:
 
 
 def _write_to(log: Path) -> None:
-    """All that this process and its libraries print goes to a file: it would break the display."""
+    """Send all output of this process and its libraries to a file: it would break the display."""
     try:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError:

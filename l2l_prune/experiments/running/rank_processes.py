@@ -19,18 +19,18 @@ import torch.distributed as dist
 from l2l_prune.experiments.config import RunConfig
 
 _PATIENCE = datetime.timedelta(days=30)
-"""How long ranks wait while rank 0 evaluates; where a rank dies, the others notice at once."""
+"""How long ranks wait while rank 0 evaluates; if a rank dies, the others notice at once."""
 
 
 @contextmanager
 def shared_tasks(config: RunConfig, checkpoint: Path | None) -> Iterator[None]:
-    """Within it the default group of torch.distributed are the run's ranks, this one rank 0.
+    """Inside, the default group of torch.distributed is the run's ranks; this process is rank 0.
 
-    With ``config.ranks`` of 1 nothing happens.
+    If ``config.ranks`` is 1, nothing happens.
 
     Args:
         config: The run.
-        checkpoint: What rank 0 has gone on from, if anything: all others do, too.
+        checkpoint: The checkpoint that rank 0 has resumed from, if any; all others do so too.
 
     Raises:
         ValueError: If this process belongs to a group already.
@@ -39,7 +39,9 @@ def shared_tasks(config: RunConfig, checkpoint: Path | None) -> Iterator[None]:
         yield
         return
     if dist.is_initialized():
-        raise ValueError("ranks starts processes of its own: leave it out within a group of ranks")
+        raise ValueError(
+            "ranks starts its own processes: leave it out where torch.distributed runs already"
+        )
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         store = f"{folder}/store"

@@ -1,4 +1,4 @@
-"""One training run: a network, a schedule, tasks; progress and results as they come."""
+"""One training run: a network, a schedule, tasks; it yields its progress and its result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from l2l_prune.fewshot.evaluation import Mean, Measure
 class Progress:
     """Where a run is: meta-iterations done, phase, sparsity, and the newest scores.
 
-    ``test`` here and below is of the classes that ``config.held_out`` names.
+    Here and below, ``test`` means the classes that ``config.held_out`` names.
     """
 
     iteration: int
@@ -53,7 +53,7 @@ class Point:
 
 @dataclass
 class RunResult:
-    """What came out of a run."""
+    """The result of a run."""
 
     name: str
     train: Mean
@@ -72,13 +72,13 @@ def run(
 ) -> Iterator[Progress | RunResult]:
     """Train and evaluate; the same config gives the same result on the same machine.
 
-    With ``config.ranks`` above 1 it starts as many processes, less this one.
+    With ``config.ranks`` above 1, it starts the other ranks' processes.
 
     Args:
         config: The settings.
-        checkpoint: If given, the run's state is kept in this file every ``checkpoint_every``
-            meta-iterations and taken up from it, bit for bit. The caller deletes it once the
-            result is safe.
+        checkpoint: If given, the run's state is saved to this file every ``checkpoint_every``
+            meta-iterations, and the run resumes from it, bit for bit. The caller deletes it once
+            the result is safe.
         checkpoint_every: Meta-iterations between checkpoints, >= 1.
         events: If given, a folder for the files of ``logger``.
         logger: A key of :data:`~l2l_prune.experiments.running.loggers.LOGGERS`; TensorBoard by
@@ -89,7 +89,7 @@ def run(
         ``seconds`` count training alone.
 
     Raises:
-        ValueError: If settings cannot be, or the checkpoint is damaged or of other settings.
+        ValueError: If settings are not possible, or the checkpoint is damaged or of other settings.
         FileNotFoundError: If a file of the data set is missing.
         FloatingPointError: If scores or the weights at the end are not finite: the run diverged.
     """
@@ -104,7 +104,7 @@ def run(
 
 
 def follow(config: RunConfig, checkpoint: Path | None) -> None:
-    """Train on another rank than the first, which alone scores and keeps what comes out."""
+    """Train on a rank other than the first; only the first evaluates and keeps the result."""
     data = load_split(config, "train")
     tasks, algorithm = _training_tasks(data, config), _fresh(config, data)
     saved = load_checkpoint(checkpoint, config) if checkpoint else None
@@ -182,7 +182,7 @@ def _trained(
 
 @dataclass
 class _State:
-    """What a run has besides its algorithm and its stream of tasks."""
+    """The state of a run besides its algorithm and its stream of tasks."""
 
     done: int = 0
     seconds: float = 0.0
@@ -218,7 +218,7 @@ class _State:
 
 
 def load_split(config: RunConfig, split: str) -> Images:
-    """The images that a run sees of ``"train"``, ``"validation"`` or ``"test"``."""
+    """The images of ``"train"``, ``"validation"`` or ``"test"`` that a run uses."""
     limit = config.train_classes if split == "train" else None
     needed = config.shots + config.queries
     if split == "train":
@@ -243,9 +243,9 @@ def _training_tasks(data: Images, config: RunConfig) -> EpisodeSampler:
 def evaluation_tasks(
     data: Images, config: RunConfig, purpose: str, split: str
 ) -> Iterator[Episode]:
-    """The same for all methods of a seed, so that they can be compared task by task.
+    """Tasks that are the same for all methods of a seed, to compare them task by task.
 
-    They are drawn one by one: the paper's 10,000 evaluation tasks would fill 25 GB.
+    They are drawn one by one: the paper's 10,000 evaluation tasks would take 25 GB.
     """
     sampler = EpisodeSampler(
         data.images,

@@ -1,4 +1,4 @@
-"""One run with its files in a folder of its own: checkpoint, results, or what went wrong."""
+"""One run with its files in its own folder: a checkpoint, the results, or the error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PATIENCE = 120
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: ``error`` is ``None``, or what went wrong in a line."""
+    """How a run ended: ``error`` is ``None``, or one line that says what went wrong."""
 
     name: str
     error: str | None
@@ -49,8 +49,8 @@ def run_into(
 ) -> Outcome:
     """Train in ``folder / run_name(config)``, from its checkpoint if there is one.
 
-    A run that fails leaves ``error.txt`` there and raises nothing. One whose command was killed
-    ends by itself and leaves its checkpoint for the next.
+    A run that fails writes ``error.txt`` there and raises nothing. If its command is killed, the
+    run ends by itself and leaves its checkpoint for the next one.
 
     Args:
         config: The run.
@@ -64,7 +64,7 @@ def run_into(
     try:
         with locked_folder(folder / name, patience=_PATIENCE):
             return _train(config, folder / name, logger, tell)
-    except Exception as error:  # not our folder: nothing in it is touched
+    except Exception as error:  # another process has the folder: touch nothing in it
         return Outcome(name, _in_a_line(error))
 
 
@@ -75,7 +75,7 @@ def _train(
     parent = multiprocessing.parent_process()
     try:
         (place / "error.txt").unlink(missing_ok=True)
-        if found := finished_run(place, config):  # by the process that we waited for
+        if found := finished_run(place, config):  # finished by the process that we waited for
             train, test = (found[part]["mean"] for part in ("train", "test"))
             outcome = _ended(config, place.name, train, test)
         else:
@@ -91,7 +91,7 @@ def _train(
                     tell(message)
         remove_checkpoint(checkpoint)
     except Exception as error:
-        with suppress(OSError):  # on a full disk, say: the outcome tells it too
+        with suppress(OSError):  # such as a full disk: the outcome holds the error too
             (place / "error.txt").write_text(traceback.format_exc())
         return Outcome(place.name, _in_a_line(error))
     return outcome

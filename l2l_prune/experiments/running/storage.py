@@ -1,4 +1,4 @@
-"""A folder for each run: its checkpoint while it trains, its results once it has ended."""
+"""A folder for each run: its checkpoint while it trains, its results once it has finished."""
 
 from __future__ import annotations
 
@@ -34,18 +34,20 @@ def locked_folder(folder: Path, patience: float = 0) -> Iterator[None]:
             remove_unfinished(folder)
             yield
     except filelock.Timeout:
-        raise ValueError(f"another l2l-prune is writing to {folder}: choose another") from None
+        raise ValueError(
+            f"another l2l-prune is writing to {folder}: choose another folder, or wait"
+        ) from None
 
 
 def in_words(error: Exception) -> str:
-    """What a user can mend, in a line: a file's name comes first, and no error number."""
+    """An error that a user can fix, in one line: a file's name first, and no error number."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__
 
 
 def finished_run(folder: Path, config: RunConfig) -> dict[str, Any] | None:
-    """The run's entry of ``results.json`` in its folder, or ``None`` if it has not ended.
+    """The run's entry of ``results.json`` in its folder, or ``None`` if it has not finished.
 
     Raises:
         ValueError: If the results are of other settings, or damaged.

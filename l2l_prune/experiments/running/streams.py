@@ -1,4 +1,4 @@
-"""Random streams of a run: one for each purpose, independent of each other."""
+"""Random streams of a run: one for each purpose, all independent."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ PURPOSES = {
     "inner-step scores": 9,
     "task masks": 10,
 }
-"""What is drawn, and its key. A key never changes and is never used again: published runs are
-repeated by it."""
+"""What is drawn, and its key. A key never changes and is never reused, so that published runs can
+be repeated."""
 
 
 def stream(seed: int, purpose: str, *indices: int) -> torch.Generator:
-    """A generator whose draws have nothing to do with those of any other seed or purpose.
+    """A generator whose draws are independent of those of any other seed or purpose.
 
     Args:
         seed: The seed of the run, >= 0.
         purpose: A key of :data:`PURPOSES`.
-        indices: Which of several streams of one purpose, each >= 0: the split, for example.
+        indices: Which of several streams of one purpose, such as the split; each >= 0.
 
     Raises:
         KeyError: If there is no such purpose.
@@ -41,5 +41,5 @@ def stream(seed: int, purpose: str, *indices: int) -> torch.Generator:
         False
     """
     sequence = np.random.SeedSequence(seed, spawn_key=(PURPOSES[purpose], *indices))
-    # torch's generator on the CPU takes 32 bits of its seed.
+    # torch's CPU generator uses only 32 bits of its seed.
     return torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))

@@ -24,12 +24,12 @@ def expand(base: dict[str, Any], grid: dict[str, Any] | list[dict[str, Any]]) ->
 
     Args:
         base: Arguments of :func:`make_config`.
-        grid: Lists of values for the same; ``seeds = 3`` is short for ``seed = [0, 1, 2]``. Of
-            several grids, all combinations of each.
+        grid: Lists of values for the same arguments; ``seeds = 3`` is short for
+            ``seed = [0, 1, 2]``. Several grids give all combinations of each.
 
     Returns:
-        The runs, the first seed of all methods first; those that differ in nothing (a dense run at
-        several sparsities) only once.
+        The runs, the first seed of all methods first; identical runs (a dense run at several
+        sparsities) only once.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -57,14 +57,16 @@ def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]
         axes["seed"] = _seeds(grid)
         del axes["seeds"]
     if empty := sorted(name for name, values in axes.items() if not values):
-        raise ValueError(f"{', '.join(empty)} must not be empty: leave it out for its default")
+        raise ValueError(f"{', '.join(empty)} must not be empty: leave it out to use its default")
     size = math.prod(len(values) for values in axes.values())
     if size > MOST_RUNS:
-        raise ValueError(f"the grid has {size} runs, and {MOST_RUNS} are the most")
+        raise ValueError(f"the grid has {size} runs, more than the limit of {MOST_RUNS}")
     given = base.keys() | axes.keys()
     known = KNOWN | {"algorithm", "method"}
     if unknown := sorted(given - known):
-        raise ValueError(f"there is no setting {', '.join(unknown)}; there are {sorted(known)}")
+        raise ValueError(
+            f"there is no setting {', '.join(unknown)}; the settings are {sorted(known)}"
+        )
     if missing := sorted({"algorithm", "method"} - given):
         raise ValueError(f"{' and '.join(missing)} must be given in [base] or [grid]")
     return [
@@ -74,7 +76,7 @@ def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]
 
 
 def _with_method(table: dict[str, Any]) -> dict[str, Any]:
-    """A table in which ``method`` goes by its old name ``schedule``, with the new one."""
+    """The table with ``method`` in place of its old name ``schedule``."""
     if "schedule" not in table:
         return table
     if "method" in table:
@@ -86,7 +88,7 @@ def _seeds(grid: dict[str, Any]) -> range:
     number = grid["seeds"]
     if isinstance(number, list):
         raise TypeError(
-            f"seeds must be an integer, got {number}: to list them write seed = {number}"
+            f"seeds must be an integer, got {number}: to list seeds, write seed = {number}"
         )
     if "seed" in grid:
         raise ValueError("give seeds or seed, not both")
@@ -102,14 +104,14 @@ def sweep(
     cluster: str | None = None,
     logger: str | None = None,
 ) -> list[Outcome]:
-    """Run what has not ended yet; a run that fails does not stop the others.
+    """Run what has not finished yet; a run that fails does not stop the others.
 
-    A sweep that was stopped goes on from the runs' checkpoints when it is started again.
+    A stopped sweep resumes from the runs' checkpoints when it is started again.
 
     Args:
         configs: The runs.
         folder: Gets a folder for each.
-        console: Gets a line for each run that ends, with its accuracies and the time left.
+        console: Gets a line for each finished run, with its accuracies and the time left.
         jobs: Runs at once, one thread each; all with ``None``.
         cluster: Hand the runs to submitit: ``"local"`` or ``"slurm"``.
         logger: Also write each run's curves into its folder: a key of

@@ -1,4 +1,4 @@
-"""Which method, rate and phases for a network: by layer sensitivity, races and a Pareto front."""
+"""Choose method, rate and phases for a network: layer sensitivity, races and a Pareto front."""
 
 from __future__ import annotations
 
@@ -43,31 +43,31 @@ PHASES: dict[str, tuple[dict[str, Any], ...]] = {
     "one-shot": ({}, {"pretrain": 0.5}),
     "cubic": ({}, {"pretrain": 0.4}),
 }
-"""What is tried of each method's phases, beside what is usual."""
+"""The phases that are tried for each method; an empty dict is its defaults."""
 
 SHARES = ("layerwise", "erk", "global", "by layer", "channels")
-"""How what is pruned is shared among layers: an allocation, rates by sensitivity, or channels."""
+"""How pruning is distributed over layers: an allocation, rates by sensitivity, or channels."""
 
 SEARCHING = 0.8
 """Share of the hours for the search; the rest is for the choice on test tasks."""
 
 BRACKET = 9
-"""Candidates of a race."""
+"""Candidates in a race."""
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came out.
+    """The result of a search.
 
     Attributes:
-        settings: Of the choice, as arguments of :func:`~l2l_prune.experiments.config.make_config`.
+        settings: The winner, as arguments of :func:`~l2l_prune.experiments.config.make_config`.
         title: Its name.
         validation: Its scores on validation tasks, by which it was chosen.
-        dense: Those of the dense network.
-        cost: What it costs.
-        test: Its scores on test tasks; ``None`` if the hours ended before.
+        dense: The dense network's scores on these.
+        cost: What the winner costs.
+        test: Its scores on test tasks; ``None`` if the time ran out before.
         front: The names on the Pareto front of size and score.
-        words: What to know of it, in sentences.
+        words: A summary in sentences.
     """
 
     settings: dict[str, Any]
@@ -95,32 +95,32 @@ def tune(
 ) -> Tuned:
     """Choose how to prune a network, on validation tasks, within a budget.
 
-    The dense network is trained and each of its layers pruned alone. Races of nine candidates
-    follow, by successive halving: those of the first are drawn at random, later ones by Optuna's
-    tree-structured Parzen estimator from what was found before, and at random where it repeats
-    itself. Those that end dense and those
-    that end sparse race apart, so that the front holds both. Of all that were trained to the
-    full length the best is chosen, trained anew with the same seed, and scored on test tasks once.
+    The dense network is trained, and each of its layers is pruned alone. Races of nine candidates
+    follow, by successive halving: candidates of the first are drawn at random, later ones by
+    Optuna's tree-structured Parzen estimator from earlier results, or at random where it repeats
+    itself. Candidates that end dense and those that end sparse race separately, so that the front
+    holds both. The best of all that were trained to the full length is chosen, trained again with
+    the same seed, and scored once on test tasks.
 
     Args:
         base: Settings of ``run``, ``algorithm`` among them.
-        out: The folder; a search that was stopped goes on from it. It gets ``chosen.toml`` for
+        out: The folder; a stopped search resumes from it. It gets ``chosen.toml`` for
             ``run --config``, ``tune.md``, ``front.png``, ``sensitivity.png`` and ``.json``, and
             Optuna's journal.
         console: Where progress is shown.
-        methods: What may be chosen, keys of :data:`~l2l_prune.experiments.methods.METHODS`.
-        rates: Fractions to prune that may be chosen.
-        races: How many, >= 1; with ``hours``, the most.
-        budget: What the network at the end may cost.
-        hours: The most that all may take, over all restarts.
+        methods: Candidate methods, keys of :data:`~l2l_prune.experiments.methods.METHODS`.
+        rates: Candidate fractions to prune.
+        races: Number of races, >= 1; with ``hours``, the largest number.
+        budget: What the final network may cost.
+        hours: Time limit of the whole search, over all restarts.
         jobs: Runs at once, one thread each.
         sensitivity_tasks: Validation tasks behind each cell of the heat map.
 
     Raises:
         ImportError: If Optuna is missing.
         TypeError: If a value has the wrong type.
-        ValueError: If nothing meets the budget (the nearest is named), settings cannot be, the
-            folder is of another search, or another process writes to it.
+        ValueError: If nothing meets the budget (the nearest is named), settings are not possible,
+            the folder belongs to another search, or another process writes to it.
     """
     _optuna()
     budget = budget or Budget()
@@ -128,7 +128,8 @@ def tune(
     chosen = ("method", "sparsity", "pretrain", "retrain", "rounds", "allocation", "structured")
     shared = base_settings(base, chosen)
     if unknown := sorted(set(methods) - (METHODS.keys() - {"dense"})):
-        raise ValueError(f"methods must be of {', '.join(METHODS)} but dense, not {unknown[0]}")
+        others = ", ".join(name for name in METHODS if name != "dense")
+        raise ValueError(f"methods must be from {others}, got {unknown[0]!r}")
     dense = Candidate({**shared, "method": "dense"})
     config = dense.whole
     length = config.schedule.iterations
@@ -141,8 +142,8 @@ def tune(
         runs = Runs(out / "runs", console, jobs=jobs, hours=hours, clock=out / "clock.json")
         [entry] = runs.finish([config], SEARCHING)
         if entry is None:
-            why = next(iter(runs.failed.values()), "the hours ended before it did")
-            raise ValueError(f"the dense run did not end: {why}")
+            why = next(iter(runs.failed.values()), "the hours were used up; repeat with more hours")
+            raise ValueError(f"the dense run did not finish: {why}")
         found = _sensitivity(config, runs.folder, out, rates, sensitivity_tasks, console)
         space.add_layer_rates(found)
         standings = [Standing(dense, length, entry)]
@@ -160,7 +161,7 @@ def _optuna() -> Any:
 
 
 class _Space:
-    """What may be chosen, as a tree: method, rate, share, phases. All of it meets the budget."""
+    """The candidates that meet the budget, as a tree: method, rate, share, phases."""
 
     def __init__(
         self,
@@ -181,7 +182,7 @@ class _Space:
         self.tree = self._grow()
 
     def cost(self, candidate: Candidate) -> Cost:
-        """What a candidate costs; by what its network ends as, so that phases cost nothing."""
+        """What a candidate costs; candidates whose final networks are alike share the work."""
         config, ends = candidate.whole, self._ends(candidate)
         if ends not in self._costs:
             cost = cost_of(config, self._shape)
@@ -195,7 +196,7 @@ class _Space:
         return self._timed(candidates, [self.cost(candidate) for candidate in candidates])
 
     def _ends(self, candidate: Candidate) -> str:
-        """As what its network ends: all that costs depend on."""
+        """A name for the kind of the final network, on which all costs depend."""
         config = candidate.whole
         last = [segment for segment in config.schedule.segments if segment.iterations][-1]
         if not last.sparse:
@@ -204,9 +205,9 @@ class _Space:
         return f"{kind} {last.sparsity}"
 
     def _timed(self, candidates: Sequence[Candidate], costs: Sequence[Cost]) -> list[Cost]:
-        """The same with times; masks save none, so that networks are timed where channels are cut.
+        """The same with times; masks save none, so a masked network counts as long as dense.
 
-        Times are kept in a file: what meets a budget is the same after a restart.
+        Times are kept in a file, so that after a restart the same candidates meet the budget.
         """
         keys = [e if e.startswith("channels") else "dense" for e in map(self._ends, candidates)]
         missing = {
@@ -235,7 +236,9 @@ class _Space:
         if self.tree:
             return
         if self._nearest is None:
-            raise ValueError("no method and rate go with these settings: give others")
+            raise ValueError(
+                "none of the methods and rates can be combined with these settings: choose others"
+            )
         _, title, cost = self._nearest
         costs = ", ".join(
             f"{getattr(cost, name):,.4g} {name}"
@@ -246,7 +249,7 @@ class _Space:
         raise ValueError(f"nothing meets the budget: the nearest is {title} with {costs}")
 
     def add_layer_rates(self, found: Sensitivity | None) -> None:
-        """Rates by layer join the shares."""
+        """Add rates by layer to the shares."""
         if found is not None:
             for rate in (rate for rate in self._rates if rate < MOST_RATE):
                 listed = [f"{name}={own}" for name, own in found.layer_rates(rate).items()]
@@ -280,7 +283,7 @@ class _Space:
 
     def _possible(self, method: str, rate: float, share: str) -> bool:
         if share == "global" and METHODS[method].settings.get("criterion") == "random":
-            return False  # random scores over all layers are those of each layer
+            return False  # a global choice among random scores is the same as layer by layer
         try:
             candidate = self._candidate(method, rate, share, {})
             title, cost = candidate.title, self.cost(candidate)
@@ -320,9 +323,9 @@ def _sensitivity(
     tasks: int,
     console: Console,
 ) -> Sensitivity | None:
-    """Measured once, and drawn."""
+    """Measure the sensitivity once, and draw it."""
     if config.algorithm in LEARN_MORE:
-        console.print(f"no sensitivity by layer: {config.algorithm} adapts by more than weights")
+        console.print(f"no sensitivity by layer: {config.algorithm} learns more than weights")
         return None
     file = out / "sensitivity.json"
     if not file.exists():
@@ -338,9 +341,9 @@ def _sensitivity(
 def _search(
     space: _Space, runs: Runs, out: Path, length: int, races: int, seed: int
 ) -> list[Standing]:
-    """Races; Optuna's journal holds who takes part in which, and how it ended.
+    """Run the races; Optuna's journal records each one's candidates and results.
 
-    A race that the hours or a kill broke off stays as it is there, and goes on from its runs.
+    A race that was interrupted stays open there, and goes on from its runs.
     """
     optuna = _optuna()
     from optuna.storages.journal import JournalFileBackend
@@ -356,10 +359,10 @@ def _search(
             break
         drawn = _taking_part(journal, space, number, seen, seed + number)
         if not drawn:
-            break  # all was tried
+            break  # everything has been tried
         candidates = [candidate for _, candidate in drawn.values()]
         lengths = rungs(candidates, length)
-        # Apart, else the front would have no small network where these lose some accuracy.
+        # Separately: else the front would have no small networks where these lose accuracy.
         groups = [[c for c in candidates if c.ends_sparse == sparse] for sparse in (False, True)]
         found = {
             run_name(standing.candidate.whole): standing
@@ -391,9 +394,9 @@ def _taking_part(
     Args:
         journal: Optuna's study.
         space: What may be chosen.
-        number: The race's.
-        seen: Names that took part in races before.
-        seed: Of the draws.
+        number: Number of the race.
+        seen: Names of candidates in earlier races.
+        seed: Seed of the draws.
     """
     from optuna.samplers import RandomSampler, TPESampler
     from optuna.trial import Trial, TrialState
@@ -404,13 +407,13 @@ def _taking_part(
             candidate = space.draw(_as_in(frozen.params))
             trial = Trial(journal, frozen._trial_id)
             drawn[run_name(candidate.whole)] = (trial, candidate)
-        elif "race" not in frozen.user_attrs:  # killed as it was drawn
+        elif "race" not in frozen.user_attrs:  # the search was killed while drawing it
             journal.tell(frozen.number, state=TrialState.FAIL, skip_if_finished=True)
     journal.sampler = TPESampler(seed=seed, n_startup_trials=BRACKET, constant_liar=True)
     for asked in range(10 * BRACKET):
         if len(drawn) == BRACKET:
             break
-        if asked == 2 * BRACKET:  # it repeats itself: values are few, and what was good is tried
+        if asked == 2 * BRACKET:  # it repeats itself: values are few, and the good ones are tried
             journal.sampler = RandomSampler(seed=seed)
         trial = journal.ask()
         candidate = space.draw(trial.suggest_categorical)
@@ -426,7 +429,7 @@ def _taking_part(
 
 
 def _as_in(parameters: Mapping[str, Any]) -> Callable[[str, Sequence[Any]], Any]:
-    """Chooses what was chosen before."""
+    """Choose what was chosen before."""
     return lambda name, values: parameters[name]
 
 
@@ -438,15 +441,15 @@ def _choose(
     length: int,
     console: Console,
 ) -> Tuned:
-    """The best within the budget: its files, its test score, and what can be said of it."""
+    """Take the best within the budget: write its files, score it on test tasks, describe it."""
     dense = standings[0]
     titles = _titles(standings)
     costs = space.timed_costs([standing.candidate for standing in standings])
     within = [i for i, cost in enumerate(costs) if space.budget.excess(cost) <= 1]
     if not within:
         raise ValueError(
-            "no run of full length ended within the budget: the same command goes on, with more "
-            "hours if these are used up"
+            "no run of full length has finished within the budget yet: repeat the command, with "
+            "more hours if these are used up"
         )
     best = max(within, key=lambda i: standings[i].score.mean)
     front = _front([(cost.bytes, s.score.mean) for cost, s in zip(costs, standings, strict=True)])
@@ -479,7 +482,10 @@ def _choose(
         )
     console.print(table, markup=False, soft_wrap=True)
     console.print(words, markup=False, soft_wrap=True)
-    console.print(f"wrote {out}/chosen.toml: l2l-prune run --config {out}/chosen.toml")
+    # Not wrapped, so that the line can be copied.
+    console.print(
+        f"wrote {out}/chosen.toml: l2l-prune run --config {out}/chosen.toml", soft_wrap=True
+    )
     return Tuned(
         dict(choice.settings),
         titles[best],
@@ -493,7 +499,7 @@ def _choose(
 
 
 def _titles(standings: Sequence[Standing]) -> list[str]:
-    """Names that tell all apart: rates by layer say the rate of all."""
+    """Distinct names: those with rates by layer also give the overall rate."""
     found = []
     for standing in standings:
         settings, title = standing.candidate.settings, standing.candidate.title
@@ -504,7 +510,7 @@ def _titles(standings: Sequence[Standing]) -> list[str]:
 
 
 def _front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The places of those for which no other is as small and better, by size."""
+    """Indices of the points that no other point beats at the same or a smaller size, by size."""
     front: list[int] = []
     for place in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if not front or points[place][1] > points[front[-1]][1]:
@@ -547,7 +553,7 @@ def _words(
     within: Sequence[int],
     test: Sequence[Mean | None],
 ) -> str:
-    """What was chosen, against dense, in sentences."""
+    """The choice compared with dense, in sentences."""
     dense, *pruned = standings
     if not pruned:
         return "No pruned run of full length ended within the hours: dense is what there is."

@@ -1,4 +1,4 @@
-"""What a network costs at the end of a run, known before it: from its shapes and counts."""
+"""What a network costs at the end of a run, computed before it from shapes and counts."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Cost:
 
     Attributes:
         weights: Parameters that are not 0.
-        bytes: Of its tensors in single precision; of those with zeros what is not 0, with a bitmask
-            or indices, whichever is smaller.
+        bytes: Size of its tensors in single precision; tensors with zeros are stored as their other
+            values with a bitmask or indices, whichever is smaller.
         macs: Multiply-accumulate operations of one image's forward pass. Masks save none; channels
             that are cut out do.
-        milliseconds: Of that pass, on one thread; NaN where it was not timed.
+        milliseconds: Duration of that pass on one thread; NaN where it was not timed.
     """
 
     weights: int
@@ -46,10 +46,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a network may cost; ``None`` is without a bound.
+    """What a network may cost; ``None`` means no limit.
 
     Args:
-        bytes: See :class:`Cost`, likewise the others; a number > 0.
+        bytes: See :class:`Cost`, as for the others; > 0.
         macs: See above.
         milliseconds: See above.
     """
@@ -65,19 +65,19 @@ class Budget:
 
     @property
     def given(self) -> dict[str, float]:
-        """The bounds that there are."""
+        """The limits that are set."""
         return {name: v for name, v in dataclasses.asdict(self).items() if v is not None}
 
     def excess(self, cost: Cost) -> float:
-        """The largest ratio of cost to bound; at most 1 where all are met, 0 without any."""
+        """The largest ratio of cost to limit; at most 1 if all are met, 0 if there are none."""
         return max((getattr(cost, name) / most for name, most in self.given.items()), default=0.0)
 
 
 def quantity(text: str) -> float:
-    """A number with K, M or G for thousands, millions and billions, and B of bytes.
+    """Read a number with K, M or G for thousands, millions or billions, and B for bytes.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the text is not such a number.
 
     Examples:
         >>> quantity("100KB"), quantity("2.5M"), quantity("4096")
@@ -87,11 +87,11 @@ def quantity(text: str) -> float:
     try:
         return float(match[1]) * _UNITS[match[2].upper()]  # type: ignore[index]
     except (TypeError, ValueError):
-        raise ValueError(f"{text!r} is no quantity such as 100KB or 2.5M") from None
+        raise ValueError(f"{text!r} is not a quantity: write it like 100KB or 2.5M") from None
 
 
 def end_network(config: RunConfig, image_shape: Sequence[int]) -> nn.Module:
-    """The network as a run leaves it, untrained: as many zeros, in the same shapes.
+    """An untrained network like the one a run ends with: the same shapes, and as many zeros.
 
     Args:
         config: The run.
@@ -99,7 +99,7 @@ def end_network(config: RunConfig, image_shape: Sequence[int]) -> nn.Module:
     """
     last = [segment for segment in config.schedule.segments if segment.iterations][-1]
     schedule = Schedule((dataclasses.replace(last, iterations=1),))
-    # How many weights stay does not depend on how they are chosen.
+    # The number of remaining weights does not depend on how they are chosen.
     counted = dataclasses.replace(
         config, schedule=schedule, criterion="magnitude", rewind=None, regrow=None, compile=False
     )
@@ -117,7 +117,7 @@ def end_network(config: RunConfig, image_shape: Sequence[int]) -> nn.Module:
 
 
 def cost_of(config: RunConfig, image_shape: Sequence[int]) -> Cost:
-    """What the network at the end of a run costs, but for its time."""
+    """What the network at the end of a run costs, without its time."""
     network = end_network(config, image_shape)
     weights = sum(int(parameter.count_nonzero()) for parameter in network.parameters())
     stored = sum(pack(tensor).nbytes for tensor in network.state_dict().values())
@@ -146,12 +146,12 @@ def timed(
 
 
 def dense_width(config: RunConfig, image_shape: Sequence[int], weights: int) -> int:
-    """Channels of the dense network whose number of weights is nearest to ``weights``.
+    """Number of channels for which a dense network's weights are nearest to ``weights``.
 
     Args:
         config: A dense run of the wide network.
         image_shape: ``(C, H, W)``.
-        weights: The number that it should have.
+        weights: The number of weights to match.
     """
 
     def count(channels: int) -> int:
@@ -172,7 +172,7 @@ def _macs(network: nn.Module, image_shape: Sequence[int]) -> int:
 
 
 def _forward(network: nn.Module, image_shape: Sequence[int]) -> tuple[Any, Tensor]:
-    """What takes an image, and the image; of a field, its pixels."""
+    """The function to run and an image for it; for a field, the image's pixels."""
     from l2l_prune.metalearners.cavia import CAVIA, FiLM
     from l2l_prune.metalearners.fields import FourierFeatureMLP, Siren
     from l2l_prune.metalearners.metaoptnet import MetaOptNet

@@ -1,11 +1,11 @@
 """Successive halving on validation tasks, over run folders and the processes of sweeps.
 
-A rung is a length of runs, and a candidate is trained anew for each rung that it reaches: a run
-that is stopped halfway through its schedule says nothing about it (two DSD runs of different rates
-are the same run until the first of them prunes), while phases and the meta step shrink with the
-length.
-A rung ends before the next begins, so that what is kept does not depend on which process was
-faster, and a search that was killed finds its finished runs in their folders.
+A rung is a length of runs, and a candidate is trained anew for each rung that it reaches. A run
+that is stopped halfway through its schedule says nothing about the candidate (two DSD runs of
+different rates are identical until the first of them prunes); in a shorter run, phases and the
+meta step shrink with the length. A rung ends before the next begins, so that the choice does not
+depend on which process was faster, and a search that was killed finds its finished runs in their
+folders.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from l2l_prune.experiments.running.storage import finished_run, run_name
 from l2l_prune.fewshot.evaluation import Mean
 
 REDUCTION = 3
-"""One in so many goes on to the next rung, which is so many times longer."""
+"""One candidate in this many goes on to the next rung, which is this many times longer."""
 
 _MOST_RUNGS, _SHORTEST = 3, 20
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings whose score is asked for.
+    """Settings that take part in a race.
 
     Args:
         settings: Arguments of :func:`~l2l_prune.experiments.config.make_config`, with
@@ -47,7 +47,7 @@ class Candidate:
     settings: Mapping[str, Any]
 
     def config(self, iterations: int, held_out: str = "validation") -> RunConfig:
-        """The run of a length."""
+        """The run of ``iterations``."""
         given = {**self.settings, "iterations": iterations, "scale": None, "held_out": held_out}
         return make_config(**given)
 
@@ -65,13 +65,13 @@ class Candidate:
 
     @property
     def ends_sparse(self) -> bool:
-        """Whether weights are 0 at the end, or channels cut."""
+        """Whether weights are 0, or channels are cut, at the end."""
         return [s for s in self.whole.schedule.segments if s.iterations][-1].sparse
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How a candidate did in the longest rung that it reached.
+    """The result of a candidate in the longest rung that it reached.
 
     Attributes:
         candidate: The candidate.
@@ -90,14 +90,14 @@ class Standing:
 
 
 class Runs:
-    """The run folders of a search, and the hours that it may take in all, over its restarts.
+    """The run folders of a search, and its time limit, which counts over restarts.
 
     Args:
         folder: Gets a folder for each run; made if missing.
         console: Where progress is shown.
         jobs: Runs at once, one thread each.
-        hours: The most that the search may take, counted until the last run that ended.
-        clock: The file that says how long it has taken; shared by the folders of a search.
+        hours: Time limit of the search, which counts until the last finished run.
+        clock: The file that records the time taken; all folders of a search share it.
 
     Raises:
         ValueError: If ``hours`` is not > 0.
@@ -116,7 +116,7 @@ class Runs:
         self.failed: dict[str, str] = {}
 
     def beside(self, folder: Path) -> Runs:
-        """The same, with run folders of its own."""
+        """The same search, with another folder for its runs."""
         return Runs(folder, self._console, jobs=self._jobs, hours=self._hours, clock=self._clock)
 
     @property
@@ -131,11 +131,11 @@ class Runs:
     def finish(
         self, configs: Sequence[RunConfig], share: float = 1.0
     ) -> list[dict[str, Any] | None]:
-        """Train what has not ended, until ``share`` of the hours is used up.
+        """Train what has not finished, until ``share`` of the hours is used up.
 
         Returns:
             The entries of ``results.json``; ``None`` where a run failed (see :attr:`failed`) or was
-            stopped: it goes on when the search is started again.
+            stopped, in which case it resumes when the search is started again.
 
         Raises:
             ValueError: If results are damaged.
@@ -168,10 +168,10 @@ class Runs:
 def rungs(candidates: Sequence[Candidate], iterations: int) -> list[int]:
     """The lengths of a race, the full one last: up to three, each a third of the next.
 
-    Those that are too short for the phases of a candidate are left out.
+    Lengths that are too short for the phases of a candidate are left out.
 
     Raises:
-        ValueError: If ``iterations`` are too few for a candidate.
+        ValueError: If ``iterations`` is too small for a candidate.
     """
     for candidate in candidates:
         candidate.config(iterations)
@@ -191,10 +191,10 @@ def race(
 ) -> list[Standing]:
     """Let the best third of each rung go on to the next.
 
-    Where the hours end within a rung, the one before it counts; within the first, nothing does.
+    If the time runs out during a rung, the rung before it counts; if it is the first, none does.
 
     Returns:
-        All that were scored: who went furthest comes first, and among those the best.
+        All candidates that were scored: those that went furthest first, and among these the best.
     """
     standings: dict[int, Standing] = {}
     left = list(range(len(candidates)))
@@ -213,10 +213,10 @@ def race(
 
 
 def same_search(file: Path, settings: Mapping[str, Any]) -> None:
-    """Write what a folder's search is about, or check that it is this one.
+    """Record a search's settings in its folder, or check that they match those recorded there.
 
     Raises:
-        ValueError: If it is another.
+        ValueError: If the folder belongs to another search.
     """
     plain = json.loads(json.dumps(dict(settings)))
     if file.exists():
@@ -227,8 +227,8 @@ def same_search(file: Path, settings: Mapping[str, Any]) -> None:
         if before != plain:
             differing = [k for k in {**before, **plain} if before.get(k, ...) != plain.get(k, ...)]
             raise ValueError(
-                f"{file.parent} holds a search with other {', '.join(differing)}: choose another "
-                "folder"
+                f"{file.parent} holds a search with other settings of {', '.join(differing)}: "
+                "choose another folder"
             )
         return
     with replace_file(file) as path:
@@ -240,14 +240,14 @@ def base_settings(base: Mapping[str, Any], chosen: Sequence[str]) -> dict[str, A
 
     Args:
         base: What was given; ``None`` is left out.
-        chosen: What the search chooses by itself.
+        chosen: Settings that the search chooses itself.
 
     Raises:
         ValueError: If one of these was given.
     """
     given = {name: value for name, value in base.items() if value is not None}
     if both := sorted(given.keys() & {*chosen, "held_out", "name", "layer_rates"}):
-        raise ValueError(f"{', '.join(both)} must not be given: the search chooses it")
+        raise ValueError(f"leave {', '.join(both)} out: the search chooses it")
     return given
 
 

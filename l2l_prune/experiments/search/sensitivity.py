@@ -1,4 +1,4 @@
-"""How much each layer bears: accuracy after adaptation with that layer alone pruned."""
+"""How much pruning each layer tolerates: the score after adaptation with only that layer pruned."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from l2l_prune.experiments.running.run import evaluation_tasks, load_split
 from l2l_prune.schedules.schedule import Schedule, Segment
 
 LEARN_MORE = ("metasgd", "sparsemaml")
-"""Algorithms that adapt by more than the network's weights, and results hold those alone."""
+"""Algorithms that learn more than the network's weights, while results hold only the weights."""
 
 MOST_RATE = 0.99
-"""Rates by layer stay below."""
+"""Rates by layer stay below this."""
 
 _STEPS = 60
 
@@ -32,11 +32,11 @@ class Sensitivity:
     """Scores on validation tasks after adaptation.
 
     Attributes:
-        dense: Of the network as it was trained.
+        dense: Score of the network as it was trained.
         rates: The fractions pruned.
-        sizes: Weights of each layer, by name.
-        scores: By layer, for each rate: of the network with that layer alone pruned, by magnitude
-            and without retraining; the mask holds while it adapts.
+        sizes: Number of weights of each layer, by name.
+        scores: By layer, the score at each rate with only that layer pruned, by magnitude and
+            without retraining; the mask holds while the network adapts.
     """
 
     dense: float
@@ -45,9 +45,9 @@ class Sensitivity:
     scores: dict[str, tuple[float, ...]]
 
     def layer_rates(self, rate: float) -> dict[str, float]:
-        """Rates by layer that prune ``rate`` of all weights and take the same from the score each.
+        """Rates by layer that prune ``rate`` of all weights and cost the same score in each layer.
 
-        Between measured rates the loss is taken as linear, and never as falling.
+        Between measured rates, the loss of score is interpolated linearly, and never decreases.
 
         Raises:
             ValueError: If ``rate`` is not in (0, 0.99).
@@ -66,7 +66,7 @@ class Sensitivity:
             pruned = sum(self.sizes[name] * found for name, found in at(middle).items())
             low, high = (middle, high) if pruned < rate * total else (low, middle)
         found = at(high)
-        # At a loss that many rates share the sum jumps: shrink all alike to what was asked for.
+        # Where many rates share a loss, the sum jumps: scale all down to what was asked for.
         pruned = sum(self.sizes[name] * r for name, r in found.items())
         return {name: round(r * min(1.0, rate * total / pruned), 4) for name, r in found.items()}
 
@@ -75,7 +75,7 @@ class Sensitivity:
         return (0.0, *self.rates, MOST_RATE)
 
     def _losses(self, layer: str) -> list[float]:
-        """Losses at all rates: not falling, and at the last as much more as all of the score."""
+        """Losses at all rates: never decreasing, and at the last rate larger by the whole score."""
         lost = [max(0.0, self.dense - score) for score in self.scores[layer]]
         risen = list(itertools.accumulate([0.0, *lost], max))
         return [*risen, risen[-1] + abs(self.dense)]
@@ -105,7 +105,7 @@ class Sensitivity:
 def measure(
     config: RunConfig, weights: dict[str, Tensor], rates: Sequence[float], tasks: int
 ) -> Sensitivity:
-    """Prune each layer of a trained network alone.
+    """Prune each layer of a trained network on its own.
 
     Args:
         config: The dense run.
@@ -114,10 +114,13 @@ def measure(
         tasks: Validation tasks behind each score, the same for all.
 
     Raises:
-        ValueError: If the algorithm adapts by more than these weights.
+        ValueError: If the algorithm learns more than these weights.
     """
     if config.algorithm in LEARN_MORE:
-        raise ValueError(f"{config.algorithm} adapts by more than its network's weights")
+        raise ValueError(
+            f"{config.algorithm} learns more than its network's weights: its layers cannot be "
+            "pruned alone"
+        )
     shape = load_split(config, "train").images.shape[1:]
     held = load_split(config, "validation")
     wanted = dataclasses.replace(config, final_tasks=max(2, tasks), compile=False)

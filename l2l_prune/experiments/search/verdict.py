@@ -1,4 +1,4 @@
-"""Does pruning help here? Races on validation tasks, a plan, its runs, and a verdict in words."""
+"""Does pruning help here? Races on validation tasks, a plan, its runs, and a written verdict."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ from l2l_prune.experiments.search.halving import (
 from l2l_prune.fewshot.data.images import OWN_SPLITS
 
 RACING = 0.4
-"""Share of the hours that the races may take; the rest is for the replicates."""
+"""Share of the time limit for the races; the rest is for the replicates."""
 
 FIRST_REPLICATE = 100
-"""Replicates have seeds, and splits, from here on: none that a race has used."""
+"""Seeds and splits of the replicates start here: no race uses them."""
 
 LOSS = 0.01
-"""What a smaller network may lose and still be as good (a fraction of accuracy; dB)."""
+"""How much a smaller network may lose and still count as equally good (fraction, or dB)."""
 
 _ALIKE = 0.1
-"""Up to which share seconds may differ and need no control of the same time."""
+"""Largest relative difference in seconds that needs no control of the same time."""
 
 _FAMILY = "study"
 
@@ -74,48 +74,48 @@ def study(
 ) -> str:
     """Find the methods and rates that do best, repeat them, and judge them against dense networks.
 
-    In each setting of width, length and classes the methods that end dense and those that end
-    sparse race among themselves on validation tasks. The best of each, a dense network, one of as
-    many weights and one of as many seconds are then written down as a plan, trained with other
-    seeds and splits, and compared on test tasks, with Holm's correction over all comparisons.
+    For each combination of width, length and classes, the methods that end dense and those that end
+    sparse race separately on validation tasks. The best of each, a dense network, one with as many
+    weights and one with as many seconds of training are then written down as a plan, trained with
+    other seeds and splits, and compared on test tasks, with Holm's correction over all comparisons.
 
     Args:
         base: Settings of ``run``, ``algorithm`` among them.
-        out: The folder; a study that was stopped goes on from it.
+        out: The folder; a stopped study resumes from it.
         console: Where progress is shown.
-        methods: What races, keys of :data:`~l2l_prune.experiments.methods.METHODS`.
+        methods: Candidate methods, keys of :data:`~l2l_prune.experiments.methods.METHODS`.
         rates: Fractions to prune.
-        widths: Channels; those of ``base`` without any.
-        lengths: Meta-iterations; likewise.
-        classes: Training classes; likewise.
-        replicates: How many of seed and split together, >= 2.
-        hours: The most that all may take, over all restarts. The races stop after 40% of it at the
-            latest, and replicates are trained one after the other.
+        widths: Numbers of channels; by default the one in ``base``.
+        lengths: Numbers of meta-iterations; likewise.
+        classes: Numbers of training classes; likewise.
+        replicates: Number of replicates, each with its own seed and split, >= 2.
+        hours: Time limit of the whole study, over all restarts. The races stop after 40% of it at
+            the latest, and replicates are trained one after the other.
         jobs: Runs at once, one thread each.
-        fixed_split: Replicates differ in their seed alone.
+        fixed_split: Replicates differ only in their seed.
 
     Returns:
-        The verdict as Markdown; it is in ``verdict.md`` too, the plan in ``plan.toml``, and the
-        report of the replicates in ``confirmation/``.
+        The verdict as Markdown, which is also in ``verdict.md``; the plan is in ``plan.toml``, and
+        the report of the replicates in ``confirmation/``.
 
     Raises:
         ImportError: If statsmodels is missing.
         TypeError: If a value has the wrong type.
-        ValueError: If settings cannot be, the folder is of another study, or another process writes
-            to it.
+        ValueError: If settings are not possible, the folder belongs to another study, or another
+            process writes to it.
     """
     _check_statsmodels()
     shared = base_settings(base, ("sparsity", "method"))
     checks.whole_number("replicates", replicates, least=2)
     for name in ("seed", "split"):
         if shared.get(name, 0) >= FIRST_REPLICATE:
-            raise ValueError(f"{name} must be below {FIRST_REPLICATE}: replicates begin there")
+            raise ValueError(f"{name} must be below {FIRST_REPLICATE}: replicates use the rest")
     settings = [
         shared | {name: value for name, value in zip(_AXES, values, strict=True) if value}
         for values in itertools.product(*(axis or [0] for axis in (widths, lengths, classes)))
     ]
     candidates = [_candidates(own, methods, rates) for own in settings]
-    whole = [one.whole for each in candidates for one in each]  # what cannot be is told at once
+    whole = [one.whole for each in candidates for one in each]  # impossible settings fail here
     vary_split = whole[0].data not in OWN_SPLITS and not fixed_split
     with locked_folder(out):
         about = {
@@ -145,7 +145,7 @@ def study(
                 path.write_text(f"# Races on validation tasks\n\n{races}\n")
             with replace_file(plan) as path:
                 path.write_text(text)
-            console.print(f"wrote {plan}: what is compared, before it is trained")
+            console.print(f"wrote {plan}: it states the comparisons before any training")
         document = read_toml(plan)
         configs = expand({}, document["grid"])
         comparisons = read_comparisons(document["comparison"])
@@ -161,7 +161,7 @@ _AXES = ("channels", "iterations", "train_classes")
 
 
 def _check_statsmodels() -> None:
-    """Before hours of runs that could not be judged."""
+    """Fail before hours of runs that could not be judged."""
     try:
         import statsmodels  # noqa: F401
     except ImportError as error:
@@ -173,9 +173,9 @@ def _candidates(
 ) -> list[Candidate]:
     """The dense network first."""
     if "dense" in methods:
-        raise ValueError("dense is always there: leave it out of the methods")
+        raise ValueError("dense is always included: leave it out of the methods")
     if not methods or not rates:
-        raise ValueError("a study needs a method and a rate")
+        raise ValueError("a study needs at least one method and one rate")
     pruned = [
         Candidate({**shared, "method": method, "sparsity": rate})
         for method in methods
@@ -187,10 +187,10 @@ def _candidates(
 def _race(
     candidates: Sequence[Candidate], runs: Runs, before: float, share: float
 ) -> tuple[str, list[Standing]]:
-    """One setting: what it is, and how all did.
+    """The title of one setting, and the results of its candidates.
 
-    The races go on from ``before`` to ``share`` of the hours, and the dense network is trained to
-    the length that they reached.
+    The races take the hours from ``before`` to ``share``, and the dense network is trained to the
+    length that they reached.
     """
     dense, *others = candidates
     config = dense.whole
@@ -203,16 +203,16 @@ def _race(
         if not mine:
             why = next(
                 iter(runs.failed.values()),
-                "the hours for it are used up; the same command goes on, with more of them",
+                "its hours are used up; repeat the command with more hours",
             )
-            raise ValueError(f"the race of {group[0].title} did not end its first rung: {why}")
+            raise ValueError(f"the race of {group[0].title} did not finish its first rung: {why}")
         found += mine
         lengths_reached.append(mine[0].iterations)
     reached = max(lengths_reached)
     [entry] = runs.finish([dense.config(reached)])
     if entry is None:
-        why = next(iter(runs.failed.values()), "the hours ended before it did")
-        raise ValueError(f"the dense run of the races did not end: {why}")
+        why = next(iter(runs.failed.values()), "the hours were used up; repeat with more hours")
+        raise ValueError(f"the dense run of the races did not finish: {why}")
     classes = "all" if config.train_classes is None else config.train_classes
     title = (
         f"{config.channels} channels, {config.schedule.iterations} meta-iterations, {classes} "
@@ -239,7 +239,7 @@ def _race_table(standings: Sequence[Standing]) -> str:
 
 
 def _plan(raced: Sequence[Sequence[Standing]], replicates: int, vary_split: bool) -> str:
-    """The arms of each setting with their replicates, and what is compared, as a sweep's file."""
+    """The arms of each setting with their replicates, and the comparisons, as a sweep's file."""
     arms: list[dict[str, Any]] = []
     compared: list[tuple[dict[str, Any], dict[str, Any], float]] = []
     for dense, *others in raced:
@@ -282,12 +282,12 @@ def _plan(raced: Sequence[Sequence[Standing]], replicates: int, vary_split: bool
 
 
 def _first(standings: Sequence[Standing]) -> Standing:
-    """Who went furthest, and of those the best on validation tasks."""
+    """The one that went furthest; among several, the best on validation tasks."""
     return min(standings, key=lambda one: (-one.iterations, -one.score.mean))
 
 
 def _known_by(arm: Mapping[str, Any], varying: Sequence[str] | None = None) -> dict[str, Any]:
-    """What tells the runs of an arm from others of the study, where it varies among them."""
+    """The varying settings that tell an arm's runs from the others of the study."""
     config = Candidate(arm).whole
     rates = [float(s.sparsity) for s in config.schedule.segments if s.sparse]  # type: ignore[arg-type]
     known: dict[str, Any] = {"name": config.name}
@@ -317,7 +317,9 @@ def _verdict(comparisons: Sequence[Comparison], runs: Runs, replicates: int) -> 
         else:
             able.append(one)
     if not able:
-        why = "**No verdict yet.** The same command goes on, with more hours if these are used up."
+        why = (
+            "**No verdict yet.** Repeat the command to go on, with more hours if they are used up."
+        )
         return "\n".join([*head, why, "", *failed, ""])
     judged = judge(able, found)
     write_report(runs.folder, able)
@@ -326,9 +328,9 @@ def _verdict(comparisons: Sequence[Comparison], runs: Runs, replicates: int) -> 
     lines += [f"- {_in_words(one, found)}" for one in judged]
     if done < replicates:
         lines.append(
-            f"- {done} of {replicates} replicates are complete: the hours ended. The same command "
-            "with more hours goes on; judging anew after more of them makes errors more frequent "
-            "than 5%."
+            f"- {done} of {replicates} replicates are complete: the hours are used up. Repeat the "
+            "command with more hours to go on; judging again after more replicates makes errors "
+            "more frequent than 5%."
         )
     lines += [
         *failed,
@@ -342,7 +344,7 @@ def _verdict(comparisons: Sequence[Comparison], runs: Runs, replicates: int) -> 
 
 
 def _answer(judged: Sequence[Judged]) -> str:
-    """The first sentence: what was shown, the strongest first."""
+    """The first sentence: the strongest result that was shown."""
     shown = [one for one in judged if one.verdict not in ("not shown", "worse")]
     gains = [one for one in shown if not one.comparison.margin and not _other_size(one)]
     if gains:
@@ -355,12 +357,12 @@ def _answer(judged: Sequence[Judged]) -> str:
         return f"For size, not for accuracy. {words}."
     harm = [one for one in judged if one.verdict == "worse"]
     if len(harm) == len(judged):
-        return "No: all that was compared is worse."
+        return "No: pruning is worse in every comparison."
     return "Not shown: no gain of pruning is significant over these replicates."
 
 
 def _title(judged: Judged) -> str:
-    """The comparison in words; what both sides share comes last, and once."""
+    """The comparison in words; what both sides share comes last, once."""
     sides = (judged.comparison.treatment, judged.comparison.control)
     both = {name: value for name, value in sides[0].items() if sides[1].get(name) == value}
     alone = [{k: v for k, v in side.items() if k not in both or k == "name"} for side in sides]

@@ -1,4 +1,4 @@
-"""The field's benchmarks through learn2learn's own loaders, decoded once into mapped files."""
+"""Standard benchmarks, read by learn2learn's own loaders and decoded once into mapped files."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Benchmark:
     Args:
         size: Height and width of the images, in pixels.
         channels: 1 or 3.
-        files: Files or folders of a split, relative to the root, of which all must be there.
+        files: Files or folders of a split, relative to the root; all must exist.
         loader: Name of its class in ``learn2learn.vision.datasets``.
         source: Where the files come from, for error messages.
         classes: Numbers of classes in train, validation and test.
-        select: Chooses the examples of a split by their labels, where the files hold all splits.
+        select: Chooses the examples of a split by their labels, if the files hold all splits.
     """
 
     size: int
@@ -45,7 +45,7 @@ class Benchmark:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of an image, ``(C, H, W)``."""
+        """Shape of an image, ``(C, H, W)``."""
         return self.channels, self.size, self.size
 
 
@@ -62,7 +62,7 @@ def _random_characters(labels: npt.NDArray[np.int64], split: str) -> npt.NDArray
 
 
 class _SortedOmniglot:
-    """FullOmniglot in the order of its names: torchvision's is the file system's."""
+    """FullOmniglot sorted by name: torchvision lists it in the order of the file system."""
 
     def __init__(self, full: Any) -> None:
         names = [
@@ -159,14 +159,14 @@ def check_benchmark(name: str, split: str, root: Path) -> None:
     """Make sure that the files of a split are there.
 
     Raises:
-        FileNotFoundError: If one is missing; says which, where it was sought and its source.
-        ValueError: If learn2learn left half a copy behind that it would trust.
+        FileNotFoundError: If one is missing; the message names it, its folder and its source.
+        ValueError: If learn2learn left an incomplete copy behind, which it would use.
     """
     for file in _missing(name, split, root):
         raise FileNotFoundError(
             f"{name} needs {file}, which is not in {root}; it comes from "
             f"{BENCHMARKS[name].source} (--download, or download=True, fetches it). Or put the "
-            f"splits there, or in {name} in it, as train*.parquet, validation*.parquet and "
+            f"splits there, or in its folder {name}, as train*.parquet, validation*.parquet and "
             "test*.parquet (or .arrow) with the columns image and label"
         )
     if name == "cifar-fs":
@@ -192,13 +192,13 @@ def load_benchmark(name: str, split: str, root: Path, *, download: bool = False)
         download: Let learn2learn download what is missing.
 
     Raises:
-        FileNotFoundError: If a file is missing, also after the download.
+        FileNotFoundError: If a file is missing, even after the download.
         ValueError: If a file is broken.
         ImportError: If learn2learn is missing.
     """
     data = _downloaded(name, split, root) if download else None
     check_benchmark(name, split, root)
-    key = _fingerprint(name, split, root)  # of the files that are there now
+    key = _fingerprint(name, split, root)  # of the files as they are now
     place = cache_folder() / f"{name}-{split}-{key}"
     with locked(place):
         decoded = map_images(place, BENCHMARKS[name].shape)
@@ -220,14 +220,14 @@ def _downloaded(name: str, split: str, root: Path) -> Any:
             data = _open(name, split, root, download=True)
         for file in _missing(name, split, root):
             raise FileNotFoundError(
-                f"the download did not bring {file} to {root}: delete what is there of {name} "
+                f"the download did not bring {file} to {root}: delete the files of {name} there "
                 f"and try again, or fetch it from {BENCHMARKS[name].source}"
             )
     return data
 
 
 def _decode(name: str, split: str, root: Path, place: Path, data: Any) -> None:
-    """Write the mapped files of a split, from learn2learn's data set if it is open already."""
+    """Write the mapped files of a split, from learn2learn's data set if it is already open."""
     benchmark = BENCHMARKS[name]
     with _telling(name, split, root):
         if data is None:
@@ -249,7 +249,7 @@ def _decode(name: str, split: str, root: Path, place: Path, data: Any) -> None:
 
 @contextmanager
 def _telling(name: str, split: str, root: Path) -> Iterator[None]:
-    """Errors of reading in it name the files and say where to fetch them again."""
+    """Inside, errors of reading name the files and say where to fetch them again."""
     benchmark = BENCHMARKS[name]
     files = ", ".join(str(root / file) for file in benchmark.files(split))
     try:
@@ -268,7 +268,7 @@ def _telling(name: str, split: str, root: Path) -> Iterator[None]:
 
 
 def _labels(data: Any) -> Any:
-    """Labels without decoding the images: every loader holds them."""
+    """The labels, which every loader holds, without decoding the images."""
     name = next(name for name in ("y", "labels", "targets") if hasattr(data, name))
     labels, images = getattr(data, name), getattr(data, "images", data)
     if not len(labels) == len(images) == len(data) > 0:
@@ -301,7 +301,7 @@ def _fingerprint(name: str, split: str, root: Path) -> str:
 
 
 def _check_cifar_copy(root: Path, split: str) -> None:
-    """learn2learn copies the classes of each split once and trusts what it finds later."""
+    """learn2learn copies the classes of each split once, and later uses whatever it finds."""
     copy = root / "cifarfs" / "processed"
     if not copy.exists():
         return
@@ -311,6 +311,6 @@ def _check_cifar_copy(root: Path, split: str) -> None:
         target = copy / _short(split) / name
         if not target.is_dir() or len(list(target.iterdir())) != len(list(source.iterdir())):
             raise ValueError(
-                f"{copy} is half a copy (its {_short(split)}/{name} is not complete): delete "
-                f"{copy}, learn2learn will make it again"
+                f"{copy} is an incomplete copy ({_short(split)}/{name} lacks files): delete it: "
+                "learn2learn will make it again"
             )

@@ -1,4 +1,4 @@
-"""Where decoded images are kept, one process at a time."""
+"""The cache of decoded images, which one process at a time writes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Images(NamedTuple):
     """Labelled images.
 
     Attributes:
-        images: uint8 ``[n, C, H, W]``; of files, mapped: only what is read takes memory.
+        images: uint8 ``[n, C, H, W]``; files are mapped, so that only what is read takes memory.
         labels: int64 ``[n]``.
     """
 
@@ -37,10 +37,10 @@ class Images(NamedTuple):
 
 
 def cache_folder(root: str | os.PathLike[str] | None = None) -> Path:
-    """``root``, else ``L2L_PRUNE_CACHE``, else the user's cache folder; made if missing.
+    """``root``, else ``L2L_PRUNE_CACHE``, else the user's cache folder; created if missing.
 
     Raises:
-        OSError: If it cannot be made.
+        OSError: If it cannot be created.
     """
     import platformdirs
 
@@ -61,17 +61,17 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def write_images(place: Path, images: Iterable[tuple[npt.NDArray[np.uint8], int]]) -> None:
-    """Write images and labels one after the other; the files appear whole or not at all.
+    """Write images and labels one after the other; the files appear complete or not at all.
 
     Args:
-        place: Path of the files without their endings.
-        images: ``[C, H, W]``, all of one shape, each with its label.
+        place: Path of the files without their suffixes.
+        images: Images ``[C, H, W]``, all of one shape, each with its label.
 
     Raises:
         ValueError: If there are none, or an image has another shape than the first.
     """
     labels, shape = array("q"), None
-    # Not through a mapped file: a full disk would end the process by a signal.
+    # Not through a mapped file: a full disk would kill the process with a signal.
     with replace_file(place.with_suffix(".npy")) as temporary, temporary.open("wb") as file:
         for pixels, label in images:
             if shape is None:
@@ -91,24 +91,24 @@ def write_images(place: Path, images: Iterable[tuple[npt.NDArray[np.uint8], int]
 
 
 def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> int:
-    """Returns its length, which stays: numpy leaves room for the first number to grow."""
+    """Return its length, which does not change: numpy leaves room for the first number to grow."""
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
     return file.tell()
 
 
 def map_images(place: Path, shape: tuple[int, ...] | None = None) -> Images | None:
-    """What :func:`write_images` wrote, or ``None`` if it is not there or not whole.
+    """What :func:`write_images` wrote, or ``None`` if it is missing or damaged.
 
     Args:
-        place: Path of the files without their endings.
+        place: Path of the files without their suffixes.
         shape: ``(C, H, W)`` that the images must have, if it is known.
     """
     files = place.with_suffix(".npy"), place.with_suffix(".labels.npy")
     if not all(file.exists() for file in files):
         return None
     try:
-        # Copy-on-write: torch wants writable memory, the file must not change.
+        # Copy-on-write: torch wants writable memory, but the file must not change.
         images = np.load(files[0], mmap_mode="c")
         labels = np.array(np.load(files[1], mmap_mode="r"))
     except (ValueError, EOFError) as error:
@@ -117,6 +117,6 @@ def map_images(place: Path, shape: tuple[int, ...] | None = None) -> Images | No
     expected = (len(labels), *(images.shape[1:] if shape is None else shape))
     right = images.shape == expected and images.ndim == 4
     if not right or images.dtype != np.uint8 or labels.dtype != np.int64:
-        warnings.warn(f"{place}.npy is not what it should be; decoding it again", stacklevel=4)
+        warnings.warn(f"{place}.npy has unexpected content; decoding it again", stacklevel=4)
         return None
     return Images(torch.from_numpy(images), torch.from_numpy(labels))

@@ -37,12 +37,13 @@ class EpisodeSampler:
         shots: Support examples of each class, >= 1.
         queries: Query examples of each class, >= 0; never support examples.
         label_noise: Probability, in [0, 1), that an example's label is replaced by another class of
-            its task, each alike.
+            its task, chosen uniformly.
         seed: Seed of the draws, >= 0.
-        generator: Source of the draws in place of a new one with ``seed``.
+        generator: Source of the draws, instead of a new one with ``seed``.
 
     Raises:
-        TypeError: If images or labels are no tensors (of integers), or a number is no integer.
+        TypeError: If images are not a tensor, labels not a tensor of integers, or a number is not
+            an integer.
         ValueError: If a number is out of range, lengths differ, or a class is too small.
 
     Examples:
@@ -72,13 +73,15 @@ class EpisodeSampler:
         if labels.dim() != 1:
             raise ValueError(f"labels must have one dimension, got {list(labels.shape)}")
         if len(images) != len(labels):
-            raise ValueError(f"labels must be as many as images, got {len(labels)}, {len(images)}")
+            raise ValueError(
+                f"there must be as many labels as images, got {len(labels)} and {len(images)}"
+            )
         for name, value, least in (("ways", ways, 1), ("shots", shots, 1), ("queries", queries, 0)):
             checks.whole_number(name, value, least)
         checks.whole_number("seed", seed)
         self._label_noise = checks.fraction("label_noise", label_noise)
         if self._label_noise and ways < 2:
-            raise ValueError("label_noise needs another class to mistake an example for: ways >= 2")
+            raise ValueError("label_noise needs at least one other class: set ways >= 2")
         classes, sizes = torch.unique(labels, return_counts=True)
         if ways > len(classes):
             raise ValueError(f"ways={ways}, but there are only {len(classes)} classes")
@@ -102,7 +105,7 @@ class EpisodeSampler:
     def sample(self) -> Episode:
         """Draw one episode."""
         classes = torch.randperm(len(self._sizes), generator=self._generator)[: self.ways]
-        # The smallest of random keys choose examples without replacement, in all classes at once.
+        # The smallest random keys choose examples without replacement, in all classes at once.
         keys = torch.rand(self.ways, int(self._sizes.max()), generator=self._generator)
         keys[torch.arange(keys.shape[1]) >= self._sizes[classes][:, None]] = 2.0
         members = keys.argsort(dim=1)[:, : self.shots + self.queries]
@@ -128,7 +131,7 @@ class EpisodeSampler:
         """Go on with the draws from where :meth:`state_dict` was taken.
 
         Raises:
-            ValueError: If ``state`` is no such state.
+            ValueError: If ``state`` is not such a state.
         """
         try:
             self._generator.set_state(state["generator"])

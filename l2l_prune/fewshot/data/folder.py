@@ -50,21 +50,21 @@ def load_folder(
 ) -> Images:
     """One split of your own images.
 
-    The folder holds ``class/picture``, or ``train``, ``val`` and ``test`` with class folders in
-    them, or ``train.csv``, ``val.csv`` and ``test.csv`` of lines ``filename,label`` beside a folder
-    ``images``, or parquet or arrow files with the columns ``image`` and ``label``. The first call
-    decodes all pictures into a file in the user's cache folder (``L2L_PRUNE_CACHE`` to choose
-    another); later ones map that file, until a name, size or time among the pictures changes.
+    The folder holds one of these: class folders with pictures; ``train``, ``val`` and ``test`` with
+    class folders in them; ``train.csv``, ``val.csv`` and ``test.csv`` with lines ``filename,label``
+    next to a folder ``images``; or parquet or arrow files with the columns ``image`` and ``label``.
+    The first call decodes all pictures into a file in the user's cache folder (set
+    ``L2L_PRUNE_CACHE`` to choose another); later calls map that file, until a name, size or time of
+    the pictures changes.
 
     Args:
         root: The folder.
         split: ``"train"``, ``"validation"`` or ``"test"``.
-        image_size: Pixels of a side: pictures are cut to squares about their centres and resampled.
-            Without it all must have one size, which stays.
-        grey: One channel, or three; without it one if no picture has colour.
-        split_seed: Divide the classes at random by this seed: half to train, a quarter to
-            validation, the rest to test. Without it as the folder does, or by seed 0 if it has no
-            splits.
+        image_size: Side in pixels: pictures are cropped to centred squares and resampled. Without
+            it, all pictures must have the same size, which is kept.
+        grey: Whether to read one channel or three; by default one if no picture has colour.
+        split_seed: Seed that splits the classes at random: half to train, a quarter to validation,
+            the rest to test. By default the folder's own split, or seed 0 if it has none.
         skip_damaged: Leave out pictures that cannot be read, with a warning.
         least_images: Pictures that each class of the split must have, >= 1.
 
@@ -74,7 +74,7 @@ def load_folder(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If the folder is not as above, pictures are damaged or of several sizes, splits
-            share a class, or a class or split is too small; names the culprits.
+            share a class, or a class or split is too small; the message names the culprits.
         OSError: If a file cannot be read.
         ImportError: If Pillow, or for tables pyarrow, is missing.
     """
@@ -90,10 +90,10 @@ def load_folder(
 
 
 def folder_classes(root: str | os.PathLike[str]) -> list[str]:
-    """The names of all classes of a folder: by number if all are numbers, else by name.
+    """The names of all classes of a folder, in numerical order if all are numbers, else by name.
 
     Raises:
-        ValueError: If the folder is not as :func:`load_folder` takes it.
+        ValueError: If the folder is not one that :func:`load_folder` can read.
         OSError: If it cannot be read.
     """
     return find_source(root).survey().classes
@@ -110,9 +110,10 @@ def load_source(
     least_images: int = 1,
     numbered_anew: bool = False,
 ) -> Images:
-    """:func:`load_folder` for a source that is found already.
+    """:func:`load_folder` for a source that has already been found.
 
-    ``numbered_anew`` says that each split counts its classes from 0: equal numbers are no fault.
+    ``numbered_anew`` says that each split counts its classes from 0, so that splits may share
+    numbers.
     """
     need_pillow()
     if split not in SPLITS:
@@ -137,7 +138,7 @@ def load_source(
             _decode(source, survey, place, image_size, grey, skip_damaged)
             found = _map(place)
     if found is None:
-        raise ValueError(f"{place}.npy cannot be read back: is the disk in order?")
+        raise ValueError(f"{place}.npy cannot be read back after writing: check the disk")
     everything, about = found
     if about["damaged"]:
         warnings.warn(f"left out: {about['damaged']}", stacklevel=3)
@@ -157,8 +158,8 @@ def split_classes(
         source: The folder.
         survey: What is in it.
         split: ``"train"``, ``"validation"`` or ``"test"``.
-        seed: Divides the classes at random; without it as the folder does, or seed 0.
-        numbered_anew: Whether splits may share numbers that mean other classes in each.
+        seed: Splits the classes at random; by default the folder's own split, or seed 0.
+        numbered_anew: Whether splits may share numbers, which mean different classes in each.
 
     Raises:
         ValueError: If there is no such split, or splits share a class.
@@ -168,8 +169,8 @@ def split_classes(
             _check_apart(source, survey)
         if split not in survey.counts:
             raise ValueError(
-                f"{shown(source.root)} has no {split}, but {', '.join(survey.counts)}; a split "
-                "seed (--split) divides all of its classes anew"
+                f"{shown(source.root)} has no {split} split, only {', '.join(survey.counts)}: give "
+                "a split seed (--split) to split all of its classes at random"
             )
         return sorted(survey.counts[split], key=survey.classes.index)
     classes = survey.classes
@@ -184,9 +185,9 @@ def _check_apart(source: Source, survey: Survey) -> None:
     for one, other in itertools.combinations(survey.counts, 2):
         if both := [name for name in survey.counts[one] if name in survey.counts[other]]:
             raise ValueError(
-                f"{one} and {other} of {shown(source.root)} share {_some(both, 'class')}: splits "
-                "of few-shot data have classes of their own; a split seed (--split) divides all "
-                "classes anew, if equal names mean equal classes"
+                f"{one} and {other} of {shown(source.root)} share {_some(both, 'class')}: few-shot "
+                "splits must not share classes; if equal names mean equal classes, give a split "
+                "seed (--split) to split all classes at random"
             )
 
 
@@ -196,7 +197,7 @@ def _check_counts(
     if len(chosen) < 2:
         raise ValueError(
             f"{split} of {shown(source.root)} has {len(chosen)} of its {len(survey.classes)} "
-            "classes: a task needs at least 2"
+            "classes, but a task needs at least 2"
         )
     counts = sum(survey.counts.values(), collections.Counter())
     _check_sizes(source, {name: counts[name] for name in chosen}, least)
@@ -213,7 +214,7 @@ def _check_left(
 def _check_sizes(source: Source, counts: dict[str, int], least: int) -> None:
     if few := [f"{name} ({count})" for name, count in counts.items() if count < least]:
         raise ValueError(
-            f"tasks need {least} images of a class, and {shown(source.root)} has fewer of "
+            f"tasks need {least} images per class, but {shown(source.root)} has fewer for "
             f"{_some(few, 'class')}: remove them, or ask for fewer shots or queries"
         )
 
@@ -235,7 +236,7 @@ def _map(place: Path) -> tuple[Images, dict[str, Any]] | None:
 
 
 def _some_rows(everything: Images, survey: Survey, chosen: list[str], name: str) -> Images:
-    """The images of some classes, in a mapped file too: in memory they might not fit."""
+    """The images of some classes, also in a mapped file, since they might not fit in memory."""
     place = cache_folder() / f"folder-{name}"
     with locked(place):
         found = map_images(place)
@@ -251,13 +252,13 @@ def _some_rows(everything: Images, survey: Survey, chosen: list[str], name: str)
 
 
 class _Colour(Exception):
-    """Pictures so far had no colour; the next has."""
+    """The first picture with colour was found."""
 
 
 def _decode(
     source: Source, survey: Survey, place: Path, size: int | None, grey: bool | None, skip: bool
 ) -> None:
-    for channels in (grey, False):  # once more, as colour, if not all pictures are grey
+    for channels in (grey, False):  # again, in colour, if not all pictures are grey
         decoding = _Decoding(source, survey, size, channels, skip)
         try:
             write_images(place, decoding.images())
@@ -286,8 +287,8 @@ class _Decoding:
         """Pixels and labels of all pictures, split after split.
 
         Raises:
-            ValueError: If a picture is damaged or of another size; of all damaged ones some are
-                named.
+            ValueError: If a picture is damaged or of another size; the message names some of the
+                damaged ones.
         """
         index = {name: i for i, name in enumerate(self.survey.classes)}
         total = sum(counts.total() for counts in self.survey.counts.values())
@@ -307,12 +308,12 @@ class _Decoding:
                     if self.grey is None and len(pixels) == 3:
                         raise _Colour
                     if self.damages and not self.skip:
-                        continue  # the rest is read to name what else is damaged
+                        continue  # the rest is read only to name what else is damaged
                     if first is None:
                         first = pixels.shape, picture.name
                     if pixels.shape != first[0]:
                         raise ValueError(
-                            f"{picture.name} has {_by(pixels)} pixels, {first[1]} has "
+                            f"{picture.name} has {_by(pixels)} pixels, but {first[1]} has "
                             f"{first[0][2]} x {first[0][1]}: give image_size (--image-size)"
                         )
                     written += 1
@@ -320,14 +321,14 @@ class _Decoding:
                 self.rows[split] = (start, written)
         if self.damages and not (self.skip and written):
             raise ValueError(
-                f"{self.told()}; mend or remove them, or leave them out with skip_damaged "
+                f"{self.told()}; repair or remove them, or leave them out with skip_damaged "
                 "(--skip-damaged)"
             )
         if written + self.damages != total:
             raise ValueError(f"{shown(self.source.root)} changed while it was read")
 
     def told(self) -> str:
-        """What is damaged, in words; empty if nothing is."""
+        """A description of the damaged pictures; empty if there are none."""
         more = self.damages - len(self.damaged)
         named = "; ".join(self.damaged) + (f"; and {more} more" if more else "")
         return f"{self.damages} damaged: {named}" if self.damages else ""
@@ -343,7 +344,7 @@ _Result = tuple[Picture, "npt.NDArray[np.uint8] | DamagedPicture"]
 def _in_threads(
     pictures: Iterable[Picture], size: int | None, grey: bool | None
 ) -> Iterator[_Result]:
-    """Decode in order, a few batches ahead: Pillow lets other threads run meanwhile."""
+    """Decode in order, a few batches ahead: Pillow lets other threads run in the meantime."""
     threads = _processors()
     pictures = iter(pictures)
     waiting: collections.deque[Future[list[_Result]]] = collections.deque()
@@ -380,11 +381,11 @@ def _processors() -> int:
 
 
 class Bar:
-    """A progress bar by rich, on a terminal only.
+    """A progress bar from rich, shown only on a terminal.
 
     Args:
         total: Number of steps.
-        words: What is done.
+        words: What the steps do.
     """
 
     def __init__(self, total: int, words: str = "decoding pictures") -> None:

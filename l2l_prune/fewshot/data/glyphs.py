@@ -33,18 +33,18 @@ RANDOM_SPLITS = {"train": (0.0, 0.6), "validation": (0.6, 0.75), "test": (0.75, 
 
 
 class Glyphs(Dataset[tuple[Tensor, int]]):
-    """Few-shot character images: 565 characters in 20 instances, 28x28 grey, ink 1 on 0.
+    """Few-shot character images: 565 characters with 20 instances each, 28x28 grey, ink 1 on 0.
 
-    Rendered once in about 15 s and cached under the user's cache folder (``L2L_PRUNE_CACHE``
-    or ``root`` to choose another).
+    They are rendered once, in about 15 s, and kept in the user's cache folder (set
+    ``L2L_PRUNE_CACHE`` or ``root`` to choose another).
 
     Args:
         split: ``"train"``, ``"validation"`` or ``"test"``; characters are disjoint.
         split_by: ``"script"``: train Latin and symbols, validation Greek, test Cyrillic,
             Armenian and Georgian. ``"random"``: 60 / 15 / 25% of all characters.
-        max_classes: Use only so many characters of the split, drawn by ``seed``.
-        size: Pixels of a side, 16 to 128: other sizes show the same drawings finer, and are cached
-            beside those of 28 (a minute for 64).
+        max_classes: Use only this many characters of the split, drawn by ``seed``.
+        size: Side in pixels, 16 to 128. Sizes other than 28 show the same drawings at that
+            resolution and have a cached file of their own (64 takes a minute to render).
         root: Folder of the cached file.
         seed: Seed of the random split and of ``max_classes``.
         transform: Applied to each image ``[1, size, size]`` in [0, 1].
@@ -57,7 +57,7 @@ class Glyphs(Dataset[tuple[Tensor, int]]):
         scripts: The script of each label.
 
     Raises:
-        TypeError: If ``size`` is no integer.
+        TypeError: If ``size`` is not an integer.
         ValueError: If ``split``, ``split_by``, ``max_classes`` or ``size`` is not possible.
         ImportError: If the packages of the ``experiments`` extra are missing.
     """
@@ -113,7 +113,7 @@ class Glyphs(Dataset[tuple[Tensor, int]]):
 
 
 def contact_sheet(data: Glyphs, path: str | os.PathLike[str], classes: int = 24) -> None:
-    """Write a PNG to look at: one row a character, its instances side by side.
+    """Write a PNG overview: one row for each character, with its instances side by side.
 
     Args:
         data: The glyphs.
@@ -138,14 +138,14 @@ def _split(glyphs: Rendered, split: str, split_by: str, seed: int) -> list[int]:
 
 
 def random_split(count: int, split: str, seed: int) -> list[int]:
-    """Which of ``count`` things are in a split of a random order."""
+    """Which of ``count`` items are in a split of a random order."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     low, high = (round(count * edge) for edge in RANDOM_SPLITS[split])
     return sorted(order[low:high].tolist())
 
 
 def _load(root: str | os.PathLike[str] | None, size: int = SIZE) -> Rendered:
-    """Read the cached file, or render and cache it; never two processes at once."""
+    """Read the cached file, or render and cache it; one process at a time."""
     try:
         import filelock  # noqa: F401 - of cache.py
         import fontTools
@@ -176,7 +176,7 @@ def _load(root: str | os.PathLike[str] | None, size: int = SIZE) -> Rendered:
             return cached
     except OSError as error:
         warnings.warn(
-            f"glyphs cannot be cached ({error}); rendering them for this process only",
+            f"glyphs cannot be cached ({error}); rendering them only for this process",
             stacklevel=3,
         )
         return render_glyphs(_SEED, size)
@@ -206,13 +206,13 @@ def _read(path: Path, versions: dict[str, Any], size: int) -> Rendered | None:
         or not set(scripts) <= known
         or made_with != versions
     ):
-        warnings.warn(f"{path} does not hold what it should; rendering it again", stacklevel=4)
+        warnings.warn(f"{path} has unexpected content; rendering it again", stacklevel=4)
         return None
     return Rendered(images, characters, scripts)
 
 
 def _write(path: Path, glyphs: Rendered, versions: dict[str, Any]) -> None:
-    """Write whole or not at all."""
+    """Write the file completely or not at all."""
     with replace_file(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
             file,

@@ -1,4 +1,4 @@
-"""The images of a few-shot data set by its name."""
+"""Load the images of a few-shot data set by its name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from l2l_prune.fewshot.data.sources import Source, find_tables
 
 DATA_SETS = ("glyphs", "pictures", *BENCHMARKS, "folder")
 OWN_SPLITS = tuple(BENCHMARKS)
-"""Data sets that are divided, and sized, once and for all."""
+"""Data sets with fixed splits and a fixed image size."""
 
 
 def load_images(
@@ -43,7 +43,7 @@ def load_images(
     """Load one split.
 
     The first call for a folder or a benchmark decodes its images into a file in the user's cache
-    folder (``L2L_PRUNE_CACHE`` to choose another); later ones map that file.
+    folder (set ``L2L_PRUNE_CACHE`` to choose another); later calls map that file.
 
     Args:
         name: ``"glyphs"`` (rendered here), ``"folder"`` (your own images by class, see
@@ -52,21 +52,22 @@ def load_images(
             ``"omniglot"`` from learn2learn's files, or from parquet or arrow files of the three
             splits.
         split: ``"train"``, ``"validation"`` or ``"test"``.
-        root: Folder of the files, as learn2learn's loaders take it; of the pictures; for glyphs, of
-            the cache.
-        max_classes: Use only so many classes of the split, drawn by ``seed``.
+        root: Folder of the files, as learn2learn's loaders take it, or of the pictures; for glyphs,
+            folder of the cache.
+        max_classes: Use only this many classes of the split, drawn by ``seed``.
         seed: Seed of that draw.
-        split_seed: Split the characters of glyphs, or the classes of a folder, at random by this
-            seed, which for glyphs then is also that of the draw; by script, or as the folder does,
-            without it. Pictures are always split at random, by 0 without it.
-        image_size: Pixels of a side of glyphs (28 by default), pictures (64), or the images of a
-            folder (as they are).
+        split_seed: Seed that splits the characters of glyphs, or the classes of a folder, at
+            random; for glyphs it also replaces ``seed``. By default glyphs are split by script, and
+            a folder keeps its own split. Pictures are always split at random, by default with seed
+            0.
+        image_size: Side in pixels of glyphs (28 by default), pictures (64), or the images of a
+            folder (unchanged by default).
         download: Let learn2learn download missing files.
-        skip_damaged: Of a folder: leave out what cannot be read.
-        least_images: Of a folder: images that each class must have.
+        skip_damaged: For a folder: leave out pictures that cannot be read.
+        least_images: For a folder: number of images that each class must have.
 
     Raises:
-        TypeError: If ``max_classes`` is no integer.
+        TypeError: If ``max_classes`` is not an integer.
         ValueError: If a name is unknown, ``max_classes`` is not possible, or a file is broken.
         FileNotFoundError: If a file is missing; the message says which and where it comes from.
     """
@@ -97,9 +98,9 @@ def load_images(
         )
         return _some_classes(own, max_classes, seed)
     if split_seed is not None:
-        raise ValueError(f"{name} has splits of its own: give no split_seed")
+        raise ValueError(f"{name} has splits of its own: leave split_seed out")
     if image_size is not None:
-        raise ValueError(f"{name} has a size of its own: give no image_size")
+        raise ValueError(f"{name} has an image size of its own: leave image_size out")
     tables = None if has_benchmark(name, split, folder) else _tables(name, folder)
     if tables is not None:
         benchmark = BENCHMARKS[name]
@@ -124,13 +125,13 @@ def check_files(
     skip_damaged: bool = False,
     download: bool = False,
 ) -> None:
-    """Make sure that the files of a data set are there (glyphs are rendered if need be).
+    """Make sure that the files of a data set are there (glyphs are rendered if necessary).
 
     Args:
         name: As in :func:`load_images`.
         root: Likewise.
         download: Let learn2learn download what is missing.
-        split_seed: Of a folder, as in :func:`load_images`; it is decoded if need be.
+        split_seed: For a folder, as in :func:`load_images`; it is decoded if necessary.
         image_size: Likewise.
         skip_damaged: Likewise.
 
@@ -165,7 +166,7 @@ def check_files(
 
 
 def _tables(name: str, root: Path) -> Source | None:
-    """The benchmark as parquet or arrow files, if its folder or one called like it has them.
+    """The benchmark as parquet or arrow files, if the folder or one in it of that name has them.
 
     Raises:
         ValueError: If they hold another number of classes than the benchmark has.
@@ -179,9 +180,10 @@ def _tables(name: str, root: Path) -> Source | None:
         published = dict(zip(SPLITS, BENCHMARKS[name].classes, strict=True))
         if found != published:
             raise ValueError(
-                f"the tables in {shown(folder)} are not {name} as few-shot papers split it: they "
+                f"the tables in {shown(folder)} are not split like {name} in few-shot papers: they "
                 f"have {_in_words(found)} classes, not {_in_words(published)}; "
-                "data folder (--data folder) takes them as they are, or splits them by class"
+                "use the data set folder (--data folder) to take them as they are, or to split "
+                "them by class"
             )
         return source
     return None

@@ -15,8 +15,8 @@ def minibatches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Draw ``steps`` minibatches from one task, as Reptile's authors do.
 
-    The examples are shuffled, dealt out in batches that run on across the end of a pass, and
-    shuffled again for the next pass; no example is used twice within a pass.
+    The examples are shuffled and dealt out in batches, then shuffled again for the next pass; a
+    batch may span two passes, and no example is used twice within a pass.
 
     Args:
         x: Examples ``[n, ...]``.
@@ -29,7 +29,7 @@ def minibatches(
         ``(x, y)`` of ``batch_size`` examples.
 
     Raises:
-        TypeError: If a number is no integer.
+        TypeError: If a number is not an integer.
         ValueError: If there are no examples, lengths differ, or a number is out of range.
 
     Examples:
@@ -38,7 +38,9 @@ def minibatches(
         [2, 2, 2]
     """
     if len(x) != len(y) or len(x) == 0:
-        raise ValueError(f"x and y must hold equally many examples, got {len(x)} and {len(y)}")
+        raise ValueError(
+            f"x and y must hold equally many examples, at least one, got {len(x)} and {len(y)}"
+        )
     checks.whole_number("batch_size", batch_size, least=1)
     checks.whole_number("steps", steps)
     passes = -(-batch_size * steps // len(x))

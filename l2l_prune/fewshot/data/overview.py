@@ -1,4 +1,4 @@
-"""What a folder of images holds, in words and as a contact sheet."""
+"""Describe the contents of a folder of images, in words and as a contact sheet."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Overview:
         least: Smallest width and height.
         most: Largest width and height.
         grey: Number of grey pictures.
-        damaged: Some of those whose head cannot be read, in words.
-        damages: Their number.
+        damaged: Descriptions of some pictures whose header cannot be read.
+        damages: The number of all such pictures.
     """
 
     source: Source
@@ -55,7 +55,7 @@ class Overview:
         return sum(counts.total() for counts in self.counts.values())
 
     def lines(self) -> list[str]:
-        """It in words, line by line."""
+        """A description, line by line."""
         sizes = [count for counts in self.counts.values() for count in counts.values()]
         smallest = min(
             ((count, name) for counts in self.counts.values() for name, count in counts.items()),
@@ -64,7 +64,7 @@ class Overview:
         found = [
             f"{shown(self.source.root)}: {self.source.layout}, {classes} classes, "
             f"{self.total:,} pictures",
-            f"pictures of a class: {min(sizes):,} ({shown(smallest[1])}) to {max(sizes):,}",
+            f"pictures per class: {min(sizes):,} ({shown(smallest[1])}) to {max(sizes):,}",
         ]
         if WHOLE not in self.counts:
             found += [
@@ -72,7 +72,7 @@ class Overview:
                 for split, counts in self.counts.items()
             ]
         else:
-            found.append("no splits: classes are divided at random (--split)")
+            found.append("no splits: classes are split at random (--split)")
         if self.most != (0, 0):
             size = "{} x {}".format(*self.least)
             if not self.one_size:
@@ -87,13 +87,13 @@ class Overview:
 
 
 def look(root: Path) -> Overview:
-    """List a folder, and read the heads of its pictures.
+    """List a folder, and read the headers of its pictures.
 
     Args:
-        root: A folder as :func:`~l2l_prune.fewshot.data.load_folder` takes it.
+        root: A folder that :func:`~l2l_prune.fewshot.data.load_folder` can read.
 
     Raises:
-        ValueError: If it is not so; says what and how.
+        ValueError: If it is not such a folder; the message says why.
         OSError: If a file cannot be read.
     """
     need_pillow()
@@ -120,11 +120,11 @@ def contact_sheet(root: Path, path: Path) -> int:
     """Draw the first pictures of each class as a PNG.
 
     Args:
-        root: A folder as :func:`~l2l_prune.fewshot.data.load_folder` takes it.
+        root: A folder that :func:`~l2l_prune.fewshot.data.load_folder` can read.
         path: The file to write.
 
     Returns:
-        The number of classes drawn: of many, the first 40.
+        The number of classes drawn, at most the first 40.
 
     Raises:
         ValueError: If the folder cannot be used.
@@ -137,7 +137,7 @@ def contact_sheet(root: Path, path: Path) -> int:
     sheet = Image.new("RGB", (_MARGIN + _COLUMNS * _TILE, len(rows) * _TILE), "white")
     draw = ImageDraw.Draw(sheet)
     for name, row in rows.items():
-        plain = shown(name).encode("ascii", "replace").decode()  # what every font has
+        plain = shown(name).encode("ascii", "replace").decode()  # characters in every font
         draw.text((4, row * _TILE + _TILE // 2 - 6), plain[:20], fill="black")
     drawn: Counter[str] = Counter()
     for picture in itertools.chain.from_iterable(p.pictures() for p in source.parts.values()):

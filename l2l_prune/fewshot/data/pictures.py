@@ -1,4 +1,4 @@
-"""Pictures as arrays: the one place where image files are decoded."""
+"""Pictures as arrays: the only place where image files are decoded."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from PIL import Image as PILImage
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_MOST_PIXELS = 100_000_000  # decoded, a colour picture of that many takes 300 MB
+_MOST_PIXELS = 100_000_000  # 300 MB, when decoded in colour
 _GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 class Picture(NamedTuple):
-    """A picture before it is read.
+    """A picture that has not been read yet.
 
     Attributes:
-        name: Where it is, for messages.
+        name: Its location, for messages.
         label: Its class.
         content: Its path, or the bytes of its file.
     """
@@ -40,11 +40,11 @@ class Picture(NamedTuple):
 
 
 class DamagedPicture(ValueError):
-    """A file that is no picture, or not all of one; the message names it."""
+    """A file that is not a picture, or an incomplete one; the message names it."""
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file is called like a picture."""
+    """Whether a file name ends like a picture's."""
     return os.path.splitext(name)[1].lower() in ENDINGS
 
 
@@ -54,20 +54,20 @@ def read_picture(
     grey: bool | None = None,
     name: str | None = None,
 ) -> npt.NDArray[np.uint8]:
-    """Decode one picture: turned as its EXIF note says, transparency on white, the first frame.
+    """Decode one picture: the first frame, rotated by its EXIF orientation, on a white background.
 
     Args:
         content: A path, or the bytes of a file.
-        size: Cut it to a square about its centre and resample that to so many pixels a side; as it
-            is without it.
-        grey: One channel, or three; without it one for pictures without colour.
-        name: What messages call it; the path by default.
+        size: Crop it to a centred square and resample that to this many pixels a side; unchanged by
+            default.
+        grey: Whether to read one channel or three; by default one if the picture has no colour.
+        name: Its name in messages; the path by default.
 
     Returns:
         uint8 ``[C, H, W]``.
 
     Raises:
-        DamagedPicture: If it cannot be decoded; names it.
+        DamagedPicture: If it cannot be decoded; the message names it.
         OSError: If the file cannot be opened.
         ImportError: If Pillow is missing.
     """
@@ -86,22 +86,22 @@ def read_picture(
 
 
 def picture_facts(content: str | bytes, name: str) -> tuple[int, int, bool]:
-    """Width, height and whether it is grey, from the head of the file.
+    """Width, height and whether it is grey, from the header of the file.
 
     Raises:
-        DamagedPicture: If it has none; names it.
+        DamagedPicture: If it has none; the message names the file.
         OSError: If the file cannot be opened.
     """
     with _opened(content, name) as picture:
         width, height = picture.size
-        if picture.getexif().get(0x0112, 1) >= 5:  # turned by a quarter
+        if picture.getexif().get(0x0112, 1) >= 5:  # rotated by 90 degrees
             width, height = height, width
         return width, height, picture.mode in _GREY
 
 
 @contextmanager
 def _opened(content: str | os.PathLike[str] | bytes, called: str) -> Iterator[PILImage.Image]:
-    """The picture, not decoded yet; every error within is told by its name."""
+    """The picture, not decoded yet; every error inside names it."""
     from PIL import Image, UnidentifiedImageError
 
     with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
@@ -115,21 +115,19 @@ def _opened(content: str | os.PathLike[str] | bytes, called: str) -> Iterator[PI
         except MemoryError:
             raise
         except UnidentifiedImageError as error:
-            raise DamagedPicture(
-                f"{called} cannot be read as a picture: no known format"
-            ) from error
-        except Exception as error:  # decoders raise what they like
+            raise DamagedPicture(f"{called} cannot be read as a picture: unknown format") from error
+        except Exception as error:  # decoders raise errors of many kinds
             raise DamagedPicture(f"{called} cannot be read as a picture: {error}") from error
 
 
 def _eight_bits(picture: PILImage.Image) -> PILImage.Image:
-    """Of 16 bits the upper eight (Pillow would clip), and no transparency."""
+    """Keep the upper eight of 16 bits (Pillow would clip), and remove transparency."""
     from PIL import Image
 
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
         return Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8))
     if picture.mode in ("I", "F"):
-        raise ValueError("its values are not of 8 or 16 bits")
+        raise ValueError("its values do not have 8 or 16 bits")
     if picture.has_transparency_data:
         kind = "LA" if picture.mode in _GREY else "RGBA"
         ground = Image.new(kind, picture.size, "white")
@@ -140,15 +138,15 @@ def _eight_bits(picture: PILImage.Image) -> PILImage.Image:
 
 
 def shown(name: str | os.PathLike[str]) -> str:
-    """A path as text that any terminal takes; bytes that are no UTF-8 as backslash and number."""
+    """A path as text for any terminal; bytes that are not UTF-8 become backslash escapes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def picture_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """The files under a folder that end like pictures, in the order of their names.
+    """The picture files under a folder, by their suffixes, in the order of their names.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no picture in it.
+        FileNotFoundError: If the folder does not exist, or has no pictures.
     """
     paths = sorted(path for path in Path(folder).rglob("*") if is_picture(path.name))
     if not paths:
@@ -164,24 +162,24 @@ def load_pictures(
     split: str | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """All pictures of a folder and its folders, cut to squares about their centres.
+    """All pictures of a folder and its subfolders, cropped to centred squares.
 
     Args:
-        folder: Where they are; files that do not end like pictures are passed over.
-        size: Pixels of a side, >= 1; larger and smaller pictures are resampled.
-        grey: One channel instead of three.
-        split: Only the pictures to train on (``"train"``, 60%), for ``"validation"`` (15%) or
-            ``"test"`` (25%), drawn by ``seed``; all by default.
+        folder: The folder; files without a picture's suffix are ignored.
+        size: Side in pixels, >= 1; larger and smaller pictures are resampled.
+        grey: Read one channel instead of three.
+        split: Only the pictures of ``"train"`` (60%), ``"validation"`` (15%) or ``"test"`` (25%),
+            drawn by ``seed``; all by default.
         seed: Seed of that draw.
 
     Returns:
         uint8 ``[n, C, size, size]``, in the order of the files' names.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no picture in it.
+        FileNotFoundError: If the folder does not exist, or has no pictures.
         ImportError: If Pillow is missing.
-        ValueError: If a picture cannot be read, and the file is named; if ``split`` is unknown, or
-            has no picture of so few.
+        ValueError: If a picture cannot be read (the message names the file), ``split`` is unknown,
+            or there are too few pictures for it.
     """
     need_pillow()
     checks.whole_number("size", size, least=1)
@@ -192,20 +190,22 @@ def load_pictures(
     if split is not None:
         chosen = random_split(len(paths), split, seed)
         if not chosen:
-            raise ValueError(f"{len(paths)} pictures under {folder} leave none for {split}")
+            raise ValueError(
+                f"{len(paths)} pictures under {folder} leave none for {split}: add more pictures"
+            )
         paths = [paths[number] for number in chosen]
     return torch.stack([torch.from_numpy(_owned(read_picture(p, size, grey))) for p in paths])
 
 
 def _owned(pixels: npt.NDArray[np.uint8]) -> Any:
-    return np.array(pixels)  # torch warns of memory that it must not write
+    return np.array(pixels)  # a copy: torch warns about read-only memory
 
 
 def need_pillow() -> None:
-    """Say what to install.
+    """Check that Pillow is installed.
 
     Raises:
-        ImportError: If Pillow is missing.
+        ImportError: If it is missing; the message says what to install.
     """
     try:
         import PIL.Image  # noqa: F401

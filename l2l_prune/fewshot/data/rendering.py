@@ -1,4 +1,4 @@
-"""How glyph images are made: characters of matplotlib's fonts, each face jittered."""
+"""Render glyph images: characters of matplotlib's fonts, with jitter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LEAST_INK = 0.3  # of the font size: drops blanks, dots, commas and accents
 _LEAST_DISTINCT = 10  # faces that differ in pixels: rarer symbols have few
 _NEAR_DUPLICATE = 0.93
 _THICKER = 2  # how far thick strokes reach out on the canvas
-_OVERSAMPLED = 2  # the grid on which the jittered canvas is sampled is so much finer
+_OVERSAMPLED = 2  # the jittered canvas is sampled on a grid that is finer by this factor
 _FAMILIES = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral")
 _COMPARED = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf")
 _SCRIPTS = ("latin", "greek", "cyrillic", "armenian", "georgian")
@@ -54,7 +54,7 @@ def render_glyphs(seed: int = 0, size: int = SIZE) -> Rendered:
 
     Args:
         seed: Seed of the jitter.
-        size: Pixels of a side. Other sizes show the same characters, faces and jitter, finer.
+        size: Side in pixels. Other sizes show the same characters, faces and jitter.
 
     Returns:
         About 600 classes in code-point order within each script.
@@ -108,7 +108,7 @@ def _fonts(size: int = SIZE) -> dict[str, tuple[Any, set[int]]]:
 
 
 def _candidates(fonts: dict[str, tuple[Any, set[int]]]) -> list[tuple[str, str]]:
-    """``(character, script)`` of all that enough faces draw, Latin before its look-alikes."""
+    """``(character, script)`` of all that enough faces cover, Latin before its look-alikes."""
     found: list[tuple[str, str]] = []
     compared = [fonts[face][1] for face in _COMPARED]
     for point in sorted(set.intersection(*compared)):
@@ -126,7 +126,7 @@ def _candidates(fonts: dict[str, tuple[Any, set[int]]]) -> list[tuple[str, str]]
 
 
 def _scaled(length: int, size: int) -> int:
-    """A length that was chosen for images of ``SIZE``, for another size."""
+    """Scale a length that was chosen for images of ``SIZE`` to another size."""
     return round(length * size / SIZE)
 
 
@@ -151,7 +151,7 @@ def _draw(font: Any, character: str, size: int = SIZE) -> Bytes:
 def _without_near_duplicates(
     candidates: list[tuple[str, str]], drawn: dict[str, Bytes]
 ) -> list[tuple[str, str]]:
-    """Drop what looks like an earlier character: blurred faces, mean cosine over three of them."""
+    """Drop characters that look like earlier ones: mean cosine over three blurred faces."""
     faces = np.stack([drawn[c][[0, 4, -1]] for c, _ in candidates])
     blurred = F.avg_pool2d(torch.from_numpy(faces).float(), 17, stride=4, padding=8)
     vectors = F.normalize(blurred.flatten(2), dim=2)

@@ -1,4 +1,4 @@
-"""Pickles of strangers: arrays and plain values are read from them, nothing is called."""
+"""Read untrusted pickles: only arrays and plain values, and nothing is called."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _PICKLED_LOADERS = ("fc100", "mini_imagenet", "tiered_imagenet")
 _LARGEST_IMAGE = 1 << 20  # pixels; the benchmarks' own have 105 x 105 at most
 
 
-_SMALL = 1 << 16  # bytes that are read without a look at how many there are
+_SMALL = 1 << 16  # bytes that are read without checking how many the file has
 _MOST_ENTRIES = 1 << 48  # of an array, counting lengths of 0 as 1: no product overflows
-_KINDS = "biufcSU"  # what an array may hold; objects would be addresses of memory
+_KINDS = "biufcSU"  # what an array may hold; objects would be memory addresses
 _DTYPE = re.compile(rf"[{_KINDS}][1-9][0-9]{{0,8}}")
 
 
-# A class of the standard library, in Python: the one in C would make room for any memo index.
+# The standard library's class in Python: the one in C would allocate room for any memo index.
 class SafeUnpickler(pickle._Unpickler):
     """Reads plain values and numpy arrays, the names of Python 2 and old numpy included.
 
-    Arrays hold numbers, booleans, text or bytes; no objects and no fields. Keys of dicts are
-    numbers, text, bytes or ``None``. State is taken by arrays and dtypes alone, and is checked
-    before numpy sees it.
+    Arrays may hold numbers, booleans, text or bytes, but no objects and no fields. Keys of dicts
+    may be numbers, text, bytes or ``None``. Only arrays and dtypes may have a state, which is
+    checked before numpy sees it.
 
     Args:
-        file: A binary file that can seek.
-        options: As those of ``pickle.Unpickler``.
+        file: A seekable binary file.
+        options: Those of ``pickle.Unpickler``.
 
     Raises:
-        pickle.UnpicklingError: At anything else.
+        pickle.UnpicklingError: If the file holds anything else.
 
     Examples:
         >>> import io
@@ -61,14 +61,14 @@ class SafeUnpickler(pickle._Unpickler):
         file.seek(here)
 
         def read(count: int) -> bytes:
-            if count > _SMALL and count > end - file.tell():  # before memory for it is taken
+            if count > _SMALL and count > end - file.tell():  # before memory is allocated for it
                 raise pickle.UnpicklingError("the file ends too early")
             return file.read(count)
 
         self._file_read = read
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for the name, if it is known to be harmless."""
+        """The replacement for a name that is known to be harmless."""
         plain = module.replace("numpy._core", "numpy.core")
         try:
             return _KNOWN[plain, name]
@@ -79,7 +79,7 @@ class SafeUnpickler(pickle._Unpickler):
 
 
 def _on(*opcodes: bytes) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Let a function carry out these opcodes."""
+    """Let a function execute these opcodes."""
 
     def put(function: Callable[[Any], None]) -> Callable[[Any], None]:
         SafeUnpickler.dispatch.update((opcode[0], function) for opcode in opcodes)
@@ -149,27 +149,27 @@ def _target(reader: Any, kind: type[Any]) -> Any:
 
 
 def _key(key: Any) -> Any:
-    """A key whose hash is soon found: that of nested tuples can take forever, or all the stack."""
+    """A key that is fast to hash: nested tuples could take forever, or the whole stack."""
     if key is not None and not isinstance(key, (str, bytes, int, float, np.generic)):
-        raise pickle.UnpicklingError(f"the file has a {type(key).__name__} for a key")
+        raise pickle.UnpicklingError(f"the file has a {type(key).__name__} as a key")
     return key
 
 
 def _fill_array(array: npt.NDArray[Any], state: Any) -> None:
     if not isinstance(state, tuple) or len(state) != 5 or array.size or array.base is not None:
-        raise pickle.UnpicklingError("the file has an array whose state is none")
+        raise pickle.UnpicklingError("the file has an array with an invalid state")
     _, shape, dtype, fortran, content = state
     content = _checked_content(shape, dtype, content)
     array.__setstate__((1, shape, _own(dtype), bool(fortran), content))
 
 
 def _own(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """A copy: what the file does to its dtype later does not reach an array."""
+    """A copy, so that what the file later does to its dtype cannot affect an array."""
     return np.dtype(dtype, copy=True)
 
 
 def _checked_content(shape: Any, dtype: Any, content: Any) -> bytes:
-    """The bytes of an array, if they are as many as its shape and dtype need."""
+    """The bytes of an array, if there are as many as its shape and dtype need."""
     if isinstance(content, str):  # of Python 2
         content = content.encode("latin1")
     lengths = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
@@ -180,18 +180,18 @@ def _checked_content(shape: Any, dtype: Any, content: Any) -> bytes:
     if not isinstance(content, (bytes, bytearray)) or (
         len(content) != math.prod(shape) * dtype.itemsize
     ):
-        raise pickle.UnpicklingError("the file has an array whose content is not as its shape")
-    if dtype.kind == "U":  # numpy makes text of it without a look
+        raise pickle.UnpicklingError("the file has an array whose content does not fit its shape")
+    if dtype.kind == "U":  # numpy makes text of it without a check
         letters = np.frombuffer(content, f"{dtype.byteorder}u4")
         if letters.size and letters.max() > sys.maxunicode:
-            raise pickle.UnpicklingError("the file has an array of text that is no Unicode")
+            raise pickle.UnpicklingError("the file has an array of text that is not Unicode")
     return bytes(content)  # the same object, if it is bytes
 
 
 def _order_bytes(dtype: np.dtype[Any], state: Any) -> None:
-    """Only the order of bytes is taken from a dtype's state; the rest is what it has already."""
+    """Take only the byte order from a dtype's state; the rest must be what it has already."""
     if not isinstance(state, tuple) or len(state) != 8:
-        raise pickle.UnpicklingError("the file has a dtype whose state is none")
+        raise pickle.UnpicklingError("the file has a dtype with an invalid state")
     _, order, *inner, size, alignment, _ = state
     orders = ("|",) if dtype.byteorder == "|" else ("<", ">", "=")
     if any(part is not None for part in inner):
@@ -203,14 +203,14 @@ def _order_bytes(dtype: np.dtype[Any], state: Any) -> None:
 
 
 def _empty_array(kind: Any, shape: Any, letter: Any) -> Any:
-    """As pickled arrays begin: their state brings shape and content, which numpy compares."""
+    """Pickled arrays begin like this; their state brings shape and content, which are checked."""
     if kind is not _ARRAY or shape != (0,):
         raise pickle.UnpicklingError("the file asks for an array without its content")
     return np.empty(0, np.int8)
 
 
 def _as_latin1(text: str, encoding: str = "utf-8") -> bytes:
-    """How protocols before 3 write bytes."""
+    """Bytes as protocols before 3 write them."""
     if not isinstance(text, str) or encoding != "latin1":
         raise pickle.UnpicklingError("the file asks for an encoding that no pickle needs")
     return text.encode(encoding)
@@ -225,10 +225,10 @@ def _no_bytes() -> bytes:
 
 
 def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any) -> Any:
-    """Arrays since protocol 5."""
+    """Arrays as protocols from 5 on write them."""
     if not isinstance(order, str) or order not in ("C", "F"):
-        raise pickle.UnpicklingError("the file asks for an array in no order")
-    if isinstance(content, bytearray):  # stays writable, as it was
+        raise pickle.UnpicklingError("the file asks for an array in an unknown order")
+    if isinstance(content, bytearray):  # stays writable
         _checked_content(shape, dtype, content)
     else:
         content = _checked_content(shape, dtype, content)
@@ -238,7 +238,7 @@ def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any) -> Any:
 def _dtype(name: Any, *options: Any) -> Any:
     if not isinstance(name, str) or not _DTYPE.fullmatch(name):
         raise pickle.UnpicklingError("the file asks for a dtype that no benchmark has")
-    return np.dtype(name, align=False, copy=True)  # a copy, for its state will change it
+    return np.dtype(name, align=False, copy=True)  # a copy, since its state will change it
 
 
 def _ordered(items: Any = ()) -> Any:
@@ -259,7 +259,7 @@ _KNOWN = {
 
 
 class _Safe:
-    """What learn2learn's loaders use of the module pickle."""
+    """The parts of the module pickle that learn2learn's loaders use."""
 
     UnpicklingError = pickle.UnpicklingError
     _Unpickler = SafeUnpickler
@@ -271,7 +271,7 @@ class _Safe:
 
 @contextmanager
 def safe_loaders() -> Iterator[None]:
-    """Within it, learn2learn's loaders unpickle safely, and Pillow refuses giant images."""
+    """Inside, learn2learn's loaders unpickle safely, and Pillow refuses giant images."""
     from PIL import Image
 
     names = [f"learn2learn.vision.datasets.{name}" for name in _PICKLED_LOADERS]

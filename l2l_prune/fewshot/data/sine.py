@@ -1,4 +1,4 @@
-"""Sine regression tasks of the meta-learning literature."""
+"""Sine regression tasks from the meta-learning literature."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class SineTasks:
     """Draws tasks ``y = a sin(x - b)``: a in [0.1, 5], b in [0, pi], x in [-5, 5].
 
     Args:
-        shots: Support points of a task, >= 1.
-        queries: Query points of a task, >= 0.
+        shots: Support points in a task, >= 1.
+        queries: Query points in a task, >= 0.
         seed: Seed of the draws.
 
     Raises:
-        TypeError: If a number is no integer.
+        TypeError: If a number is not an integer.
         ValueError: If a number is out of range.
 
     Source:

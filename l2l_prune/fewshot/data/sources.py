@@ -1,6 +1,6 @@
-"""What lies in a folder of images: class folders, CSV lists or tables, listed as a stream.
+"""The contents of a folder of images: class folders, CSV lists or tables, listed as a stream.
 
-No object is kept for a file beyond its class: a folder may hold millions.
+No object is kept for a single file, since a folder may hold millions.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ _SPLITS = {
 _IN_NAME = re.compile(rf"(?<![a-z0-9])({'|'.join(_SPLITS)})(?![a-z0-9])")
 _LAYOUTS = (
     "class/picture.png, train/class/picture.png (val, test), train.csv (val, test) with "
-    "filename,label beside a folder images, or train-*.parquet (val, test) with the columns image "
+    "filename,label next to a folder images, or train-*.parquet (val, test) with the columns image "
     "and label"
 )
 
 
 class Part(Protocol):
-    """A split, or all of a source without splits."""
+    """A split, or the whole of a source without splits."""
 
     def survey(self, digest: Any) -> Counter[str]:
-        """Pictures of each class; what is there goes to ``digest``."""
+        """Number of pictures in each class; names, sizes and times update ``digest``."""
 
     def pictures(self) -> Iterator[Picture]:
-        """All pictures, in an order that stays."""
+        """All pictures, always in the same order."""
 
 
 @dataclass
 class Survey:
-    """What was found, without a look into the pictures.
+    """What was found, without reading the pictures.
 
     Attributes:
         counts: By part, the number of pictures of each class.
@@ -61,12 +61,12 @@ class Survey:
 
     @property
     def classes(self) -> list[str]:
-        """Names of all classes, numbers by size."""
+        """Names of all classes, in the order of :func:`sort_classes`."""
         return sort_classes(name for counts in self.counts.values() for name in counts)
 
 
 def sort_classes(names: Iterable[str]) -> list[str]:
-    """Each once; by number if all are numbers, else by name."""
+    """Each name once, in numerical order if all are numbers, else by name."""
     found = set(names)
     if all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in found):
         return sorted(found, key=lambda name: (int(name), name))
@@ -88,33 +88,34 @@ class Source:
     parts: dict[str, Part]
 
     def survey(self) -> Survey:
-        """List it.
+        """List its pictures.
 
         Raises:
-            ValueError: If there is nothing to use, or not as it must be; names what and where.
-            OSError: If a file cannot be looked at.
+            ValueError: If there is nothing usable; the message says what is wrong and where.
+            OSError: If a file cannot be accessed.
         """
         survey, digest = Survey(), sha256()
         for split, part in self.parts.items():
             digest.update(f"{split}\0".encode())
             counts = part.survey(digest)
             if not counts:
-                raise ValueError(f"{shown(self.root)} holds no {split or 'picture'} at all")
+                kind = f"{split} pictures" if split else "pictures"
+                raise ValueError(f"{shown(self.root)} has no {kind}")
             survey.counts[split] = counts
         survey.key = digest.hexdigest()[:16]
         return survey
 
 
 def find_source(root: str | os.PathLike[str]) -> Source:
-    """See how a folder is laid out.
+    """Find out how a folder is laid out.
 
     Args:
         root: The folder.
 
     Raises:
-        FileNotFoundError: If it is not there.
+        FileNotFoundError: If it does not exist.
         NotADirectoryError: If it is a file.
-        ValueError: If there is nothing in it that can be used; says how it must look.
+        ValueError: If it holds nothing usable; the message shows the possible layouts.
     """
     folder = Path(root).expanduser()
     if not folder.exists():
@@ -138,7 +139,7 @@ def find_source(root: str | os.PathLike[str]) -> Source:
         return Source(folder, "class folders", {WHOLE: _ClassFolders(folder)})
     names, _ = _pictures_in(folder)
     what = "pictures, but no class folders" if names else "neither class folders nor pictures"
-    raise ValueError(f"{shown(folder)} holds {what}; it may look like this: {_LAYOUTS}")
+    raise ValueError(f"{shown(folder)} holds {what}; possible layouts are {_LAYOUTS}")
 
 
 def _each(paths: list[Path]) -> Iterator[tuple[str, Path]]:
@@ -147,7 +148,9 @@ def _each(paths: list[Path]) -> Iterator[tuple[str, Path]]:
     for path in sorted(paths, key=lambda path: list(_SPLITS).index(path.stem)):
         split = _SPLITS[path.stem]
         if seen.setdefault(split, path) is not path:
-            raise ValueError(f"{shown(path)} and {shown(seen[split])} are both for {split}")
+            raise ValueError(
+                f"{shown(path)} and {shown(seen[split])} are both for {split}: keep one of them"
+            )
         yield split, path
 
 
@@ -168,7 +171,8 @@ def find_tables(folder: Path) -> dict[str, Table]:
             found.setdefault(names.pop() if names else WHOLE, []).append(path)
         if len(found) > 1 and WHOLE in found:
             raise ValueError(
-                f"{shown(found[WHOLE][0])} names no split (train, val, test), unlike others there"
+                f"{shown(found[WHOLE][0])} names no split (train, val, test), but other files "
+                "there do: rename or remove it"
             )
         if found:
             ordered = (split for split in (WHOLE, *_SPLITS) if split in found)
@@ -251,7 +255,7 @@ class _List:
 
 
 def _folders(root: Path) -> list[Path]:
-    """The folders in one, by name; each once, though a link may lead in a circle."""
+    """The folders in a folder, by name; a link back to one of them is refused."""
     with os.scandir(root) as entries:
         names = [e.name for e in entries if not e.name.startswith(".") and e.is_dir()]
     folders = [root / name for name in sorted(names, key=os.fsencode)]
@@ -260,7 +264,7 @@ def _folders(root: Path) -> list[Path]:
         other = seen.setdefault(_place(folder), folder)
         if other is not folder:
             raise ValueError(
-                f"{shown(folder)} and {shown(other)} are one folder: a link in a circle"
+                f"{shown(folder)} and {shown(other)} are the same folder: remove the link"
             )
     return folders
 
@@ -281,8 +285,8 @@ def _pictures_in(folder: Path) -> tuple[list[str], int]:
                 names.append(entry.name)
             elif entry.is_dir():
                 raise ValueError(
-                    f"{shown(entry.path)} is a folder within a class: pictures must lie in the "
-                    f"folder of their class; it may look like this: {_LAYOUTS}"
+                    f"{shown(entry.path)} is a folder within a class: pictures must be directly in "
+                    f"the folder of their class; possible layouts are {_LAYOUTS}"
                 )
             else:
                 others += 1

@@ -1,4 +1,4 @@
-"""Parquet and arrow tables of pictures, as the hubs keep them; read with pyarrow."""
+"""Parquet and arrow tables of pictures, as data hubs store them; read with pyarrow."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _ROWS = 256
 class Table:
     """The rows of some files.
 
-    They have a column ``image`` of bytes, or of a struct of bytes and path, and a column ``label``
-    of whole numbers or text.
+    They have a column ``image`` with bytes, or with structs of bytes and path, and a column
+    ``label`` with whole numbers or text.
 
     Args:
         files: Parquet or arrow files, in order.
-        root: Where relative paths of the struct start.
+        root: The folder to which paths in the structs are relative.
     """
 
     files: tuple[Path, ...]
     root: Path
 
     def survey(self, digest: Any) -> Counter[str]:
-        """Rows of each class; the files' names, sizes and times go to ``digest``.
+        """Number of rows in each class; the files' names, sizes and times update ``digest``.
 
         Raises:
-            ValueError: If a file is damaged, or has not these columns; names it.
+            ValueError: If a file is damaged or lacks these columns; the message names it.
             ImportError: If pyarrow is missing.
         """
         counts: Counter[str] = Counter()
@@ -53,7 +53,7 @@ class Table:
         """All rows in order.
 
         Raises:
-            ValueError: If a row has no image, or a file is damaged; names it.
+            ValueError: If a row has no image, or a file is damaged; the message names it.
         """
         for file in self.files:
             row = 0
@@ -75,7 +75,7 @@ class Table:
 
 
 def _batches(file: Path, columns: list[str]) -> Iterator[Any]:
-    """Record batches of a few rows with some of the columns."""
+    """Record batches of a few rows, with some of the columns."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -89,7 +89,7 @@ def _batches(file: Path, columns: list[str]) -> Iterator[Any]:
         try:
             reader = pa.ipc.open_file(mapped)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        except pa.ArrowInvalid:  # a stream, as "save to disk" of the hubs writes it
+        except pa.ArrowInvalid:  # a stream, as the hubs' "save to disk" writes it
             mapped.seek(0)
             reader = pa.ipc.open_stream(mapped)
             batches = iter(reader)
@@ -105,7 +105,9 @@ def _check_columns(schema: Any) -> None:
 
     for name in ("image", "label"):
         if schema.get_field_index(name) < 0:  # also where it is there twice
-            raise ValueError(f"it must have one column {name}; it has {', '.join(schema.names)}")
+            raise ValueError(
+                f"it must have exactly one column {name}, but it has {', '.join(schema.names)}"
+            )
     image, label = schema.field("image").type, schema.field("label").type
     if pa.types.is_struct(image):
         fields = {field.name: field.type for field in image}
@@ -123,7 +125,7 @@ def _check_columns(schema: Any) -> None:
 def _labels(batch: Any) -> list[str]:
     labels = batch.column("label").to_pylist()
     if None in labels:
-        raise ValueError("its column label has gaps")
+        raise ValueError("its column label has missing values")
     names = _class_names(batch.schema)
     return [
         names[label] if isinstance(label, int) and 0 <= label < len(names) else str(label)
@@ -132,7 +134,7 @@ def _labels(batch: Any) -> list[str]:
 
 
 def _class_names(schema: Any) -> list[str]:
-    """The names of the labels, if the table's metadata has them as the hubs write them."""
+    """The names of the labels, if the table's metadata has them in the hubs' format."""
     try:
         about = json.loads((schema.metadata or {})[b"huggingface"])
         names = about["info"]["features"]["label"]["names"]

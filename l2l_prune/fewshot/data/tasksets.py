@@ -1,4 +1,4 @@
-"""Data sets as learn2learn tasksets, so that a learn2learn loop takes them like its benchmarks."""
+"""Data sets as learn2learn tasksets, for use in a learn2learn loop like its own benchmarks."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def glyphs_tasksets(
     max_classes: int | None = None,
     **options: Any,
 ) -> Tasksets:
-    """Tasksets made as ``learn2learn.vision.benchmarks.get_tasksets`` makes its own.
+    """Tasksets of glyphs, made as ``learn2learn.vision.benchmarks.get_tasksets`` makes its own.
 
     Args:
-        train_ways: Classes of a training task.
+        train_ways: Classes in a training task.
         train_samples: Examples of each class in a training task (support and query together).
-        test_ways: Classes of a validation or test task.
+        test_ways: Classes in a validation or test task.
         test_samples: Examples of each class in a validation or test task.
         num_tasks: Number of tasks in a taskset; -1 for a fresh one at each draw.
         max_classes: Number of training characters, all by default.
-        **options: Further arguments of :class:`Glyphs`, but not ``split``.
+        **options: Further arguments of :class:`Glyphs`, except ``split``.
 
     Returns:
         ``learn2learn.data.Taskset`` for train, validation and test; a draw gives
@@ -66,16 +66,16 @@ def folder_tasksets(
     num_tasks: int = -1,
     **options: Any,
 ) -> Tasksets:
-    """:func:`glyphs_tasksets` of your own images.
+    """Tasksets of your own images, like :func:`glyphs_tasksets`.
 
     Args:
-        root: Their folder, as :func:`load_folder` takes it.
-        train_ways: Classes of a training task.
+        root: Their folder, as for :func:`load_folder`.
+        train_ways: Classes in a training task.
         train_samples: Examples of each class in a training task (support and query together).
-        test_ways: Classes of a validation or test task.
+        test_ways: Classes in a validation or test task.
         test_samples: Examples of each class in a validation or test task.
         num_tasks: Number of tasks in a taskset; -1 for a fresh one at each draw.
-        **options: Further arguments of :func:`load_folder`, but not ``split``.
+        **options: Further arguments of :func:`load_folder`, except ``split``.
 
     Returns:
         ``learn2learn.data.Taskset`` for train, validation and test; a draw gives
@@ -112,7 +112,7 @@ class _Labelled(Dataset[tuple[Tensor, int]]):
 
     @property
     def indices_to_labels(self) -> dict[int, int]:
-        """What learn2learn would else find out by reading every image."""
+        """The labels, which learn2learn would otherwise find by reading every image."""
         return dict(enumerate(self._data.labels.tolist()))
 
 

@@ -304,7 +304,7 @@ def test_links(root):
     assert sum(len(load_folder(root, split).labels) for split in ("train", "test")) < 19
     assert find_source(root).survey().counts[""]["c0"] == 4
     (root / "loop").symlink_to(root)
-    with pytest.raises(ValueError, match=r"images/loop and .*images are one folder"):
+    with pytest.raises(ValueError, match=r"images/loop and .*images are the same folder"):
         load_folder(root, "train")
     (root / "loop").unlink()
     (root / "c1" / "up").symlink_to(root)
@@ -385,7 +385,7 @@ def test_the_command_shows_what_is_there(root, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     for words in (
         "class folders, 10 classes, 32 pictures",
-        "pictures of a class: 3 (c0) to 5",
+        "pictures per class: 3 (c0) to 5",
         "pixels: 10 x 12 to 20 x 30: give --image-size; colour",
         "1 damaged",
         "c4/y.png",

@@ -205,7 +205,7 @@ def test_half_a_copy_of_cifar_fs_is_refused(root):
     files.write_cifar_fs(root)
     load_images("cifar-fs", "train", root=root)
     shutil.rmtree(root / "cifarfs" / "processed" / "test" / "test_3")
-    with pytest.raises(ValueError, match="half a copy"):
+    with pytest.raises(ValueError, match="incomplete copy"):
         load_images("cifar-fs", "test", root=root)
 
 

@@ -146,7 +146,7 @@ def test_benchmarks_by_name(root, name, anew, below):
         assert len(labels.unique()) == classes
     assert len(load_images(name, "train", root=root, max_classes=5).labels) == 5
     (place / "test.parquet").unlink()
-    with pytest.raises(ValueError, match=rf"not {name} as few-shot papers split it"):
+    with pytest.raises(ValueError, match=rf"not split like {name} in few-shot papers"):
         load_images(name, "train", root=root)
 
 
@@ -161,11 +161,17 @@ BYTES = [encoded(picture(0, 0)), encoded(picture(1, 0))]
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ({"img": BYTES, "label": [0, 1]}, "must have one column image; it has img, label"),
-        ({"image": BYTES, "fine": [0, 1]}, "must have one column label; it has image, fine"),
+        (
+            {"img": BYTES, "label": [0, 1]},
+            "must have exactly one column image, but it has img, label",
+        ),
+        (
+            {"image": BYTES, "fine": [0, 1]},
+            "must have exactly one column label, but it has image, fine",
+        ),
         ({"image": ["a", "b"], "label": [0, 1]}, "column image must hold bytes.*not string"),
         ({"image": BYTES, "label": [0.5, 1.0]}, "column label must hold whole .*not double"),
-        ({"image": BYTES, "label": [0, None]}, "column label has gaps"),
+        ({"image": BYTES, "label": [0, None]}, "column label has missing values"),
         ({"image": [BYTES[0], None], "label": [0, 1]}, "row 1 has no image"),
         ({"image": [BYTES[0], b"text"], "label": [0, 1]}, r"row 1 cannot be read as a picture"),
         ({"image": BYTES, "label": [1, 1]}, "has 1 of its 1 classes"),
