@@ -185,6 +185,7 @@ def lines(*arguments):
     return CliRunner().invoke(app, ["run", "--algorithm", "field", *map(str, arguments)])
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_the_command_says_psnr_in_db_everywhere(tmp_path):
     options = [part for name, v in TINY.items() for part in (f"--{name.replace('_', '-')}", v)]
@@ -242,6 +243,7 @@ def test_the_best_weights_are_chosen_where_all_psnr_are_below_0(monkeypatch):
     assert any(not torch.equal(first[name], last[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_finer_glyphs_and_a_folder_of_pictures_in_colour(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (8, 12, 16, 3), dtype=np.uint8)
     for number, image in enumerate(images):
