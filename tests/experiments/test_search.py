@@ -22,6 +22,7 @@ from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.methods import read_layer_rates
 from l2l_prune.experiments.options import read_toml
+from l2l_prune.experiments.report.adaptation import front_places
 from l2l_prune.experiments.report.comparisons import read_comparisons
 from l2l_prune.experiments.running import run as run_module
 from l2l_prune.experiments.running.processes import run_all
@@ -30,7 +31,7 @@ from l2l_prune.experiments.running.run_folder import Outcome
 from l2l_prune.experiments.running.storage import run_name
 from l2l_prune.experiments.running.sweep import expand
 from l2l_prune.experiments.search import study, tune
-from l2l_prune.experiments.search.choice import _front, _Space, _taking_part
+from l2l_prune.experiments.search.choice import _Space, _taking_part
 from l2l_prune.experiments.search.costs import Budget, cost_of, dense_width, end_network, quantity
 from l2l_prune.experiments.search.halving import Candidate, Runs, Standing, race, rungs, same_search
 from l2l_prune.experiments.search.sensitivity import LEARN_MORE, Sensitivity, measure
@@ -356,7 +357,7 @@ def test_the_front_holds_what_nothing_smaller_or_equal_beats():
     draw = torch.Generator().manual_seed(3)
     for _ in range(20):
         points = [tuple(map(float, p)) for p in torch.randint(0, 9, (12, 2), generator=draw)]
-        kept = {points[i] for i in _front(points)}
+        kept = {points[i] for i in front_places(points)}
         beaten = {
             p for p in points if any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points)
         }

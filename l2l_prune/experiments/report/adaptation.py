@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,15 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
         >>> pareto_front([(3, 0.9), (1, 0.5), (2, 0.4)])
         [(1, 0.5), (3, 0.9)]
     """
-    front: list[tuple[float, float]] = []
-    for cost, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or accuracy > front[-1][1]:
-            front.append((cost, accuracy))
+    return [points[place] for place in front_places(points)]
+
+
+def front_places(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Where the points of :func:`pareto_front` stand in ``points``, by cost."""
+    front: list[int] = []
+    for place in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if not front or points[place][1] > points[front[-1]][1]:
+            front.append(place)
     return front
 
 

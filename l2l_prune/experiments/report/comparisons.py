@@ -113,10 +113,8 @@ def judge(
         ValueError: If a side has no run or two of one replicate, or both share fewer than two
             replicates.
     """
-    try:
-        from statsmodels.stats.multitest import multipletests
-    except ImportError as error:
-        raise ImportError(f'{error}; this needs: pip install "l2l-prune[study]"') from None
+    check_statsmodels()
+    from statsmodels.stats.multitest import multipletests
 
     differences = [_differences(comparison, runs, part) for comparison in comparisons]
     raw = [_p_value(d, c.margin) for d, c in zip(differences, comparisons, strict=True)]
@@ -131,6 +129,18 @@ def judge(
         Judged(c, d, p, q, _detectable(d, size, one_sided=bool(c.margin)))
         for c, d, p, q, size in zip(comparisons, differences, raw, corrected, sizes, strict=True)
     ]
+
+
+def check_statsmodels() -> None:
+    """Make sure that comparisons can be judged.
+
+    Raises:
+        ImportError: If statsmodels is missing; the message names the extra.
+    """
+    try:
+        import statsmodels.stats.multitest  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'{error}; this needs: pip install "l2l-prune[study]"') from None
 
 
 def comparison_table(judged: Iterable[Judged]) -> str:

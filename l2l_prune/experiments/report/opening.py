@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from statistics import fmean
 
 from l2l_prune.experiments.config import RunConfig
@@ -16,7 +17,7 @@ from l2l_prune.experiments.report.finished_runs import (
     mean_weights,
     over_seeds,
 )
-from l2l_prune.experiments.report.seed_statistics import WORDS, OverSeeds, signed
+from l2l_prune.experiments.report.seed_statistics import WORDS, OverSeeds, amount
 from l2l_prune.experiments.report.tables import dense_partner
 from l2l_prune.fewshot.evaluation import paired_difference
 
@@ -77,7 +78,7 @@ def _stated(judged: Sequence[Judged]) -> list[str]:
         else "**No stated gain over dense networks is confirmed.**"
     )
     return [head] * bool(dense) + [
-        f"- {one.comparison.title}: {signed(one.difference)}{_points(one.difference)} over "
+        f"- {one.comparison.title}: {amount(one.difference)} over "
         f"{len(one.difference.values)} replicates: {one.verdict}."
         for one in judged
     ]
@@ -145,7 +146,7 @@ class _Rival:
     @property
     def in_words(self) -> str:
         found = self.difference
-        return f"{signed(found)}{_points(found)} ({found.verdict(*WORDS['test'])})"
+        return f"{amount(found)} ({found.verdict(*WORDS['test'])})"
 
     @property
     def size(self) -> float | None:
@@ -171,31 +172,28 @@ def _at_equal_size(runs: Sequence[FinishedRun]) -> list[str]:
 
     for same in grouped(runs, but_width).values():
         dense = grouped((r for r in same if r.baseline), lambda run: run.config["channels"])
-        for method, mine in by_method(run for run in same if run.pruned).items():
-            for width, of_width in grouped(mine, lambda r: r.config["channels"]).items():
-                weights = mean_weights(of_width)
-                for narrow, theirs in dense.items():
-                    other = mean_weights(theirs)
-                    if narrow >= width or not weights or not other:
-                        continue
-                    if max(weights / other, other / weights) > _ALIKE:
-                        continue
-                    seeds = {run.seed: run for run in theirs}
-                    pairs = [(r, seeds[r.seed]) for r in of_width if r.seed in seeds]
-                    if not pairs:
-                        continue
-                    left, right = zip(*pairs, strict=True)
-                    found = paired_difference(over_seeds(left, "test"), over_seeds(right, "test"))
-                    lines.append(
-                        f"- With as many weights: **{method}** ({weights:,.0f}) minus dense with "
-                        f"{narrow} channels ({other:,.0f}): {signed(found)}{_points(found)} "
-                        f"({found.verdict(*WORDS['test'])})."
-                    )
+        ranked = by_method(run for run in same if run.pruned)
+        sparse = {
+            (method, width): of_width
+            for method, mine in ranked.items()
+            for width, of_width in grouped(mine, lambda run: run.config["channels"]).items()
+        }
+        for ((method, width), ours), (narrow, theirs) in product(sparse.items(), dense.items()):
+            weights, other = mean_weights(ours), mean_weights(theirs)
+            seeds = {run.seed: run for run in theirs}
+            pairs = [(run, seeds[run.seed]) for run in ours if run.seed in seeds]
+            if narrow >= width or not weights or not other or not pairs:
+                continue
+            if max(weights / other, other / weights) > _ALIKE:
+                continue
+            left, right = zip(*pairs, strict=True)
+            found = paired_difference(over_seeds(left, "test"), over_seeds(right, "test"))
+            lines.append(
+                f"- With as many weights: **{method}** ({weights:,.0f}) minus dense with "
+                f"{narrow} channels ({other:,.0f}): {amount(found)} "
+                f"({found.verdict(*WORDS['test'])})."
+            )
     return lines
-
-
-def _points(difference: OverSeeds) -> str:
-    return difference.measure.ending or " points"
 
 
 def _read(difference: OverSeeds, value: float) -> str:

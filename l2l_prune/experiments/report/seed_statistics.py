@@ -41,6 +41,11 @@ def signed(difference: Mean) -> str:
     return f"{read(difference.mean):+.1f}{width}"
 
 
+def amount(difference: Mean) -> str:
+    """A difference with its sign and unit: ``"+1.2 ± 0.5 points"``, or in decibels."""
+    return f"{signed(difference)}{difference.measure.ending or ' points'}"
+
+
 def with_verdict(part: str, difference: OverSeeds) -> str:
     """A difference of ``"train"``, ``"test"`` or ``"gap"`` with its verdict in brackets."""
     return f"{signed(difference)} ({difference.verdict(*WORDS[part])})"

@@ -17,7 +17,8 @@ from l2l_prune._basics.files import replace_file
 from l2l_prune._basics.tensor_files import load_tensors
 from l2l_prune.experiments.config import RunConfig, file_name
 from l2l_prune.experiments.methods import METHODS
-from l2l_prune.experiments.report.seed_statistics import signed
+from l2l_prune.experiments.report.adaptation import front_places
+from l2l_prune.experiments.report.seed_statistics import amount, signed
 from l2l_prune.experiments.report.tables import markdown_table
 from l2l_prune.experiments.running.run import load_split
 from l2l_prune.experiments.running.storage import locked_folder, run_name
@@ -140,10 +141,7 @@ def tune(
         space = _Space(shared, methods, rates, shape, budget, out / "milliseconds.json")
         space.check()  # before anything is trained
         runs = Runs(out / "runs", console, jobs=jobs, hours=hours, clock=out / "clock.json")
-        [entry] = runs.finish([config], SEARCHING)
-        if entry is None:
-            why = next(iter(runs.failed.values()), "the hours were used up; repeat with more hours")
-            raise ValueError(f"the dense run did not finish: {why}")
+        entry = runs.finish_one(config, "the dense run", SEARCHING)
         found = _sensitivity(config, runs.folder, out, rates, sensitivity_tasks, console)
         space.add_layer_rates(found)
         standings = [Standing(dense, length, entry)]
@@ -198,7 +196,7 @@ class _Space:
     def _ends(self, candidate: Candidate) -> str:
         """A name for the kind of the final network, on which all costs depend."""
         config = candidate.whole
-        last = [segment for segment in config.schedule.segments if segment.iterations][-1]
+        last = config.schedule.segment(config.schedule.iterations)
         if not last.sparse:
             return "dense"
         kind = "channels" if config.structured else config.allocation
@@ -452,7 +450,8 @@ def _choose(
             "more hours if these are used up"
         )
     best = max(within, key=lambda i: standings[i].score.mean)
-    front = _front([(cost.bytes, s.score.mean) for cost, s in zip(costs, standings, strict=True)])
+    points = [(cost.bytes, s.score.mean) for cost, s in zip(costs, standings, strict=True)]
+    front = front_places(points)
     choice = standings[best].candidate
     front_picture(
         [
@@ -509,15 +508,6 @@ def _titles(standings: Sequence[Standing]) -> list[str]:
     return found
 
 
-def _front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other point beats at the same or a smaller size, by size."""
-    front: list[int] = []
-    for place in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
-        if not front or points[place][1] > points[front[-1]][1]:
-            front.append(place)
-    return front
-
-
 def _table(
     titles: Sequence[str],
     standings: Sequence[Standing],
@@ -563,16 +553,15 @@ def _words(
         said.append("No pruned network of full length is within the budget.")
     else:
         difference = paired_difference(standings[rival].score, dense.score)
-        unit = difference.measure.ending or " points"
-        amount = f"{signed(difference)}{unit} against dense on validation tasks"
+        gain = f"{amount(difference)} against dense on validation tasks"
         if difference.mean <= 0:
-            said.append(f"Nothing beats dense: the best pruned network, {titles[rival]}, {amount}.")
+            said.append(f"Nothing beats dense: the best pruned network, {titles[rival]}, {gain}.")
         elif not difference.significant:
             said.append(
-                f"Nothing beats dense for sure: {titles[rival]}, {amount}, is not significant."
+                f"Nothing beats dense for sure: {titles[rival]}, {gain}, is not significant."
             )
         else:
-            said.append(f"{titles[rival]} beats dense: {amount}.")
+            said.append(f"{titles[rival]} beats dense: {gain}.")
         said.append(
             f"It has {costs[rival].bytes / costs[0].bytes:.2f} of dense's bytes and "
             f"{costs[rival].macs / costs[0].macs:.2f} of its multiply-accumulate operations."

@@ -97,7 +97,7 @@ def end_network(config: RunConfig, image_shape: Sequence[int]) -> nn.Module:
         config: The run.
         image_shape: ``(C, H, W)``.
     """
-    last = [segment for segment in config.schedule.segments if segment.iterations][-1]
+    last = config.schedule.segment(config.schedule.iterations)
     schedule = Schedule((dataclasses.replace(last, iterations=1),))
     # The number of remaining weights does not depend on how they are chosen.
     counted = dataclasses.replace(

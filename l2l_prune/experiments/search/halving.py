@@ -66,7 +66,8 @@ class Candidate:
     @property
     def ends_sparse(self) -> bool:
         """Whether weights are 0, or channels are cut, at the end."""
-        return [s for s in self.whole.schedule.segments if s.iterations][-1].sparse
+        schedule = self.whole.schedule
+        return schedule.segment(schedule.iterations).sparse
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,18 @@ class Runs:
                     self._save_clock()
             self._save_clock()
         return [finished_run(self.folder / run_name(config), config) for config in configs]
+
+    def finish_one(self, config: RunConfig, name: str, share: float = 1.0) -> dict[str, Any]:
+        """The same for one run that the search cannot do without.
+
+        Raises:
+            ValueError: If it failed or was stopped; the message calls it ``name``.
+        """
+        [entry] = self.finish([config], share)
+        if entry is None:
+            why = next(iter(self.failed.values()), "the hours were used up; repeat with more hours")
+            raise ValueError(f"{name} did not finish: {why}")
+        return entry
 
     def _save_clock(self) -> None:
         with replace_file(self._clock) as path:

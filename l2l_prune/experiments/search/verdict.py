@@ -18,13 +18,14 @@ from l2l_prune.experiments.report import same_settings
 from l2l_prune.experiments.report.comparisons import (
     Comparison,
     Judged,
+    check_statsmodels,
     judge,
     matching,
     read_comparisons,
 )
 from l2l_prune.experiments.report.finished_runs import FinishedRun, mean_weights, read_folder
 from l2l_prune.experiments.report.report import write_report
-from l2l_prune.experiments.report.seed_statistics import signed
+from l2l_prune.experiments.report.seed_statistics import amount
 from l2l_prune.experiments.report.tables import markdown_table
 from l2l_prune.experiments.running.run import load_split
 from l2l_prune.experiments.running.storage import locked_folder
@@ -104,7 +105,7 @@ def study(
         ValueError: If settings are not possible, the folder belongs to another study, or another
             process writes to it.
     """
-    _check_statsmodels()
+    check_statsmodels()  # before hours of runs that could not be judged
     shared = base_settings(base, ("sparsity", "method"))
     checks.whole_number("replicates", replicates, least=2)
     for name in ("seed", "split"):
@@ -160,14 +161,6 @@ def study(
 _AXES = ("channels", "iterations", "train_classes")
 
 
-def _check_statsmodels() -> None:
-    """Fail before hours of runs that could not be judged."""
-    try:
-        import statsmodels  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f'{error}; this needs: pip install "l2l-prune[study]"') from None
-
-
 def _candidates(
     shared: Mapping[str, Any], methods: Sequence[str], rates: Sequence[float]
 ) -> list[Candidate]:
@@ -209,10 +202,7 @@ def _race(
         found += mine
         lengths_reached.append(mine[0].iterations)
     reached = max(lengths_reached)
-    [entry] = runs.finish([dense.config(reached)])
-    if entry is None:
-        why = next(iter(runs.failed.values()), "the hours were used up; repeat with more hours")
-        raise ValueError(f"the dense run of the races did not finish: {why}")
+    entry = runs.finish_one(dense.config(reached), "the dense run of the races")
     classes = "all" if config.train_classes is None else config.train_classes
     title = (
         f"{config.channels} channels, {config.schedule.iterations} meta-iterations, {classes} "
@@ -349,11 +339,11 @@ def _answer(judged: Sequence[Judged]) -> str:
     gains = [one for one in shown if not one.comparison.margin and not _other_size(one)]
     if gains:
         best = max(gains, key=lambda one: one.difference.mean)
-        return f"Yes: {_title(best)} is {_amount(best)}, and that is significant."
+        return f"Yes: {_title(best)} is {amount(best.difference)}, and that is significant."
     small = [one for one in shown if one.comparison.margin or _other_size(one)]
     if small:
         best = small[0]
-        words = f"{_title(best)}: {_amount(best)}, {best.verdict}"
+        words = f"{_title(best)}: {amount(best.difference)}, {best.verdict}"
         return f"For size, not for accuracy. {words}."
     harm = [one for one in judged if one.verdict == "worse"]
     if len(harm) == len(judged):
@@ -381,7 +371,7 @@ def _in_words(judged: Judged, runs: Sequence[FinishedRun]) -> str:
     measure = judged.difference.measure
     unit = measure.ending or " points"
     text = (
-        f"{_title(judged)}: {_amount(judged)} over {len(judged.difference.values)} "
+        f"{_title(judged)}: {amount(judged.difference)} over {len(judged.difference.values)} "
         f"replicates, **{judged.verdict}** (p = {judged.corrected:.2g})"
     )
     if judged.verdict == "not shown":
@@ -398,7 +388,3 @@ def _in_words(judged: Judged, runs: Sequence[FinishedRun]) -> str:
     if sizes[0] and sizes[1]:
         text += f", and {sizes[0] / sizes[1]:.2f} of its weights are left"
     return text + "."
-
-
-def _amount(judged: Judged) -> str:
-    return f"{signed(judged.difference)}{judged.difference.measure.ending or ' points'}"
