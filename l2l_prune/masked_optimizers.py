@@ -87,7 +87,8 @@ class MaskedOptimizers:
 
     def resume(self, masks: Sequence[Tensor], released: Mapping[str, Tensor]) -> None:
         """Go on with masks that the state already follows; ``released`` comes from a checkpoint."""
-        self._masks, self.released, self._stepped = masks, dict(released), set()
+        self.released = {name: mask.clone() for name, mask in released.items()}
+        self._masks, self._stepped = masks, set()
 
     def let_go(self) -> None:
         """Stop watching."""

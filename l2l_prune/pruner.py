@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from l2l_prune import optimizer_state
 from l2l_prune._basics import checks, ranks
 from l2l_prune._basics.moved import renamed
 from l2l_prune.masked_optimizers import MaskedOptimizers
@@ -192,10 +191,6 @@ class Pruner(ScheduledPruner):
         """The optimizers whose state follows the masks."""
         return tuple(self._optimizers.all)
 
-    def owns(self, optimizer: Optimizer) -> bool:
-        """Whether an optimizer holds any of the pruned weights."""
-        return optimizer_state.holds(optimizer, self._held.originals())
-
     def add_optimizer(self, optimizer: Optimizer) -> None:
         """Let the state of an optimizer that was made after the Pruner follow the masks too.
 
@@ -258,11 +253,10 @@ class Pruner(ScheduledPruner):
     def opened_masks(self) -> Iterator[None]:
         """Let gradients with respect to :attr:`weights` reach pruned entries, which stay 0.
 
-        The function of the model is the same, and so is every inner loop: in clones and functional
-        copies the pruned entries are those of the model's own ``weight_orig``, which no inner step
-        moves. With ``m`` the mask, a (meta-)loss is ``L(phi_K)`` where ``phi_0 = w`` and
-        ``phi_(t+1) = phi_t + m * step_t(phi_t)``; gradients within are ``dL / dw`` in all entries,
-        through all steps. Take gradients within the block, but no steps of an outer optimizer.
+        What the model computes is the same, and so is every inner loop: with ``m`` the mask,
+        ``phi_0 = w`` and ``phi_(t+1) = phi_t + m * step_t(phi_t)``. Gradients of a meta-loss
+        ``L(phi_K)`` within the block are ``dL / dw`` in all entries, through all steps. No outer
+        optimizer may step there.
         """
         self._check_usable()
         with self._held.opened():
@@ -311,12 +305,13 @@ class Pruner(ScheduledPruner):
             )
         check_saved(state, {tensor.full_name: tensor.shape for tensor in self._tensors})
         position = self.schedule.index(state["iteration"])
-        in_order = {tensor.full_name: state["masks"][tensor.full_name] for tensor in self._tensors}
-        self._choice.check(in_order, position, f"iteration {state['iteration']}'s")
+        weights = self.weights.items()
+        masks = {name: state["masks"][name].to(w.device, copy=True) for name, w in weights}
+        self._choice.check(masks, position, f"iteration {state['iteration']}'s")
         self._tasks.load_state_dict(state)
         self._iteration, self._position = state["iteration"], position
-        self._held.set(list(self._restored(state["masks"]).values()))
-        self._optimizers.resume(self._held.values, self._restored(state["regrown"]))
+        self._held.set(list(masks.values()))
+        self._optimizers.resume(self._held.values, state["regrown"])
 
     # ---- inside -----------------------------------------------------------------------------
 
@@ -340,21 +335,12 @@ class Pruner(ScheduledPruner):
         if masks:
             self._held.check_same(self._iteration, thoroughly=thoroughly)
 
-    def _restored(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Saved masks in the order of the tensors, each on the device of its weight."""
-        return {
-            name: saved[name].to(weight.device, copy=True)
-            for name, weight in self.weights.items()
-            if name in saved
-        }
-
     def _named(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
         return dict(zip((t.full_name for t in self._tensors), tensors, strict=True))
 
     def _new_masks(self, position: int, weights: list[Tensor]) -> list[Tensor]:
         masks = self._choice.masks(position, weights, f"at iteration {self._iteration}")
-        names = (tensor.full_name for tensor in self._tensors)
-        ranks.check_same(dict(zip(names, masks, strict=True)), self._iteration, self.group)
+        ranks.check_same(self._named(masks), self._iteration, self.group)
         return masks
 
     def _put_masks(self, masks: list[Tensor]) -> None:

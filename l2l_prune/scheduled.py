@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from l2l_prune._basics import checks
 from l2l_prune._basics.hooks import Hooks
+from l2l_prune.masking.serves_learners import ServesLearners
 from l2l_prune.schedules.schedule import Schedule, Segment
 
-StepPreHook: TypeAlias = Callable[[Optimizer, Any, Any], Any]
-States: TypeAlias = Iterable[tuple[Tensor, dict[str, Any]]]
 
-
-class ScheduledPruner(ABC):
+class ScheduledPruner(ServesLearners, ABC):
     """The base of :class:`~l2l_prune.Pruner` and :class:`~l2l_prune.ChannelPruner`.
 
     Args:
@@ -76,11 +72,6 @@ class ScheduledPruner(ABC):
     @property
     def masks(self) -> dict[str, Tensor]:
         """Boolean mask of each masked tensor by its dense name; True stays."""
-        return {}
-
-    @property
-    def learner_masks(self) -> dict[str, Tensor]:
-        """The masks under which a learner made now adapts; none where nothing is pruned."""
         return {}
 
     @property
@@ -150,29 +141,6 @@ class ScheduledPruner(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from what :meth:`state_dict` gave, for the same model and schedule."""
-
-    # ---- for learners that train on copies of the model --------------------------------------
-
-    @contextmanager
-    def task_masks(self, masks: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
-        """Run one task, with masks of its own if it has any (:meth:`Pruner.task_masks`)."""
-        if masks is not None:
-            raise RuntimeError(f"{type(self).__name__} holds no masks")
-        yield {}
-
-    def more_task_masks(self, tasks: int) -> list[dict[str, Tensor]]:
-        """Masks for more tasks that begin together; none where tasks have no masks of their own."""
-        return []
-
-    def first_step_hook(self, model: nn.Module) -> StepPreHook | None:
-        """A step pre-hook for the optimizer of a copy ``model``, so that no released weight jumps.
-
-        ``None`` where nothing was just released.
-        """
-        return None
-
-    def follow_states(self, states: Callable[[], States]) -> None:  # noqa: B027 - none by default
-        """Also follow optimizer state that no optimizer holds; ``states`` gives it by parameter."""
 
     # ---- what a pruner adds -------------------------------------------------------------------
 

@@ -30,7 +30,8 @@ from l2l_prune.channels.plan import (
 )
 from l2l_prune.channels.surgery import Surgery
 from l2l_prune.masking.layers import Rule, read_rules
-from l2l_prune.scheduled import ScheduledPruner, States, StepPreHook
+from l2l_prune.masking.serves_learners import States, StepPreHook
+from l2l_prune.scheduled import ScheduledPruner
 from l2l_prune.schedules.schedule import Schedule
 
 

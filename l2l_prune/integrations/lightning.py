@@ -21,6 +21,7 @@ from l2l_prune.masking.layers import Layers, Rule, select
 from l2l_prune.masking.masked_layer import attach, dense_state_dict, detach, held_names
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.task_masks import TaskMasks
+from l2l_prune.optimizer_state import holds
 from l2l_prune.pruner import Pruner
 from l2l_prune.schedules.schedule import Schedule
 
@@ -143,7 +144,8 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Find the optimizers of the pruned weights and count their steps from here on."""
         pruner = self._attached()
-        found = [_plain(o) for o in trainer.optimizers if pruner.owns(_plain(o))]
+        weights = list(pruner.weights.values())
+        found = [_plain(o) for o in trainer.optimizers if holds(_plain(o), weights)]
         if not found:
             raise ValueError(
                 "none of the trainer's optimizers holds a pruned weight: check layers, only and "

@@ -8,15 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from l2l_prune.masking.masked_layer import (
-    attach,
-    close_mask,
-    detach,
-    held_names,
-    held_tensors,
-    open_mask,
-    set_mask,
-)
+from l2l_prune.masking import masked_layer
 from l2l_prune.masking.prunable import LayerTensor
 
 
@@ -29,46 +21,46 @@ class HeldMasks:
 
     def __init__(self, tensors: Sequence[LayerTensor], *, dense_keys: bool) -> None:
         for tensor in tensors:
-            attach(tensor.module, tensor.name, dense_keys=dense_keys)
+            masked_layer.attach(tensor.module, tensor.name, dense_keys=dense_keys)
         self._tensors = tensors
         self.values: list[Tensor] = []
         self._seen: list[tuple[Tensor, int]] = []  # buffers as last checked, with their versions
 
     def originals(self) -> list[Tensor]:
         """The stored parameter (``weight_orig``) of each tensor."""
-        return [held_tensors(t.module, t.name)[0] for t in self._tensors]
+        return [masked_layer.held_tensors(t.module, t.name)[0] for t in self._tensors]
 
     def set(self, masks: list[Tensor]) -> None:
         """Put other masks in place; the weights that they prune become 0."""
         for tensor, mask in zip(self._tensors, masks, strict=True):
-            set_mask(tensor.module, tensor.name, mask)
+            masked_layer.set_mask(tensor.module, tensor.name, mask)
         self.values = masks
         self._remember_buffers()
 
     def project(self) -> None:
         """Set the pruned weights to exactly 0."""
-        held = [held_tensors(t.module, t.name) for t in self._tensors]
+        held = [masked_layer.held_tensors(t.module, t.name) for t in self._tensors]
         torch._foreach_mul_([original for original, _ in held], [mask for _, mask in held])
 
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Within the block, gradients reach the pruned entries, which stay 0."""
-        mine = [t for t in self._tensors if open_mask(t.module, t.name)]
+        mine = [t for t in self._tensors if masked_layer.open_mask(t.module, t.name)]
         try:
             yield
         finally:
             for tensor in mine:
-                close_mask(tensor.module, tensor.name)
+                masked_layer.close_mask(tensor.module, tensor.name)
 
     def take_off(self) -> None:
         """Make the modules plain again; pruned weights keep the value 0."""
         for tensor in self._tensors:
-            detach(tensor.module, tensor.name)
+            masked_layer.detach(tensor.module, tensor.name)
 
     def check_there(self) -> None:
         """Raise a RuntimeError that names the tensor if its mask or its own weight is gone."""
         for tensor in self._tensors:
-            if tensor.name not in held_names(tensor.module):
+            if tensor.name not in masked_layer.held_names(tensor.module):
                 raise RuntimeError(
                     f"the mask of {tensor.full_name} was removed by other code "
                     "(prune.remove?); use Pruner.finalize() to take masks off"

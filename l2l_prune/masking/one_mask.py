@@ -23,6 +23,19 @@ def arranged(tensor: LayerTensor, scores: Tensor, keep: int, pattern: Pattern) -
     return tensor.swapped(pattern.mask(tensor.swapped(scores), keep))
 
 
+def check_weight(tensor: LayerTensor, weight: Tensor, when: str) -> None:
+    """Refuse to prune a weight that holds NaN or infinity.
+
+    Raises:
+        ValueError: Naming the tensor; ``when`` says at which moment.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            f"cannot prune {tensor.full_name} {when}: the weights hold NaN or infinity, so "
+            "training has diverged (lower the learning rate or clip gradients)"
+        )
+
+
 @contextmanager
 def named(tensor: LayerTensor, when: str) -> Iterator[None]:
     """Make errors within the block name the tensor whose scores they are about."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from l2l_prune._basics import ranks
 from l2l_prune._basics.checks import describe, of_type
 from l2l_prune.masking.allocation import ALLOCATIONS, Allocation, global_masks, kept_counts
 from l2l_prune.masking.criteria import Criterion, scores_of
-from l2l_prune.masking.one_mask import all_true, arranged, named
+from l2l_prune.masking.one_mask import all_true, arranged, check_weight, named
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.prunable import LayerTensor
 from l2l_prune.masking.topk import check_finite
@@ -97,12 +96,7 @@ class MaskChoice:
         """
         with ranks.failing_together(self._group, weights[0].device):
             for tensor, weight in zip(self._tensors, weights, strict=True):
-                if not bool(torch.isfinite(weight).all()):
-                    raise ValueError(
-                        f"cannot prune {tensor.full_name} {when}: the weights hold NaN or "
-                        "infinity, so training has diverged (lower the learning rate or clip "
-                        "gradients)"
-                    )
+                check_weight(tensor, weight, when)
         if self.kept(position) == sum(weight.numel() for weight in weights):  # nothing to choose
             return [all_true(weight) for weight in weights]
         counts, pattern = self._counts[position], self._pattern
