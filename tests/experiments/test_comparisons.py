@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,17 @@ def test_holm_is_the_textbook_step_down_within_each_family():
     assert judged[3].corrected == judged[3].p  # alone in its family
 
 
+def test_the_correction_counts_stated_comparisons_that_have_not_run():
+    _, runs = study()
+    eight = [dataclasses.replace(one, family_size=8) for one in (DSD, IHT)]
+    first, second = judge(eight, runs)
+    assert first.corrected == pytest.approx(min(1.0, 8 * first.p))
+    assert second.p > first.p
+    assert second.corrected == pytest.approx(min(1.0, max(8 * first.p, 7 * second.p)))
+    [alone, _] = judge([DSD, IHT], runs)
+    assert first.detectable > alone.detectable
+
+
 def test_what_could_be_seen_is_found_in_four_of_five_simulated_studies():
     _, runs = study()
     [one] = judge([DSD], runs)
@@ -103,6 +115,7 @@ def test_replicates_without_a_partner_are_left_out_and_bad_plans_refused():
         ({"treatment": "DSD"}, "treatment must be a table"),
         ({"margin": 0.1}, "margin must be a number <= 0"),
         ({"arm": 1}, "has no arm"),
+        ({"family_size": -1}, "family_size"),
     ],
 )
 def test_bad_comparisons(change, words):

@@ -32,12 +32,15 @@ class Comparison:
         margin: The difference that the hypothesis sets, in fractions of accuracy (fields: in dB): 0
             asks whether the two differ; -0.02, whether the treatment is at most 2 points worse
             (one-sided).
+        family_size: How many comparisons the plan states in this family, where some have not run:
+            the correction counts these too, as the least certain. 0: those that are here.
     """
 
     family: str
     treatment: Mapping[str, Any]
     control: Mapping[str, Any]
     margin: float = 0.0
+    family_size: int = 0
 
     @property
     def title(self) -> str:
@@ -85,7 +88,8 @@ def read_comparisons(tables: Iterable[Mapping[str, Any]]) -> list[Comparison]:
     """
     found = []
     for table in tables:
-        if unknown := sorted(table.keys() - {"family", "treatment", "control", "margin"}):
+        known = {"family", "treatment", "control", "margin", "family_size"}
+        if unknown := sorted(table.keys() - known):
             raise ValueError(f"a comparison has no {', '.join(unknown)}")
         if missing := sorted({"family", "treatment", "control"} - table.keys()):
             raise ValueError(f"a comparison needs {', '.join(missing)}")
@@ -94,6 +98,7 @@ def read_comparisons(tables: Iterable[Mapping[str, Any]]) -> list[Comparison]:
         checks.of_type("family", table["family"], str, "a name")
         if not isinstance(margin := table.get("margin", 0.0), (int, float)) or margin > 0:
             raise ValueError(f"margin must be a number <= 0, got {margin!r}")
+        checks.whole_number("family_size", table.get("family_size", 0), least=0)
         found.append(Comparison(**table))
     return found
 
@@ -122,9 +127,11 @@ def judge(
     sizes = [0] * len(raw)
     for family in dict.fromkeys(comparison.family for comparison in comparisons):
         places = [i for i, comparison in enumerate(comparisons) if comparison.family == family]
-        adjusted = multipletests([raw[i] for i in places], method="holm")[1]
-        for place, value in zip(places, adjusted, strict=True):
-            corrected[place], sizes[place] = float(value), len(places)
+        size = max(len(places), *(comparisons[i].family_size for i in places))
+        not_run = [1.0] * (size - len(places))
+        adjusted = multipletests([raw[i] for i in places] + not_run, method="holm")[1]
+        for place, value in zip(places, adjusted, strict=False):
+            corrected[place], sizes[place] = float(value), size
     return [
         Judged(c, d, p, q, _detectable(d, size, one_sided=bool(c.margin)))
         for c, d, p, q, size in zip(comparisons, differences, raw, corrected, sizes, strict=True)

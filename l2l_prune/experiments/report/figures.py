@@ -76,7 +76,12 @@ def overview_figure(runs: list[FinishedRun], path: Path) -> None:
     axes[0].set(xlabel=f"training {measure}", ylabel=f"test {measure}, 95% CI over seeds")
     axes[1].set(xlabel="seconds a run", xlim=(0, None))
     if panels == 3:
+        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
         axes[2].set(xlabel="weights that are not 0", xscale="log")
+        axes[2].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[2].xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes[2].xaxis.set_minor_formatter(NullFormatter())
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     save_figure(figure, path)
 
