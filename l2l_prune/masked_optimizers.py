@@ -87,8 +87,7 @@ class MaskedOptimizers:
 
     def resume(self, masks: Sequence[Tensor], released: Mapping[str, Tensor]) -> None:
         """Go on with masks that the state already follows; ``released`` comes from a checkpoint."""
-        self.released = {name: mask.clone() for name, mask in released.items()}
-        self._masks, self._stepped = masks, set()
+        self._masks, self.released, self._stepped = masks, dict(released), set()
 
     def let_go(self) -> None:
         """Stop watching."""

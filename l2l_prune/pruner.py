@@ -18,7 +18,7 @@ from l2l_prune.masking.allocation import Allocation
 from l2l_prune.masking.attached import HeldMasks
 from l2l_prune.masking.criteria import Criterion, magnitude
 from l2l_prune.masking.layers import Layers, Rule, select
-from l2l_prune.masking.named_masks import check_saved, mask_table, updated
+from l2l_prune.masking.named_masks import check_saved, mask_table, restored, updated
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.plan import MaskChoice
 from l2l_prune.masking.task_masks import TaskBlocks, TaskMasks
@@ -305,13 +305,12 @@ class Pruner(ScheduledPruner):
             )
         check_saved(state, {tensor.full_name: tensor.shape for tensor in self._tensors})
         position = self.schedule.index(state["iteration"])
-        weights = self.weights.items()
-        masks = {name: state["masks"][name].to(w.device, copy=True) for name, w in weights}
-        self._choice.check(masks, position, f"iteration {state['iteration']}'s")
+        in_order = {tensor.full_name: state["masks"][tensor.full_name] for tensor in self._tensors}
+        self._choice.check(in_order, position, f"iteration {state['iteration']}'s")
         self._tasks.load_state_dict(state)
         self._iteration, self._position = state["iteration"], position
-        self._held.set(list(masks.values()))
-        self._optimizers.resume(self._held.values, state["regrown"])
+        self._held.set(list(restored(state["masks"], self.weights).values()))
+        self._optimizers.resume(self._held.values, restored(state["regrown"], self.weights))
 
     # ---- inside -----------------------------------------------------------------------------
 

@@ -70,5 +70,14 @@ def check_saved(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> N
                 )
 
 
+def restored(saved: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of saved masks in the order of ``weights``, each on the device of its weight."""
+    return {
+        name: saved[name].to(weight.device, copy=True)
+        for name, weight in weights.items()
+        if name in saved
+    }
+
+
 def _share(kept: int, total: int) -> str:
     return f"{100 * (total - kept) / total:.1f}%"

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from l2l_prune import PrunedReptile, Pruner, optimizer_state
+from l2l_prune import pruner as mask_pruner
 from l2l_prune.channels import pruner as channel_pruner
 from l2l_prune.channels import surgery
 from l2l_prune.masking import attached, criteria, masked_layer, patterns, plan, topk
@@ -155,7 +156,7 @@ def left_where_it_was(original):
 
 
 def clones(original):
-    return lambda self, saved: {name: mask.clone() for name, mask in saved.items()}
+    return lambda saved, weights: {name: mask.clone() for name, mask in saved.items()}
 
 
 def last_of_equals(original):
@@ -186,9 +187,9 @@ NOT_CLEARED = Fault("momentum is not cleared", optimizer_state, "clear_momentum"
 NOT_LEVELLED = Fault("second moments stay", optimizer_state, "level_second_moment", nothing)
 NOT_RAISED = Fault("no look at gradients", optimizer_state, "raise_to_gradient", nothing)
 SCALED = Fault("scaled gradients", optimizer_state, "raise_to_gradient", gradient_times_1024)
-ALL_TRUE = Fault("masks are not put on", attached, "set_mask", lambda original: all_true)
+ALL_TRUE = Fault("masks are not put on", masked_layer, "set_mask", lambda original: all_true)
 DEVICE_KEPT = Fault("the state stays where it was", reptile, "copied_state", left_where_it_was)
-MASKS_KEPT = Fault("masks stay where they were", Pruner, "_restored", clones)
+MASKS_KEPT = Fault("masks stay where they were", mask_pruner, "restored", clones)
 NO_REGROWN = Fault("what has regrown is forgotten", Pruner, "load_state_dict", forgotten("regrown"))
 NO_STATE = Fault(
     "the inner state is forgotten", PrunedReptile, "set_extra_state", after(inner_state_dropped)

@@ -209,13 +209,13 @@ def test_waiting_is_noticed(monkeypatch):
 
 
 def test_a_mask_on_the_cpu_is_noticed(monkeypatch):
-    set_mask = held_masks.set_mask
+    set_mask = reparam.set_mask
 
     def on_the_cpu(module, name, mask):
         set_mask(module, name, mask)
         module._buffers[f"{name}_mask"] = torch.ones(mask.shape, device="cpu")
 
-    monkeypatch.setattr(held_masks, "set_mask", on_the_cpu)
+    monkeypatch.setattr(reparam, "set_mask", on_the_cpu)
     net, _, _ = pruned("SGD")
     with pytest.raises(RuntimeError, match="cpu"):
         net(torch.rand(2, 1, 8, 8, device="cuda"))
