@@ -12,9 +12,10 @@ demo: install
 # Each process uses one thread, so that the two do not compete for cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# All tests of a file run in the same process.
+# Each process begins with one half, so that tests of a file share its fixtures; who is done first
+# takes over from the other.
 test: install
-	$(PYTEST) --dist loadfile -m "not slow"
+	$(PYTEST) --dist worksteal -m "not slow"
 
 # Tests that kill processes, run whole commands, build the documentation or run every example.
 test-slow: install

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from l2l_prune.fewshot.data import glyphs
+
 OLD_TORCH = not hasattr(torch.compiler, "set_stance")  # before 2.6: no compiled steps
 needs_compiler = pytest.mark.skipif(
     OLD_TORCH or not any(map(shutil.which, ("c++", "g++", "clang++"))),
@@ -43,13 +45,27 @@ def without_compiler():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _glyph_cache(tmp_path_factory):
-    """One rendering for all tests and the commands that they start, apart from the user's own."""
+def glyph_cache(tmp_path_factory):
+    """One rendering for all tests and the commands that they start, apart from the user's own.
+
+    Each process of tests unpacks its file once, as long as the file stays the same.
+    """
+    read, known = glyphs._read, {}
+
+    def read_once(path, *more):
+        if not path.exists():
+            return read(path, *more)
+        key = (path, path.stat().st_mtime_ns, path.stat().st_size, str(more))
+        if key not in known:
+            known[key] = read(path, *more)
+        return known[key] or read(path, *more)  # which warns again
+
     with pytest.MonkeyPatch.context() as patch:
         base = tmp_path_factory.getbasetemp()  # of one pytest-xdist worker: its parent is of all
         base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
         patch.setenv("L2L_PRUNE_CACHE", str(base / "glyphs"))
-        yield
+        patch.setattr(glyphs, "_read", read_once)
+        yield base / "glyphs"
 
 
 @pytest.fixture(autouse=True)

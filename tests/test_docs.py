@@ -110,6 +110,7 @@ def test_described_outputs_are_what_is_printed():
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_the_site_builds_strictly(tmp_path):
     pytest.importorskip("mkdocs")
     import subprocess

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 
@@ -22,15 +23,21 @@ def settings(**options):
         "reptile",
         "dsd",
         iterations=20,
-        **{"channels": 4, "tasks": 1, "final_tasks": 3, "curve_tasks": 2, **options},
+        **{"channels": 4, "tasks": 1, "inner_steps": 2, "eval_steps": 3},
+        **{"final_tasks": 3, "curve_tasks": 2, **options},
     )
+
+
+@functools.cache
+def whole_run(select):
+    *_, whole = run(settings(select=select))
+    return whole
 
 
 @pytest.mark.parametrize("select", ["last", "best"])
 @pytest.mark.parametrize("stop", [1, 9, 20])
 def test_a_stopped_run_goes_on_bit_for_bit(stop, select, tmp_path):
-    config = settings(select=select)
-    *_, whole = run(config)
+    config, whole = settings(select=select), whole_run(select)
     file = tmp_path / "run.pt"
     for message in itertools.islice(run(config, file, checkpoint_every=3), stop):
         assert isinstance(message, Progress)

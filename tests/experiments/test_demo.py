@@ -12,12 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from l2l_prune.experiments import demo as demo_module
+from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.demo import demo_configs
 from l2l_prune.experiments.report.results import conclusions
 from l2l_prune.experiments.running.run import Progress, RunResult, run
 from l2l_prune.fewshot.evaluation import Mean
 from l2l_prune.fewshot.models import Conv4
+from tests.experiments.conftest import run_here
 
 COMMAND = [sys.executable, "-m", "l2l_prune", "demo"]
 
@@ -53,23 +57,36 @@ def test_verdicts_say_what_happened():
         assert "did not raise" in lines[-1]
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """The real command, as short as it goes."""
+@pytest.fixture(
+    scope="module",
+    params=["here", pytest.param("command", marks=[pytest.mark.slow, pytest.mark.process])],
+)
+def demo(request, tmp_path_factory):
+    """As short as it goes: in this process with a small network, and the command as it is."""
     folder = tmp_path_factory.mktemp("demo") / "runs" / "demo"
-    done = subprocess.run(
-        [*COMMAND, "--iterations", "20", "--eval-tasks", "5", "--out", str(folder)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "100"},
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    arguments = ["--iterations", "20", "--eval-tasks", "5", "--out", str(folder)]
+    if request.param == "command":
+        environment = {**os.environ, "COLUMNS": "100"}
+        done = subprocess.run(
+            [*COMMAND, *arguments], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        return folder, done.stdout, 64
+
+    def small(*settings):
+        return [dataclasses.replace(config, channels=8) for config in demo_configs(*settings)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch)
+        patch.setattr(demo_module, "demo_configs", small)
+        patch.setenv("COLUMNS", "100")
+        result = CliRunner().invoke(app, ["demo", *arguments])
+    assert result.exit_code == 0, result.output
+    return folder, result.stdout, 8
 
 
-@pytest.mark.process
 def test_demo_prints_one_table_with_three_methods(demo):
-    _, out = demo
+    _, out, _ = demo
     rows = [line for line in out.splitlines() if "│" in line]
     assert [row.split()[1] for row in rows] == ["dense", "DSD", "IHT"]
     for row in rows:
@@ -77,9 +94,8 @@ def test_demo_prints_one_table_with_three_methods(demo):
     assert "on test tasks" in out
 
 
-@pytest.mark.process
 def test_demo_writes_results_curves_and_plain_weights(demo):
-    folder, _ = demo
+    folder, _, channels = demo
     names = sorted(p.name for p in folder.iterdir() if p.name != ".lock")
     assert names[:2] == ["curves.csv", "curves.png"]
     methods = ("dense", "dsd", "iht")
@@ -98,7 +114,7 @@ def test_demo_writes_results_curves_and_plain_weights(demo):
         assert entry["curve"][-1]["iteration"] == 20
     sparsities = [point["sparsity"] for point in entries["dsd"]["curve"]]
     assert max(sparsities) == pytest.approx(0.5, abs=0.01)
-    model = Conv4(ways=5, channels=64)
+    model = Conv4(ways=5, channels=channels)
     for name, place in places.items():
         model.load_state_dict(torch.load(place / f"{name}.pt", weights_only=True))
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -149,7 +165,6 @@ def children(pid):
     return [c for t in tasks.iterdir() for c in (t / "children").read_text().split()]
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "culprit"),
     [
@@ -162,9 +177,9 @@ def children(pid):
     ],
 )
 def test_bad_arguments_are_named(arguments, culprit):
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert culprit in done.stderr
+    result = CliRunner().invoke(app, ["demo", *arguments])
+    assert result.exit_code == 2
+    assert culprit in result.stderr
 
 
 @pytest.mark.process
@@ -173,5 +188,4 @@ def test_version_and_help():
         [sys.executable, "-m", "l2l_prune", "--version"], capture_output=True, text=True
     )
     assert done.stdout.startswith("l2l-prune 0.")
-    done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True)
-    assert "--iterations" in done.stdout
+    assert "--iterations" in CliRunner().invoke(app, ["demo", "--help"]).stdout

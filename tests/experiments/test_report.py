@@ -100,7 +100,7 @@ def test_the_table_has_a_row_a_method_and_columns_for_shots(folder):
     assert body[1][8] == "3"
 
 
-def test_runs_in_bfloat16_are_compared_with_their_like(tmp_path):
+def test_runs_in_bfloat16_are_compared_with_their_like(tmp_path, no_curves):
     for bf16, test in ((False, 0.7), (True, 0.6)):
         for seed in (0, 1):
             finish(tmp_path, "dense", 0.9, test, seed=seed, bf16=bf16)
@@ -571,8 +571,7 @@ def test_a_table_over_seeds_of_other_settings_is_refused(tmp_path, changes, word
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.process
-def test_a_failed_run_of_several_seeds_leaves_its_reason(tmp_path, no_curves):
+def test_a_failed_run_of_several_seeds_leaves_its_reason(tmp_path, no_curves, in_this_process):
     good = make_config("reptile", "dense", iterations=40)
     bad = dataclasses.replace(good, seed=1, shots=30)  # glyphs have 20 examples
     good = dataclasses.replace(bad, seed=0)

@@ -224,7 +224,6 @@ def test_bad_input_is_told_in_a_line(tmp_path, monkeypatch, arguments, words):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -234,13 +233,28 @@ def test_bad_input_is_told_in_a_line(tmp_path, monkeypatch, arguments, words):
         (("--tasks", "1000000000"), "more than the machine has"),
     ],
 )
-def test_what_a_run_refuses_is_told_in_a_line(tmp_path, arguments, words):
-    done = command(*arguments, "--iterations", "20", "--out", "out", folder=tmp_path)
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
-    assert {path.name for path in tmp_path.glob("out/*/*")} <= {".lock", "error.txt"}
-    assert all(words in file.read_text() for file in tmp_path.glob("out/*/error.txt"))
+def test_what_a_run_refuses_is_told_in_a_line(
+    tmp_path, monkeypatch, in_this_process, arguments, words
+):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["run", *arguments, "--iterations", "20", "--out", "out"])
+    assert_told_in_a_line(words, result.exit_code, result.stderr, tmp_path / "out")
+
+
+@pytest.mark.process
+def test_what_a_process_of_its_own_refuses_is_told_too(tmp_path):
+    done = command("--shots", "30", "--iterations", "20", "--out", "out", folder=tmp_path)
+    words = "has only 20 examples"
+    assert_told_in_a_line(words, done.returncode, done.stderr, tmp_path / "out")
+    assert list(tmp_path.glob("out/*/error.txt"))
+
+
+def assert_told_in_a_line(words, code, stderr, out):
+    assert code == 2
+    assert words in stderr
+    assert "Traceback" not in stderr
+    assert {path.name for path in out.glob("*/*")} <= {".lock", "error.txt"}
+    assert all(words in file.read_text() for file in out.glob("*/error.txt"))
 
 
 def test_help_says_the_defaults_that_hold():

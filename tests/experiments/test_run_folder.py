@@ -62,7 +62,7 @@ def test_a_diverged_run_fails_and_says_so(inner_lr, tmp_path):
     assert not list(tmp_path.rglob("results.json"))
 
 
-def test_the_command_fails_with_a_diverged_run(tmp_path):
+def test_the_command_fails_with_a_diverged_run(tmp_path, in_this_process):
     small = ["--iterations", "20", "--channels", "2", "--tasks", "1", "--eval-tasks", "2"]
     line = ["run", "--schedule", "dense", *small, "--inner-lr", "1e30", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, line)

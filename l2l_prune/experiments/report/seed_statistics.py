@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from scipy import stats
-
 from l2l_prune.fewshot.evaluation import Mean
 
 WORDS = {"train": ("higher", "lower"), "test": ("better", "worse"), "gap": ("larger", "smaller")}
@@ -19,6 +17,8 @@ class OverSeeds(Mean):
         """Half width of the interval; NaN for one seed."""
         if len(self.values) < 2:
             return math.nan
+        from scipy import stats  # takes a second, which processes of single runs need not spend
+
         quantile = stats.t.ppf(0.975, len(self.values) - 1)
         return float(quantile * stats.sem(self.values))
 

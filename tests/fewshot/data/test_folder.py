@@ -23,6 +23,7 @@ from l2l_prune.fewshot.data import (
     pictures,
 )
 from l2l_prune.fewshot.data.sources import find_source
+from tests.experiments.conftest import run_here
 
 from .picture_files import encoded, picture, write, write_classes
 
@@ -400,7 +401,7 @@ def test_the_command_shows_what_is_there(root, tmp_path, monkeypatch):
     assert tile.tolist() == [70, 1, 0]  # the eighth class, its second picture
 
 
-def test_a_run_on_a_folder(root, tmp_path):
+def test_a_run_on_a_folder(root, tmp_path, monkeypatch):
     write_classes(root, NAMES, each=6, size=(12, 12))
     out = tmp_path / "run"
     words = "run --data folder --image-size 10 --ways 2 --split 1 --iterations 4 --channels 4"
@@ -408,6 +409,7 @@ def test_a_run_on_a_folder(root, tmp_path):
     arguments = [*words.split(), "--data-root", str(root), "--out", str(out)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
+    run_here(monkeypatch)
     arguments[arguments.index("5")] = "7"
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "other")])
     assert result.exit_code != 0

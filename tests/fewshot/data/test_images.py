@@ -160,7 +160,8 @@ def test_some_classes(root):
             load_images("fc100", "train", root=root, max_classes=wrong)
 
 
-def test_glyphs_by_name():
+def test_glyphs_by_name(glyph_cache, monkeypatch):
+    monkeypatch.setenv("L2L_PRUNE_CACHE", str(glyph_cache))
     images, labels = load_images("glyphs", "train", max_classes=7)
     glyphs = Glyphs("train", max_classes=7)
     assert torch.equal(images, glyphs.images)
