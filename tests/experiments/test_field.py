@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -40,6 +41,9 @@ def finished(config, **options):
     *_, result = run(config, **options)
     assert isinstance(result, RunResult)
     return result
+
+
+whole_run = functools.cache(finished)
 
 
 def tasks(count=4, channels=1, low=0.0, high=1.0):
@@ -94,7 +98,7 @@ def test_values_beyond_0_and_1_and_divergence_are_refused():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("backbone", ["siren", "fourier"])
 def test_runs_under_every_method(method, backbone):
-    result = finished(tiny(method, backbone=backbone, sparsity=0.5))
+    result = whole_run(tiny(method, backbone=backbone, sparsity=0.5))
     assert result.test.measure == PSNR
     assert 0 < result.test.mean < 40
     assert len(result.test.values) == 4
@@ -105,7 +109,7 @@ def test_resumes_bit_for_bit(method, tmp_path):
     """Stopped in a sparse phase, taken up from the file."""
     options = {"criterion": "movement", "allocation": "erk"} if method == "criteria" else {}
     config = tiny("dsd" if method == "criteria" else method, sparsity=0.5, **options)
-    whole = finished(config)
+    whole = whole_run(config)
     file = tmp_path / "checkpoint.pt"
     for message in run(config, checkpoint=file, checkpoint_every=5):
         if message.iteration == 17:
