@@ -131,6 +131,7 @@ class Workspace:
             self._first_step = self.optimizer.register_step_pre_hook(hook)
         self.masks: dict[str, Tensor] = {}  # in the dtype of the weights, while sparse
         self._masked: list[Tensor] = []
+        self._masks_of_a_task = False  # where they prune, the model's own weights are not 0
         self._foml = foml
         self.before_last: list[Tensor] = []
 
@@ -147,9 +148,12 @@ class Workspace:
         if self._first_step and self._pruner.first_step_hook(self.module) is None:
             self._first_step.remove()
             self._first_step = None
+        masks = self._pruner.learner_masks
+        held = self._pruner.masks if self._pruner.sparse else {}
+        self._masks_of_a_task = any(mask is not held.get(name) for name, mask in masks.items())
         self.masks = {
             name: torch.empty_like(self._by_name[name].data).copy_(mask)
-            for name, mask in self._pruner.learner_masks.items()
+            for name, mask in masks.items()
         }
         self._masked = [self._by_name[name].data for name in self.masks]
         self.project()  # the model's own weights are not pruned by a task's masks
@@ -221,6 +225,8 @@ class Workspace:
 
     def adapted(self, start: Iterable[Tensor]) -> list[Tensor]:
         """The parameters, with the values of ``start`` where masks prune: there nothing moved."""
+        if not self._masks_of_a_task:  # 0 in both
+            return [p.detach() for p in self.parameters]
         own = dict(zip(self._by_name, start, strict=True))
         return [
             torch.where(self.masks[n] != 0, p, own[n]).detach() if n in self.masks else p.detach()
