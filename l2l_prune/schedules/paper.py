@@ -140,7 +140,7 @@ class DSDSchedule(Schedule):
         Source: ``docs/results/study.md``.
 
         Args:
-            total: Meta-iterations in all, >= 4.
+            total: Meta-iterations in all, >= 3.
 
         Raises:
             ValueError: If ``total`` is too small for three phases.

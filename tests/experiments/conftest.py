@@ -1,8 +1,31 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 
+from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.running import processes
+from l2l_prune.experiments.running.run import RunResult, run
+
+
+def settings(**options):
+    """Of a short run of DSD, for tests of what happens to its files."""
+    return make_config(
+        "reptile",
+        "dsd",
+        iterations=20,
+        **{"channels": 4, "tasks": 1, "inner_steps": 2, "eval_steps": 3},
+        **{"final_tasks": 3, "curve_tasks": 2, **options},
+    )
+
+
+@functools.cache
+def whole_run(config):
+    """The result of a run that nothing interrupts, shared by the tests that compare with it."""
+    *_, result = run(config)
+    assert isinstance(result, RunResult)
+    return result
 
 
 def run_here(patch):

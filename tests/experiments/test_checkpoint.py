@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import weakref
 
@@ -10,34 +9,19 @@ import pytest
 import torch
 
 from l2l_prune.experiments import algorithms
-from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.running import run as run_module
 from l2l_prune.experiments.running.checkpoint import load_checkpoint, save_checkpoint
 from l2l_prune.experiments.running.run import Progress, run
 from l2l_prune.fewshot.data import EpisodeSampler
 from l2l_prune.fewshot.evaluation import Mean
-
-
-def settings(**options):
-    return make_config(
-        "reptile",
-        "dsd",
-        iterations=20,
-        **{"channels": 4, "tasks": 1, "inner_steps": 2, "eval_steps": 3},
-        **{"final_tasks": 3, "curve_tasks": 2, **options},
-    )
-
-
-@functools.cache
-def whole_run(select):
-    *_, whole = run(settings(select=select))
-    return whole
+from tests.experiments.conftest import settings, whole_run
 
 
 @pytest.mark.parametrize("select", ["last", "best"])
 @pytest.mark.parametrize("stop", [1, 9, 20])
 def test_a_stopped_run_goes_on_bit_for_bit(stop, select, tmp_path):
-    config, whole = settings(select=select), whole_run(select)
+    config = settings(select=select)
+    whole = whole_run(config)
     file = tmp_path / "run.pt"
     for message in itertools.islice(run(config, file, checkpoint_every=3), stop):
         assert isinstance(message, Progress)

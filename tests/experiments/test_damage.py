@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import io
 import itertools
 import json
@@ -27,19 +26,9 @@ from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.running.checkpoint import load_checkpoint, save_checkpoint
 from l2l_prune.experiments.running.run import RunResult, run
 from l2l_prune.experiments.running.storage import run_name
+from tests.experiments.conftest import settings, whole_run
 
 STATE = {"a": torch.arange(6.0).view(2, 3), "b": [1, 2.5, None, (True, "c")], 0: torch.empty(0)}
-
-
-def settings():
-    small = {"channels": 4, "tasks": 1, "inner_steps": 2, "eval_steps": 3}
-    return make_config("reptile", "dsd", iterations=20, final_tasks=3, curve_tasks=2, **small)
-
-
-@functools.cache
-def whole_run():
-    *_, whole = run(settings())
-    return whole
 
 
 def same(a, b):
@@ -101,7 +90,7 @@ def middle_of_the_largest_record(file):
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, tmp_path):
-    whole = whole_run()
+    whole = whole_run(settings())
     file = tmp_path / "run.pt"
     list(itertools.islice(run(settings(), file, checkpoint_every=3), 14))
     newest = bytearray(file.read_bytes())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import math
@@ -29,6 +28,7 @@ from l2l_prune.fewshot.data import EpisodeSampler
 from l2l_prune.fewshot.evaluation import PSNR, Mean, paired_difference
 from l2l_prune.metalearners.fields import Siren, coordinates
 from l2l_prune.schedules.common import metasparse
+from tests.experiments.conftest import whole_run
 
 TINY = {"channels": 6, "tasks": 2, "train_classes": 5, "final_tasks": 4}
 
@@ -41,9 +41,6 @@ def finished(config, **options):
     *_, result = run(config, **options)
     assert isinstance(result, RunResult)
     return result
-
-
-whole_run = functools.cache(finished)
 
 
 def tasks(count=4, channels=1, low=0.0, high=1.0):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from scipy import stats
@@ -86,9 +86,8 @@ def read_comparisons(tables: Iterable[Mapping[str, Any]]) -> list[Comparison]:
         TypeError: If an entry has the wrong type.
         ValueError: If an entry is missing or unknown.
     """
-    found = []
+    found, known = [], {field.name for field in fields(Comparison)}
     for table in tables:
-        known = {"family", "treatment", "control", "margin", "family_size"}
         if unknown := sorted(table.keys() - known):
             raise ValueError(f"a comparison has no {', '.join(unknown)}")
         if missing := sorted({"family", "treatment", "control"} - table.keys()):
