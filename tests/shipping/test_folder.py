@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from l2l_prune import ChannelPruner, DSDSchedule, PrunedReptile, Pruner
+from l2l_prune import ChannelPruner, DSDSchedule, PrunedReptile, Pruner, TaskMasks
 from l2l_prune.channels import Structured
 from l2l_prune.fewshot import Conv4, Mean
 from l2l_prune.fewshot.models import CaviaConv4, CaviaMLP
@@ -162,6 +162,20 @@ def test_learners_of_reptile_whose_channels_are_cut(batch, tmp_path):
     learner.adapt(learner(batch[0]).square().mean())
     export(learner, tmp_path)
     assert torch.equal(load(tmp_path, SmallNet())(batch[0]), learner(batch[0]))
+
+
+def test_masks_of_a_task_and_what_adapts_are_not_the_models(tmp_path):
+    masks = TaskMasks(torch.Generator().manual_seed(0))
+    reptile = PrunedReptile(Conv4(5, 8), sparse(0.5).per_task(), task_masks=masks)
+    export(reptile, tmp_path / "model")
+    assert equal_states(load(tmp_path / "model"), reptile.module)
+    assert read_manifest(tmp_path / "model")["rates"]["zero"] < 0.1
+    with reptile.task_masks():
+        learner = reptile.clone("classifier")
+    export(learner, tmp_path / "learner")
+    assert equal_states(load(tmp_path / "learner"), learner.module)
+    assert read_manifest(tmp_path / "learner")["rates"]["zero"] > 0.4
+    assert all(p.requires_grad for p in load(tmp_path / "learner").parameters())
 
 
 def test_what_is_said_about_it(tmp_path):
