@@ -168,13 +168,13 @@ def test_masks_of_a_task_and_what_adapts_are_not_the_models(tmp_path):
     masks = TaskMasks(torch.Generator().manual_seed(0))
     reptile = PrunedReptile(Conv4(5, 8), sparse(0.5).per_task(), task_masks=masks)
     export(reptile, tmp_path / "model")
-    assert equal_states(load(tmp_path / "model"), reptile.module)
-    assert read_manifest(tmp_path / "model")["rates"]["zero"] < 0.1
+    assert equal_states(load(tmp_path / "model"), plain_copy(reptile.module))
+    assert bool(load(tmp_path / "model").features.conv4.weight.all())
     with reptile.task_masks():
         learner = reptile.clone("classifier")
     export(learner, tmp_path / "learner")
     assert equal_states(load(tmp_path / "learner"), learner.module)
-    assert read_manifest(tmp_path / "learner")["rates"]["zero"] > 0.4
+    assert int(learner.module.features.conv4.weight.count_nonzero()) == 9 * 8 * 8 // 2
     assert all(p.requires_grad for p in load(tmp_path / "learner").parameters())
 
 
