@@ -136,15 +136,9 @@ def refused(out, *words):
     return " ".join(done.output.split())
 
 
-def test_several_runs_no_run_no_folder(runs, tmp_path):
+def test_several_runs(runs, tmp_path):
     out = tmp_path / "out"
     assert "holds 3 runs: give the folder of one" in refused(out, "export", runs)
-    assert "there is no folder" in refused(out, "export", tmp_path / "none")
-    (tmp_path / "empty").mkdir()
-    assert "there is no finished run" in refused(out, "export", tmp_path / "empty")
-    assert "Missing option '--out'" in command("export", runs).output
-    (tmp_path / "file").write_text("")
-    assert "is a file" in command("export", runs, "--out", tmp_path / "file").output
 
 
 def copied(run, folder):

@@ -307,16 +307,8 @@ def test_a_strange_class_is_never_imported(tmp_path):
 
 def test_wrong_networks(tmp_path):
     export(SmallNet(), tmp_path)
-    with pytest.raises(ValueError, match="which is not a network of this library"):
-        load(tmp_path)
     with pytest.raises(ValueError, match=r"SmallNet, but model is a .*models\.Conv4"):
         load(tmp_path, Conv4(5, 4))
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got 'net'"):
-        load(tmp_path, "net")
-    masked = SmallNet()
-    Pruner(masked, sparse(0.5))
-    with pytest.raises(ValueError, match="model has masks"):
-        load(tmp_path, masked)
     more = SmallNet()
     more.register_buffer("extra", torch.zeros(1))
     before = copy.deepcopy(more.state_dict())
@@ -336,16 +328,6 @@ def test_wrong_networks(tmp_path):
 def test_what_cannot_be_exported(tmp_path):
     net = SmallNet()
     out = tmp_path / "out"
-    with pytest.raises(TypeError, match="learner must be a torch"):
-        export({}, out)
-    with pytest.raises(TypeError, match="half must be True or False"):
-        export(net, out, half=1)
-    with pytest.raises(TypeError, match="data must be a string"):
-        export(net, out, data=3)
-    with pytest.raises(TypeError, match="about must hold only values"):
-        export(net, out, about={"x": torch.ones(2)})
-    with pytest.raises(ValueError, match="accuracy must be"):
-        export(net, out, accuracy=float("nan"))
     with torch.no_grad():
         net.fc.bias[0] = 1e6
     with pytest.raises(ValueError, match=r"fc\.bias holds numbers .* half precision"):
