@@ -39,7 +39,7 @@ test-peers: install
 support: install
 	$(BIN)/python -m pytest -q -p tests.support_table --support-table docs/support.md \
 		tests/hosts tests/metalearners/test_cavia.py tests/masking/test_masked_layer.py tests/masking/test_layers.py tests/reptile/test_distributed.py tests/reptile/test_task_masks.py \
-		tests/test_examples.py
+		tests/shipping tests/test_examples.py
 
 lint: install
 	$(BIN)/ruff check .

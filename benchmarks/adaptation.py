@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from benchmarks.workload import WAYS
 from l2l_prune import DSDSchedule, PrunedReptile
 from l2l_prune.channels import Structured
+from l2l_prune.experiments.device import BEST, PARTS, SHARE
 from l2l_prune.experiments.report.adaptation import write_adaptation
 from l2l_prune.fewshot import (
     Conv4,
@@ -29,6 +30,7 @@ from l2l_prune.fewshot import (
     minibatches,
     paired_difference,
 )
+from l2l_prune.reptile import best_channels
 from l2l_prune.reptile.adapt_only import AdaptOnly
 from l2l_prune.shipping import Adapting, adaptation_costs, costs_table
 
@@ -64,16 +66,12 @@ def meta_learner(name: str, size: int, channels: int, iterations: int) -> Pruned
     return reptile
 
 
-def parts_that_adapt(reptile: PrunedReptile) -> dict[str, AdaptOnly | None]:
-    """All, the head, the last block and the head, half of the last channels and the head."""
-    weight = reptile.clone().module.features.conv4.weight.detach()
-    largest = weight.flatten(1).norm(dim=1).argsort(descending=True)[: len(weight) // 2]
-    return {
-        "all": None,
-        "last block": ["features.conv4", "features.norm4", "classifier"],
-        "half of conv4": {"features.conv4": largest.tolist(), "classifier": None},
-        "head": "classifier",
-    }
+def channels_that_adapt(reptile: PrunedReptile, size: int) -> AdaptOnly:
+    """Chosen on tasks like those that are measured, of the training classes."""
+    data = Glyphs("train", size=size)
+    sampler = EpisodeSampler(data.images, data.labels, ways=WAYS, shots=1, queries=0, seed=1)
+    tasks = [(task.support_x, task.support_y) for task in itertools.islice(sampler, 12)]
+    return best_channels(reptile, tasks, share=SHARE)
 
 
 def main(
@@ -93,7 +91,7 @@ def main(
     ways, accuracies = {}, {}
     for name in LEARNERS:
         reptile = meta_learner(name, size, channels, iterations)
-        for part, only in parts_that_adapt(reptile).items():
+        for part, only in {**PARTS, BEST: channels_that_adapt(reptile, size)}.items():
             way = f"{name}, {part}"
             ways[way] = Adapting(reptile, only)
             accuracies[way] = few_shot_accuracy(

@@ -26,6 +26,9 @@ TITLES = {
     "tests/masking/test_masked_layer.py": "torch: copies, functional calls, layers, state dicts",
     "tests/masking/test_layers.py": "torch: what is refused, by name",
     "tests/reptile/test_distributed.py": "torch: DistributedDataParallel",
+    "tests/shipping/test_folder.py": "Devices: folders that load without code",
+    "tests/shipping/test_formats.py": "Devices: ONNX Runtime, torch.export, 2:4 patterns",
+    "tests/shipping/test_costs.py": "Devices: the cost of adapting",
     "tests/test_examples.py": "Examples",
 }
 GUIDES = {"cavia": "CAVIA", "metaoptnet": "MetaOptNet", "libfewshot": "LibFewShot"}
@@ -40,7 +43,7 @@ HOSTS = {
     "Lightning": ("pytorch-lightning", "lightning_maml"),
 }
 """Package and example of a host."""
-VERSIONS = ("torch", "learn2learn", "higher", "pytorch-lightning")
+VERSIONS = ("torch", "learn2learn", "higher", "pytorch-lightning", "onnxruntime")
 results: dict[str, dict[str, list[tuple[str, str]]]] = {}
 
 

@@ -20,11 +20,12 @@ from l2l_prune.experiments.report import same_settings
 from l2l_prune.experiments.report.adaptation import write_adaptation
 from l2l_prune.experiments.report.finished_runs import FinishedRun, read_folder, read_weights
 from l2l_prune.experiments.report.results import read_result
-from l2l_prune.experiments.running.run import evaluation_tasks
+from l2l_prune.experiments.running.run import evaluation_tasks, load_split
 from l2l_prune.experiments.running.streams import stream
 from l2l_prune.fewshot.data import Images, load_images
 from l2l_prune.fewshot.evaluation import few_shot_accuracy
 from l2l_prune.reptile.adapt_only import AdaptOnly
+from l2l_prune.reptile.best_channels import best_channels
 from l2l_prune.reptile.learner import adam
 from l2l_prune.reptile.reptile import PrunedReptile
 from l2l_prune.schedules.schedule import Schedule, Segment
@@ -38,6 +39,10 @@ PARTS: dict[str, AdaptOnly | None] = {
     "head": "classifier",
 }
 """Which parts of the four-block network adapt."""
+
+BEST = "best channels"
+SHARE = 0.25
+"""The largest share of the weights in the channels that adapt, of all layers."""
 
 _MOST_TASKS = 200
 _ABOUT = ("algorithm", "ways", "shots", "inner_lr", "eval_steps", "eval_batch", "transductive")
@@ -102,7 +107,9 @@ def measure_adaptation(folder: Path) -> list[Path]:
     """Measure what adapting costs the Reptile runs of a folder, for its report.
 
     For each method, the run of the first seed is measured on its own unseen classes. Masks are held
-    as in the run's last phase. The inner optimizer starts afresh, as on a device: in the run's own
+    as in the run's last phase. Besides whole layers, those channels adapt that
+    :func:`~l2l_prune.reptile.best_channels.best_channels` chooses on tasks of the training classes:
+    once, before the device. The inner optimizer starts afresh, as on a device: in the run's own
     scores it carries its state over from training, so they can be higher.
 
     Args:
@@ -137,7 +144,7 @@ def measure_adaptation(folder: Path) -> list[Path]:
     ways, accuracies = {}, {}
     for name, run in runs.items():
         reptile = restored_reptile(run, data)
-        for part, only in PARTS.items():
+        for part, only in {**PARTS, BEST: _best_channels(reptile, _config(run))}.items():
             way = f"{name}, {part}"
             ways[way] = Adapting(reptile, only)
             accuracies[way] = few_shot_accuracy(
@@ -204,6 +211,11 @@ def restored_reptile(run: FinishedRun, data: Images) -> PrunedReptile:
         inner_lr=config.inner_lr,
         inner_optimizer=functools.partial(adam, weight_decay=config.weight_decay),
     )
+
+
+def _best_channels(reptile: PrunedReptile, config: RunConfig) -> AdaptOnly:
+    tasks = evaluation_tasks(load_split(config, "train"), config, "curve tasks", "train")
+    return best_channels(reptile, ((t.support_x, t.support_y) for t in tasks), share=SHARE)
 
 
 def _only_run(folder: Path) -> FinishedRun:

@@ -79,13 +79,12 @@ def _of_channels(
             continue
         if layer is None or not own:
             raise ValueError(_unknown(model, name))
-        counts = {len(p) for p in own.values() if p.dim()}
-        if len(counts) != 1 or getattr(layer, "transposed", False):
+        count = output_channels(layer)
+        if count is None:
             raise ValueError(
                 f"adapt_only cannot choose channels of {name}, a {type(layer).__name__}, which "
                 "does not hold its output channels first; give None for the whole layer"
             )
-        count = counts.pop()
         keep = torch.zeros(count, dtype=torch.bool)
         for channel in channels:
             index = checks.whole_number(f"adapt_only[{name!r}]", channel)
@@ -101,6 +100,14 @@ def _of_channels(
                 [-1] + [1] * (parameter.dim() - 1)
             ).to(parameter.device)
     return chosen
+
+
+def output_channels(layer: nn.Module) -> int | None:
+    """The number of a layer's output channels; ``None`` if they are not the first dimension."""
+    counts = {len(p) if p.dim() else 0 for p in layer.parameters(recurse=False)}
+    if len(counts) != 1 or counts == {0} or getattr(layer, "transposed", False):
+        return None
+    return counts.pop()
 
 
 def _names(full_name: str) -> list[str]:

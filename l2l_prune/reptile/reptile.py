@@ -208,7 +208,9 @@ class PrunedReptile(nn.Module):
                 modules around them, or of parameters), ``fnmatch`` patterns, module types or
                 predicates ``(name, module) -> bool``; or a mapping from layers to the output
                 channels that adapt (``None``: all). The backward pass ends at the first layer
-                that adapts. Chosen channels take as much time as their whole layers.
+                that adapts. Chosen channels (for instance by
+                :func:`~l2l_prune.reptile.best_channels.best_channels`) take as much time as
+                their whole layers.
 
         Raises:
             RuntimeError: After :meth:`finalize`.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from l2l_prune.reptile.reptile import PrunedReptile
 from l2l_prune.shipping.folder import export
 
 PARTS = ("forward", "step", "episode")
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -116,20 +119,16 @@ def adaptation_costs(
     x, y = episode.support_x, episode.support_y
     batches = list(minibatches(x, y, batch_size=batch_size, steps=steps, generator=generator))
     measured = {name: _Way(way, episode, batches, loss) for name, way in ways.items()}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        times = _interleaved(measured, rounds)
-    finally:
-        torch.set_num_threads(threads)
-    first = next(iter(times.values()))
+    pairs = itertools.product(measured, PARTS)
+    times = interleaved({(n, p): functools.partial(measured[n].run, p) for n, p in pairs}, rounds)
+    first = next(iter(measured))
     return {
         name: AdaptationCost(
             {part: way.macs(part) for part in PARTS},
-            {part: 1000 * statistics.median(times[name][part]) for part in PARTS},
+            {part: 1000 * statistics.median(times[name, part]) for part in PARTS},
             {
                 part: statistics.median(
-                    a / b for a, b in zip(times[name][part], first[part], strict=True)
+                    a / b for a, b in zip(times[name, part], times[first, part], strict=True)
                 )
                 for part in PARTS
             },
@@ -138,6 +137,33 @@ def adaptation_costs(
         )
         for name, way in measured.items()
     }
+
+
+def interleaved(works: Mapping[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
+    """What functions return (their seconds) in each round, on one thread, after a first round.
+
+    Each round begins with a different one, so that a busy machine slows them all alike.
+    """
+    found: dict[Key, list[float]] = {key: [] for key in works}
+    order, threads = list(works), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for number in range(rounds + 1):
+            shift = number % len(order)
+            for key in order[shift:] + order[:shift]:
+                seconds = works[key]()
+                if number:
+                    found[key].append(seconds)
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
+def multiply_accumulates(work: Callable[[], object]) -> int:
+    """How many multiply-accumulates are executed in a call of ``work``, backward passes too."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops()) // 2
 
 
 def stored_bytes(learner: Any, *, half: bool = False) -> int:
@@ -205,9 +231,7 @@ class _Way:
         return taken
 
     def macs(self, part: str) -> int:
-        with FlopCounterMode(display=False) as counter:
-            self.run(part)
-        return int(counter.get_total_flops()) // 2
+        return multiply_accumulates(lambda: self.run(part))
 
     def memory(self) -> int:
         """After a run, so that the working copy and the kernels' own memory exist already."""
@@ -253,17 +277,3 @@ def _peak(told: Any) -> int:
         now += event.nbytes()
         most = max(most, now)
     return most
-
-
-def _interleaved(ways: Mapping[str, _Way], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds in each round, by way and part; each round begins with a different way."""
-    times: dict[str, dict[str, list[float]]] = {n: {part: [] for part in PARTS} for n in ways}
-    order = list(ways)
-    for number in range(rounds + 1):
-        shift = number % len(order)
-        for name in order[shift:] + order[:shift]:
-            for part in PARTS:
-                taken = ways[name].run(part)
-                if number:
-                    times[name][part].append(taken)
-    return times

@@ -159,5 +159,33 @@ CASES = [
         "report of an empty folder", "no finished run in here", "report here", folder_called("here")
     ),
     told("report of no folder", "no finished run in nowhere", "report nowhere"),
+    told("export without --out", "Missing option '--out'", "export here", folder_called("here")),
+    told("export of no folder", "there is no folder nowhere", "export nowhere --out out"),
+    told(
+        "export of an empty folder",
+        "there is no finished run in here",
+        "export here --out out",
+        folder_called("here"),
+    ),
+    told(
+        "export of a file",
+        "there is no folder a.txt",
+        "export a.txt --out out",
+        file("a.txt", ""),
+    ),
+    told("export to a file", "a.txt is a file", "export here --out a.txt", file("a.txt", "")),
+    told("export with a rate", "No such option.*--sparsity", "export here --sparsity 0.5"),
+    told(
+        "the cost of adapting nothing",
+        "no finished run in here",
+        "report here --adaptation",
+        folder_called("here"),
+    ),
+    told("--distil 50", r"--distil.*50\.0 is not in \[0, 1\)|distil must be in", "run --distil 50"),
+    told(
+        "--distil without a teacher",
+        "distil needs a dense phase before the first sparse one.*leave distil out",
+        "run --method rigl --distil 0.5",
+    ),
     told("report of a file", "a.txt is a file", "report a.txt", file("a.txt", "")),
 ]

@@ -27,11 +27,12 @@ from tests.bad_input import (
     reptile,
     saved,
     settings,
+    shipping,
 )
 from tests.bad_input.case import Case, snapshot
 from tests.conftest import SmallNet
 
-SURFACES = (numbers, attaching, saved, reptile, hosts, data, settings, commands)
+SURFACES = (numbers, attaching, saved, reptile, hosts, data, settings, shipping, commands)
 CASES: dict[str, Case] = {
     f"{surface.__name__.rpartition('.')[2]}: {case.name}": case
     for surface in SURFACES

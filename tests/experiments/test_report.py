@@ -266,6 +266,8 @@ def test_runs_that_differ_in_any_setting_are_rows_of_their_own(tmp_path, no_curv
             changes["data"] = "folder"
         if field.name == "ranks":
             changes["ranks"] = base.tasks
+        if field.name == "distil_temperature":  # which does nothing alone
+            changes["distil"] = 0.5
         if field.name == "structured":  # which takes no rewind
             changes["rewind"] = None
         configs.append(dataclasses.replace(base, **changes))
@@ -287,8 +289,8 @@ def test_runs_that_differ_in_any_setting_are_rows_of_their_own(tmp_path, no_curv
     for run in read_folder(tmp_path).runs:
         rows.setdefault((run.problem, run.size, run.shots, run.method), []).append(run)
     pooled = [same for same in rows.values() if len(same) > 1]
-    idle = ("criterion", "allocation", "regrow", "rewind", "layers") if schedule == "dense" else ()
-    assert len(rows) == len(configs) - len(idle)
+    idle = {"criterion", "allocation", "regrow", "rewind", "layers", "distil", "distil_temperature"}
+    assert len(rows) == len(configs) - (len(idle) if schedule == "dense" else 0)
     assert [len(same) for same in pooled] == [2]
     assert {run.seed for run in pooled[0]} == {0, 1}
 

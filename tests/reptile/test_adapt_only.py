@@ -14,6 +14,7 @@ from l2l_prune import DSDSchedule, PrunedReptile
 from l2l_prune.channels import Structured
 from l2l_prune.fewshot import EpisodeSampler, few_shot_accuracy
 from l2l_prune.reptile.batched import BatchedLearners
+from l2l_prune.reptile.best_channels import best_channels
 from l2l_prune.reptile.compiled import CompiledStep
 from tests.conftest import SmallNet, without_compiler
 
@@ -84,6 +85,78 @@ def test_chosen_channels(net, batch, schedule):
         torch.testing.assert_close(parameter, expected[name])
     assert torch.equal(learner.module.conv2.weight[1:3], before[1:3])
     assert not torch.equal(learner.module.conv2.weight[0], before[0])
+
+
+def differences(module, mask, x, y, step=1e-5):
+    """The loss's derivatives by each remaining weight, from central differences."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        flat = parameter.detach().view(-1)
+        kept = mask.get(name, torch.ones_like(parameter)).flatten()
+        gradient = torch.zeros_like(flat)
+        for i in range(len(flat)):
+            value, losses = flat[i].clone(), []
+            for sign in (1, -1):
+                flat[i] = value + sign * step
+                losses.append(F.cross_entropy(module(x), y).detach())
+            flat[i] = value
+            gradient[i] = (losses[0] - losses[1]) / (2 * step) * kept[i]
+        found[name] = gradient.view_as(parameter)
+    return found
+
+
+@pytest.mark.parametrize("schedule", [DENSE, SPARSE], ids=["dense", "sparse"])
+def test_the_best_channels_are_those_found_by_hand_and_others_stay(net, batch, schedule):
+    reptile = PrunedReptile(net.double(), schedule, inner_lr=0.01, inner_optimizer=adamw)
+    x, y = batch[0].double(), batch[1]
+    tasks = [(x[:4], y[:4]), (x[4:], y[4:])]
+    module, masks = copy.deepcopy(reptile.clone().module), reptile.pruner.learner_masks
+    gradients = [differences(module, masks, *task) for task in tasks]
+    rows = []
+    for layer in ("conv1", "norm", "conv2", "fc"):
+        own = [n for n in gradients[0] if n.startswith(f"{layer}.")]
+        for channel in range(len(gradients[0][own[0]])):
+            score = sum(float(g[n][channel].square().sum()) for g in gradients for n in own)
+            size = sum(
+                int(masks.get(n, torch.ones_like(gradients[0][n]))[channel].sum()) for n in own
+            )
+            rows.append((score / max(size, 1), size, layer, channel))
+    whole = sum(size for _, size, _, _ in rows)
+    for share in (0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.3):
+        found = best_channels(reptile, tasks, share=share)
+        left, expected = share * whole, {}
+        for score, size, layer, channel in sorted(rows, key=lambda row: -row[0]):
+            if size <= left and score > 1e-12:
+                left -= size
+                expected.setdefault(layer, []).append(channel)
+        assert found == {layer: sorted(channels) for layer, channels in expected.items()}
+        assert 0 < sum(map(len, found.values())) < len(rows)
+
+    learner = reptile.clone(found)
+    names = {n for n in gradients[0] if n.split(".")[0] in found}
+    chosen = {n: found[n.split(".")[0]] for n in names}
+    after = by_hand(learner.module, names, (x, y), chosen)
+    before = {n: p.detach().clone() for n, p in learner.module.named_parameters()}
+    steps(learner, (x, y))
+    for name, parameter in learner.module.named_parameters():
+        torch.testing.assert_close(parameter, after[name], rtol=1e-12, atol=1e-14)
+        frozen = [c for c in range(len(parameter)) if c not in chosen.get(name, [])]
+        assert torch.equal(parameter[frozen], before[name][frozen])
+        if name in masks:
+            assert not parameter[masks[name] == 0].any()
+            assert not before[name][masks[name] == 0].any()
+
+
+def test_no_channel_can_be_chosen(net, batch):
+    reptile = PrunedReptile(net, DENSE)
+    with pytest.raises(ValueError, match=r"fits in 0\.001 of 243 weights: raise share"):
+        best_channels(reptile, [batch], share=0.001)
+    with pytest.raises(ValueError, match="tasks must hold at least one support set"):
+        best_channels(reptile, [])
+    with pytest.raises(ValueError, match=r"share must be in \[0, 1\), got 30; 30% is 0.3"):
+        best_channels(reptile, [batch], share=30)
+    with pytest.raises(TypeError, match="reptile must be a PrunedReptile"):
+        best_channels(net, [batch])
 
 
 def test_the_next_learner_adapts_everything_again(net, batch):

@@ -59,6 +59,19 @@ def test_operations_are_those_counted_by_hand():
     assert found["all"].ratios == {"forward": 1, "step": 1, "episode": 1}
 
 
+def test_chosen_channels_cost_the_whole_of_their_layers():
+    reptile = learner()
+    ways = {
+        "layers": ["features.conv4", "classifier"],
+        "channels": {"features.conv4": [1], "classifier": [0]},
+    }
+    found = measured({name: Adapting(reptile, only) for name, only in ways.items()})
+    forward, (*_, last, head) = sum(macs(8)), macs(8)
+    # Weights of both, inputs of the classifier; nothing of their channels is skipped.
+    assert found["channels"].macs["step"] == BATCH * (forward + last + 2 * head)
+    assert found["channels"].macs == found["layers"].macs
+
+
 def test_masks_save_bytes_and_channels_save_operations(tmp_path):
     pytest.importorskip("torch_pruning")
     ways = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from l2l_prune.experiments.algorithms.base import (
     eval_mode,
 )
 from l2l_prune.experiments.algorithms.pruning import Masks
+from l2l_prune.experiments.algorithms.teacher import Teacher, distilled
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.running.streams import stream
 from l2l_prune.fewshot.data import Episode
@@ -65,17 +65,25 @@ class Reptile(Algorithm):
             **({"structured": structured} if config.structured else self._masks.options),
         )
         self._masks.follow(self._reptile, self._reptile)
+        self._teacher = Teacher(self._reptile) if config.distil else None
         self.pruner = self._reptile.pruner
         self._step = CompiledStep(self._loss) if config.compile else self._plain_step
         alone = config.structured or config.compile or config.bf16
         self._tasks_at_once = 1 if alone else tasks_at_once(config.channels, image_shape[-1])
 
-    def _loss(self, learner: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self._config.bf16):
-            return F.cross_entropy(learner(x), y)
+    def _loss(
+        self, learner: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, soft: Tensor | None = None
+    ) -> Tensor:
+        config = self._config
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.bf16):
+            scores = learner(x)
+            loss = F.cross_entropy(scores, y)
+            if soft is None:
+                return loss
+            return distilled(loss, scores, soft, config.distil, config.distil_temperature)
 
-    def _plain_step(self, learner: Learner, x: Tensor, y: Tensor) -> None:
-        learner.adapt(self._loss(learner, x, y))
+    def _plain_step(self, learner: Learner, *batch: Tensor) -> None:
+        learner.adapt(self._loss(learner, *batch))
 
     def _mean_loss(self) -> Tensor:
         """The meta-model's loss on the support sets of the current meta-iteration."""
@@ -95,20 +103,23 @@ class Reptile(Algorithm):
         ranks = self._config.ranks
         self._tasks = tasks[self._rank :: ranks]
         for number, task in enumerate(tasks):
-            batches = minibatches(
-                task.support_x,
-                task.support_y,
-                batch_size=self._config.inner_batch,
-                steps=self._config.inner_steps,
-                generator=self._batches,
+            # Drawn whether they are used or not: every rank has the run's stream.
+            drawn = list(
+                minibatches(
+                    task.support_x,
+                    task.support_y,
+                    batch_size=self._config.inner_batch,
+                    steps=self._config.inner_steps,
+                    generator=self._batches,
+                )
             )
             if number % ranks != self._rank:
-                deque(batches, maxlen=0)  # drawn all the same: every rank has the run's stream
                 continue
+            batches = self._teacher.label(drawn) if self._teacher else drawn
             with self._reptile.task_masks():
                 learner = self._reptile.clone()
-            for x, y in batches:
-                self._step(learner, x, y)
+            for batch in batches:
+                self._step(learner, *batch)
             self._reptile.collect(learner)
         self._reptile.step()
 
@@ -132,6 +143,7 @@ class Reptile(Algorithm):
             "batches": self._batches.get_state(),
             "dropout": self._dropout.state,
             "masks": self._masks.state_dict(),
+            "teacher": self._teacher.state_dict() if self._teacher else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -139,6 +151,8 @@ class Reptile(Algorithm):
         self._batches.set_state(state["batches"])
         self._dropout.state = state["dropout"]
         self._masks.load_state_dict(state["masks"])
+        if self._teacher:
+            self._teacher.load_state_dict(state["teacher"])
 
     def finalize(self) -> nn.Module:
         return self._reptile.finalize()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import statistics
@@ -13,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from l2l_prune._basics.packing import pack
 from l2l_prune.channels.pruner import ChannelPruner
 from l2l_prune.experiments.algorithms import build
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.schedules.schedule import Schedule
+from l2l_prune.shipping.costs import interleaved, multiply_accumulates
 
 _UNITS = {"": 1, "B": 1, "K": 1e3, "KB": 1e3, "M": 1e6, "MB": 1e6, "G": 1e9, "GB": 1e9}
 _ROUNDS = 31
@@ -99,10 +100,15 @@ def end_network(config: RunConfig, image_shape: Sequence[int]) -> nn.Module:
     """
     last = config.schedule.segment(config.schedule.iterations)
     schedule = Schedule((dataclasses.replace(last, iterations=1),))
-    # The number of remaining weights does not depend on how they are chosen.
-    counted = dataclasses.replace(
-        config, schedule=schedule, criterion="magnitude", rewind=None, regrow=None, compile=False
-    )
+    # The number of remaining weights does not depend on how they are chosen and learn.
+    plain: dict[str, Any] = {
+        "criterion": "magnitude",
+        "rewind": None,
+        "regrow": None,
+        "compile": False,
+    }
+    plain |= {"distil": 0.0, "distil_temperature": RunConfig.distil_temperature}
+    counted = dataclasses.replace(config, schedule=schedule, **plain)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         algorithm = build(counted, image_shape)
@@ -121,28 +127,27 @@ def cost_of(config: RunConfig, image_shape: Sequence[int]) -> Cost:
     network = end_network(config, image_shape)
     weights = sum(int(parameter.count_nonzero()) for parameter in network.parameters())
     stored = sum(pack(tensor).nbytes for tensor in network.state_dict().values())
-    return Cost(weights, stored, _macs(network, image_shape))
+    forward, x = _forward(network, image_shape)
+    with torch.no_grad():
+        macs = multiply_accumulates(lambda: forward(x))
+    return Cost(weights, stored, macs)
 
 
 def timed(
     networks: Mapping[Any, nn.Module], image_shape: Sequence[int], rounds: int = _ROUNDS
 ) -> dict[Any, float]:
     """Milliseconds of one image's forward pass on one thread: medians of interleaved rounds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    times: dict[Any, list[float]] = {key: [] for key in networks}
-    try:
-        with torch.no_grad():
-            for number in range(rounds + 1):
-                for key, network in networks.items():
-                    forward, x = _forward(network, image_shape)
-                    started = time.perf_counter()
-                    forward(x)
-                    if number:  # the first warms up
-                        times[key].append(1000 * (time.perf_counter() - started))
-    finally:
-        torch.set_num_threads(threads)
-    return {key: statistics.median(found) for key, found in times.items()}
+
+    def seconds(network: nn.Module) -> float:
+        forward, x = _forward(network, image_shape)
+        started = time.perf_counter()
+        forward(x)
+        return time.perf_counter() - started
+
+    with torch.no_grad():
+        works = {key: functools.partial(seconds, network) for key, network in networks.items()}
+        found = interleaved(works, rounds)
+    return {key: 1000 * statistics.median(times) for key, times in found.items()}
 
 
 def dense_width(config: RunConfig, image_shape: Sequence[int], weights: int) -> int:
@@ -162,13 +167,6 @@ def dense_width(config: RunConfig, image_shape: Sequence[int], weights: int) -> 
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) <= weights else (low, middle)
     return min((low, high), key=lambda channels: abs(count(channels) - weights))
-
-
-def _macs(network: nn.Module, image_shape: Sequence[int]) -> int:
-    forward, x = _forward(network, image_shape)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        forward(x)
-    return int(counter.get_total_flops()) // 2
 
 
 def _forward(network: nn.Module, image_shape: Sequence[int]) -> tuple[Any, Tensor]:
