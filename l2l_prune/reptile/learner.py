@@ -219,6 +219,14 @@ class Workspace:
         if self._masked:
             torch._foreach_mul_(self._masked, list(self.masks.values()))
 
+    def adapted(self, start: Iterable[Tensor]) -> list[Tensor]:
+        """The parameters, with the values of ``start`` where masks prune: there nothing moved."""
+        own = dict(zip(self._by_name, start, strict=True))
+        return [
+            torch.where(self.masks[n] != 0, p, own[n]).detach() if n in self.masks else p.detach()
+            for n, p in self._by_name.items()
+        ]
+
     def moves(self, start: Iterable[Tensor]) -> list[Tensor]:
         """How far each parameter is from ``start``; pruned weights have not moved."""
         moved = torch._foreach_sub([p.detach() for p in self.parameters], [*start])

@@ -250,7 +250,7 @@ class PrunedReptile(nn.Module):
             start = workspace.before_last if self.foml else self.module.parameters()
             moved = workspace.moves(start)
         else:
-            moved = [p.detach() for p in workspace.parameters]
+            moved = workspace.adapted(self.module.parameters())
         if not self._collected:
             self._collected = [p.clone() for p in moved]
         else:

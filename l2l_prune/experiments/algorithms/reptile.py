@@ -21,11 +21,13 @@ from l2l_prune.experiments.algorithms.base import (
     eval_mode,
 )
 from l2l_prune.experiments.algorithms.pruning import Masks
+from l2l_prune.experiments.algorithms.rivals import Rivals
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.running.streams import stream
 from l2l_prune.fewshot.data import Episode
 from l2l_prune.fewshot.data.minibatches import minibatches
 from l2l_prune.fewshot.evaluation import Mean, few_shot_accuracy
+from l2l_prune.methods.task_dropout import TaskDropout
 from l2l_prune.reptile.compiled import CompiledStep
 from l2l_prune.reptile.learner import Learner, adam
 from l2l_prune.reptile.reptile import PrunedReptile
@@ -50,6 +52,8 @@ class Reptile(Algorithm):
         self._batches = stream(config.seed, "training minibatches")
         self._dropout = OwnRandomness(stream(config.seed, "dropout"))
         self.network = net = conv4(config, image_shape)
+        if config.dropout_per == "task":
+            TaskDropout.replace_in(net)
         self._tasks: Sequence[Episode] = ()
         self._masks = Masks(config, net, self._mean_loss)
         structured = Structured(torch.zeros(2, *image_shape))
@@ -66,6 +70,7 @@ class Reptile(Algorithm):
         )
         self._masks.follow(self._reptile, self._reptile)
         self.pruner = self._reptile.pruner
+        self._rivals = Rivals(config, self.pruner, image_shape)
         self._step = CompiledStep(self._loss) if config.compile else self._plain_step
         alone = config.structured or config.compile or config.bf16
         self._tasks_at_once = 1 if alone else tasks_at_once(config.channels, image_shape[-1])
@@ -76,6 +81,12 @@ class Reptile(Algorithm):
 
     def _plain_step(self, learner: Learner, x: Tensor, y: Tensor) -> None:
         learner.adapt(self._loss(learner, x, y))
+
+    def _train_step(self, learner: Learner, x: Tensor, y: Tensor) -> None:
+        if self._config.drop_grad:  # in training only
+            self._rivals.adapt(learner, self._loss(learner, x, y))
+        else:
+            self._step(learner, x, y)
 
     def _mean_loss(self) -> Tensor:
         """The meta-model's loss on the support sets of the current meta-iteration."""
@@ -95,7 +106,7 @@ class Reptile(Algorithm):
         ranks = self._config.ranks
         self._tasks = tasks[self._rank :: ranks]
         for number, task in enumerate(tasks):
-            batches = minibatches(
+            drawn = minibatches(
                 task.support_x,
                 task.support_y,
                 batch_size=self._config.inner_batch,
@@ -103,13 +114,17 @@ class Reptile(Algorithm):
                 generator=self._batches,
             )
             if number % ranks != self._rank:
-                deque(batches, maxlen=0)  # drawn all the same: every rank has the run's stream
+                deque(drawn, maxlen=0)  # drawn all the same: every rank has the run's stream
                 continue
-            with self._reptile.task_masks():
-                learner = self._reptile.clone()
-            for x, y in batches:
-                self._step(learner, x, y)
-            self._reptile.collect(learner)
+            batches = list(drawn)  # for each of MGAug's networks
+            for masks in self._rivals.networks():
+                with self._reptile.task_masks(masks):
+                    learner = self._reptile.clone()
+                self._rivals.begin(learner)
+                for x, y in batches:
+                    self._train_step(learner, x, y)
+                self._rivals.end(self._reptile.module, learner)
+                self._reptile.collect(learner)
         self._reptile.step()
 
     def evaluate(self, episodes: Iterable[Episode]) -> Mean:
@@ -132,6 +147,7 @@ class Reptile(Algorithm):
             "batches": self._batches.get_state(),
             "dropout": self._dropout.state,
             "masks": self._masks.state_dict(),
+            **self._rivals.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -139,6 +155,7 @@ class Reptile(Algorithm):
         self._batches.set_state(state["batches"])
         self._dropout.state = state["dropout"]
         self._masks.load_state_dict(state["masks"])
+        self._rivals.load_state_dict(state)
 
     def finalize(self) -> nn.Module:
         return self._reptile.finalize()
