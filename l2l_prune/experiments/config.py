@@ -548,7 +548,7 @@ def _name(
         number = settings.get("mgaug_networks", RunConfig.mgaug_networks)
         parts.append(f"MGAug {settings['mgaug']} {100 * rate:g}%")
         if number != RunConfig.mgaug_networks:
-            parts.append(f"{number} networks")
+            parts.append(f"{number} sub-network{'s' if number > 1 else ''}")
     if settings.get("weight_decay"):
         parts.append(f"decay {settings['weight_decay']:g}")
     return ", ".join(parts)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from l2l_prune._basics import checks
 from l2l_prune._basics.generators import check_generator
@@ -19,8 +19,6 @@ from l2l_prune.masking.topk import kept_count, top_mask
 from l2l_prune.pruner import Pruner
 
 Way = Literal["width", "parameters", "catfish"]
-
-_OVER_CHANNELS = tuple(getattr(nn, name) for name in ("LayerNorm", "RMSNorm") if hasattr(nn, name))
 
 
 class MGAug:
@@ -216,7 +214,7 @@ def _maskable_channels(pruner: Pruner, example_inputs: Any) -> Channels:
     """The model's channels, if masks on what reads them make a narrower network.
 
     Raises:
-        ValueError: If a layer that reads channels is not pruned, or normalises over them.
+        ValueError: If a layer that reads channels is not pruned, or no channel can go.
     """
     channels = find_channels(plain_copy(pruner.model), example_inputs)
     pruned = pruner.weights.keys()
@@ -225,11 +223,5 @@ def _maskable_channels(pruner: Pruner, example_inputs: Any) -> Channels:
             raise ValueError(
                 f'way="width" needs {slot.axis.name} among the pruned layers: it reads channels '
                 "that narrower networks lack"
-            )
-    for path, module in pruner.model.named_modules():
-        if isinstance(module, _OVER_CHANNELS):
-            raise ValueError(
-                f"{path} normalises over channels, so that masks do not make a narrower network: "
-                'use way="parameters"'
             )
     return channels

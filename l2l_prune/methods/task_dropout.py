@@ -83,7 +83,8 @@ class TaskDropout(nn.Dropout):
             raise ValueError("the model has no TaskDropout: call TaskDropout.replace_in(model)")
         check_generator(generator)
         for layer in layers:
-            layer.seed.fill_(int(torch.randint(2**62, (), generator=generator)))
+            seed = int(torch.randint(2**62, (), generator=generator))
+            layer.seed = layer.seed.clone().fill_(seed)  # learn2learn's clones share the old one
 
     @staticmethod
     def replace_in(model: nn.Module) -> None:

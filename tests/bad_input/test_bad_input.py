@@ -25,13 +25,14 @@ from tests.bad_input import (
     hosts,
     numbers,
     reptile,
+    rivals,
     saved,
     settings,
 )
 from tests.bad_input.case import Case, snapshot
 from tests.conftest import SmallNet
 
-SURFACES = (numbers, attaching, saved, reptile, hosts, data, settings, commands)
+SURFACES = (numbers, attaching, saved, reptile, rivals, hosts, data, settings, commands)
 CASES: dict[str, Case] = {
     f"{surface.__name__.rpartition('.')[2]}: {case.name}": case
     for surface in SURFACES

@@ -148,6 +148,29 @@ def test_learners_live_side_by_side_and_evaluation_has_no_masks(net):
     assert torch.equal(plain.module(task(0)[0][0]), plain(task(0)[0][0]))
 
 
+@pytest.mark.parametrize("foml", [False, True], ids=["reptile", "foml"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_masks_that_are_given_in_other_phases_leave_what_they_prune(net, sparse, foml):
+    """In a dense phase, and in one whose masks the model has itself."""
+    net.double()
+    schedule = Schedule((Segment(9, sparse=sparse, sparsity=0.3 if sparse else 0.0),))
+    reptile = PrunedReptile(net, schedule, meta_lr=0.9, meta_lr_final=0.9, foml=foml)
+    before = {n: w.detach().clone() for n, w in reptile.pruner.weights.items()}
+    draws = torch.Generator().manual_seed(0)
+    masks = {n: torch.rand(w.shape, generator=draws) < 0.5 for n, w in before.items()}
+    with reptile.task_masks(masks) as held:
+        held = {n: mask.clone() for n, mask in held.items()}
+        learner = reptile.clone()
+    batches = task(0, torch.float64)
+    reptile.collect(adapt(learner, batches))
+    reptile.step()
+    for name, weight in reptile.pruner.weights.items():
+        still = ~held[name]
+        assert bool(still.any())
+        assert torch.allclose(weight[still], before[name][still], atol=1e-15, rtol=0)
+        assert bool((weight[~still] != before[name][~still]).any())
+
+
 @pytest.mark.parametrize("at", range(PHASES.iterations))
 def test_resumes_bit_for_bit_within_any_iteration(net, at):
     def begin(reptile):
