@@ -4,7 +4,7 @@ from l2l_prune._basics.moved import install as _install
 from l2l_prune.channels import ChannelPruner, Structured
 from l2l_prune.masking.masked_layer import dense_state_dict
 from l2l_prune.masking.task_masks import TaskMasks
-from l2l_prune.methods import Regrowth, Rewind
+from l2l_prune.methods import DropGrad, MGAug, Regrowth, Rewind, TaskDropout
 from l2l_prune.pruner import Pruner
 from l2l_prune.reptile import CompiledStep, PrunedReptile
 from l2l_prune.schedules import DSDSchedule, IHTSchedule, Schedule, Segment
@@ -15,7 +15,9 @@ __all__ = [
     "ChannelPruner",
     "CompiledStep",
     "DSDSchedule",
+    "DropGrad",
     "IHTSchedule",
+    "MGAug",
     "PrunedReptile",
     "Pruner",
     "Regrowth",
@@ -23,6 +25,7 @@ __all__ = [
     "Schedule",
     "Segment",
     "Structured",
+    "TaskDropout",
     "TaskMasks",
     "dense_state_dict",
 ]

@@ -22,6 +22,8 @@ from l2l_prune.masking.layers import Layers
 from l2l_prune.schedules.paper import Schedule
 
 _BY_ALGORITHM, _BY_METHOD = "by algorithm", "by method"
+MGAUG = ("reptile", "maml", "fomaml", "anil", "metasgd", "protonet")
+"""Algorithms whose runs can add sub-networks to each task."""
 _NO_THIRD_DERIVATIVE = ("maml", "metasgd", "cavia", "metaoptnet")
 """Batch normalisation has derivatives up to the second order, the SVM up to the first."""
 
@@ -147,6 +149,27 @@ class RunConfig:
     dropout: float = setting(
         0.0, "Dropout after each block of conv4 in training (reptile only).", share=True
     )
+    dropout_per: str = setting(
+        "step",
+        "How long a dropout mask is held (task: the same units in all examples of an inner loop)",
+        choices=("step", "task"),
+    )
+    drop_grad: float = setting(
+        0.0, "Rate of DropGrad's noise on inner gradients in training (reptile only).", share=True
+    )
+    drop_grad_noise: str = setting(
+        "gaussian", "Noise of DropGrad", choices=("gaussian", "bernoulli")
+    )
+    mgaug: str | None = setting(
+        None,
+        "Add the meta-gradients of pruned sub-networks; they are chosen by",
+        choices=("width", "parameters", "catfish"),
+        shown="none",
+    )
+    mgaug_rate: float = setting(
+        0.2, "Largest fraction that a sub-network of MGAug loses, in (0, 1).", share=True
+    )
+    mgaug_networks: int = setting(3, "Sub-networks of MGAug for each task.", least=1)
     weight_decay: float = setting(0.0, "Decoupled weight decay of the inner steps (reptile only).")
     layers: Layers = setting(  # noqa: RUF009 - it makes a field
         "authors",
@@ -254,12 +277,13 @@ class RunConfig:
         self._check_tasks()
         if self.annealing != "run" and self.algorithm != "reptile":
             raise ValueError("annealing works only with the algorithm reptile")
-        special = ("dropout", "weight_decay", "structured", "compile", "bf16")
+        special = ("dropout", "drop_grad", "weight_decay", "structured", "compile", "bf16")
         if self.algorithm != "reptile" and any(getattr(self, name) for name in special):
             raise ValueError(
-                "dropout, weight_decay, structured, compile and bf16 work only with the algorithm "
-                "reptile"
+                "dropout, drop_grad, weight_decay, structured, compile and bf16 work only with the "
+                "algorithm reptile"
             )
+        self._check_rivals()
         self._check_ranks()
         self._check_distil()
         masks = (self.criterion, self.allocation, self.rewind, self.regrow)
@@ -288,6 +312,35 @@ class RunConfig:
         if self.backbone == "resnet12" and self.algorithm != "metaoptnet":
             raise ValueError("backbone resnet12 works only with the algorithm metaoptnet")
 
+    def _check_rivals(self) -> None:
+        """Check MGAug, DropGrad and dropout for tasks, and what they cannot be combined with."""
+        held = self.dropout_per == "task"
+        if held and not self.dropout:
+            raise ValueError("dropout_per needs a rate: set dropout, too")
+        if self.drop_grad_noise != RunConfig.drop_grad_noise and not self.drop_grad:
+            raise ValueError("drop_grad_noise needs a rate: set drop_grad, too")
+        if self.compile and (held or self.drop_grad):
+            raise ValueError("compile cannot be combined with drop_grad or dropout_per=task")
+        if self.structured and held:
+            raise ValueError("structured cannot be combined with dropout_per=task")
+        if self.mgaug is None:
+            usual = (RunConfig.mgaug_rate, RunConfig.mgaug_networks)
+            if (self.mgaug_rate, self.mgaug_networks) != usual:
+                raise ValueError(
+                    "mgaug_rate and mgaug_networks need a choice of sub-networks: set mgaug, too"
+                )
+            return
+        if self.algorithm not in MGAUG:
+            raise ValueError(f"mgaug works only with the algorithms {', '.join(MGAUG)}")
+        if self.mgaug_rate == 0:
+            raise ValueError("mgaug_rate must be in (0, 1), got 0")
+        if any(segment.sparse for segment in self.schedule.segments):
+            raise ValueError(
+                "mgaug prunes sub-networks of a dense model: it works only with the method dense"
+            )
+        if self.structured or held:
+            raise ValueError("mgaug cannot be combined with structured or dropout_per=task")
+
     def _check_ranks(self) -> None:
         if self.ranks == 1:
             return
@@ -298,10 +351,10 @@ class RunConfig:
                 f"tasks must be a multiple of ranks, so that all ranks get equally many: got "
                 f"{self.tasks} tasks and {self.ranks} ranks"
             )
-        if self.dropout or self.criterion == "grasp":
+        if self.dropout or self.drop_grad or self.criterion == "grasp":
             raise ValueError(
-                "dropout and grasp need all tasks of a meta-iteration in one process: leave ranks "
-                "out"
+                "dropout, drop_grad and grasp need all tasks of a meta-iteration in one process: "
+                "leave ranks out"
             )
 
     def _check_distil(self) -> None:
@@ -509,7 +562,18 @@ def _name(
         parts.append(f"distil {settings['distil']:g}")
         parts += [f"temperature {warmth:g}"] if warmth != RunConfig.distil_temperature else []
     if settings.get("dropout"):
-        parts.append(f"dropout {settings['dropout']:g}")
+        held = " per task" if settings.get("dropout_per") == "task" else ""
+        parts.append(f"dropout {settings['dropout']:g}{held}")
+    if settings.get("drop_grad"):
+        noise = settings.get("drop_grad_noise", RunConfig.drop_grad_noise)
+        other = f" {noise}" if noise != RunConfig.drop_grad_noise else ""
+        parts.append(f"DropGrad {settings['drop_grad']:g}{other}")
+    if settings.get("mgaug"):
+        rate = settings.get("mgaug_rate", RunConfig.mgaug_rate)
+        number = settings.get("mgaug_networks", RunConfig.mgaug_networks)
+        parts.append(f"MGAug {settings['mgaug']} {100 * rate:g}%")
+        if number != RunConfig.mgaug_networks:
+            parts.append(f"{number} sub-network{'s' if number > 1 else ''}")
     if settings.get("weight_decay"):
         parts.append(f"decay {settings['weight_decay']:g}")
     return ", ".join(parts)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from l2l_prune._basics import checks
+from l2l_prune._basics.generators import check_generator
 from l2l_prune.masking.allocation import Allocation, global_masks, kept_counts
 from l2l_prune.masking.attached import HeldMasks
 from l2l_prune.masking.criteria import scores_of
@@ -71,11 +72,7 @@ class TaskMasks:
         *,
         pattern: Pattern = UNSTRUCTURED,
     ) -> None:
-        self.generator = checks.of_type(
-            "generator", generator, torch.Generator, "a torch.Generator"
-        )
-        if generator.device.type != "cpu":
-            raise TypeError(f"generator must be on the CPU, not on {generator.device}")
+        self.generator = check_generator(generator)
         if not callable(scores):
             raise TypeError(
                 f"scores must be a function of a weight and a generator, got "

@@ -68,8 +68,9 @@ class Catfish:
 
     Source:
         After catfish pruning in Wang et al., *Improving Generalization in Meta-Learning via
-        Meta-Gradient Augmentation*, IJCAI 2025 (arXiv 2306.08460): our reading of its score, not
-        compared with the authors' code.
+        Meta-Gradient Augmentation*, IJCAI 2025 (arXiv 2306.08460). The authors' program scores by
+        the gradient of the query loss, and adds gradients of sub-networks to the full one's:
+        :class:`~l2l_prune.methods.mgaug.MGAug`.
     """
 
     def __init__(self) -> None:

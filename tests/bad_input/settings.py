@@ -18,6 +18,9 @@ def made(name, words, error=ValueError, algorithm="reptile", schedule="dsd", **s
     return Case(name, lambda s: make_config(algorithm, schedule, **settings), error, words)
 
 
+HELD = {"dropout": 0.1, "dropout_per": "task"}
+MGAUG = {"schedule": "dense", "mgaug": "catfish"}
+
 CONFIG = [
     made("an unknown algorithm", "algorithm .*reptile.*'mamml'", algorithm="mamml"),
     made("an unknown schedule", "method .*dense.*'sdd'", schedule="sdd"),
@@ -43,6 +46,24 @@ CONFIG = [
     made("transductive in words", "transductive .*'no'", TypeError, transductive="no"),
     made("dropout of everything", "dropout .*1", dropout=1),
     made("dropout elsewhere", "dropout.* only .*reptile", algorithm="maml", dropout=0.1),
+    made("held dropout without a rate", "dropout_per .*set dropout", dropout_per="task"),
+    made("a dropout of nobody", "dropout_per .*step, task.*'run'", dropout_per="run"),
+    made("DropGrad of everything", r"drop_grad .*\[0, 1\)", drop_grad=1),
+    made("noise without DropGrad", "drop_grad_noise .*set drop_grad", drop_grad_noise="bernoulli"),
+    made("DropGrad elsewhere", "drop_grad.* only .*reptile", algorithm="maml", drop_grad=0.1),
+    made("DropGrad compiled", "compile .*drop_grad", drop_grad=0.1, compile=True),
+    made("DropGrad on ranks", "drop_grad.*leave ranks out", drop_grad=0.1, ranks=5),
+    made("held dropout compiled", "compile .*task", compile=True, **HELD),
+    made("held dropout with channels", "structured .*task", structured=True, **HELD),
+    made("MGAug of nobody", "mgaug .*catfish.*'all'", schedule="dense", mgaug="all"),
+    made("MGAug of a sparse model", "mgaug .*method dense", mgaug="catfish"),
+    made("MGAug with task masks", "mgaug .*method dense", schedule="task-masks", mgaug="width"),
+    made("MGAug without a way", "set mgaug", schedule="dense", mgaug_rate=0.1),
+    made("MGAug of nothing", r"mgaug_rate .*\(0, 1\)", **{**MGAUG, "mgaug_rate": 0.0}),
+    made("MGAug without networks", "mgaug_networks .*1", **{**MGAUG, "mgaug_networks": 0}),
+    made("MGAug with held dropout", "mgaug .*dropout_per", **MGAUG, **HELD),
+    made("MGAug with channels", "mgaug .*structured", **MGAUG, structured=True),
+    made("MGAug of contexts", "mgaug works only .*protonet", algorithm="cavia", **MGAUG),
     made("layers of nobody", "layers .*'first'", layers="first"),
     made("an unknown data set of a run", "data .*glyphs.*'cub'", data="cub"),
     made("resnet12 in Reptile", "resnet12 works only with .*metaoptnet", backbone="resnet12"),

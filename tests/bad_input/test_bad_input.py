@@ -25,6 +25,7 @@ from tests.bad_input import (
     hosts,
     numbers,
     reptile,
+    rivals,
     saved,
     settings,
     shipping,
@@ -32,7 +33,9 @@ from tests.bad_input import (
 from tests.bad_input.case import Case, snapshot
 from tests.conftest import SmallNet
 
-SURFACES = (numbers, attaching, saved, reptile, hosts, data, settings, shipping, commands)
+SURFACES = (
+    numbers, attaching, saved, reptile, rivals, hosts, data, settings, shipping, commands
+)  # fmt: skip
 CASES: dict[str, Case] = {
     f"{surface.__name__.rpartition('.')[2]}: {case.name}": case
     for surface in SURFACES

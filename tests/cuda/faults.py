@@ -20,7 +20,7 @@ from l2l_prune.channels import pruner as channel_pruner
 from l2l_prune.channels import surgery
 from l2l_prune.masking import attached, criteria, masked_layer, patterns, plan, topk
 from l2l_prune.metalearners import sparse_maml
-from l2l_prune.methods import regrowth, rewinding
+from l2l_prune.methods import drop_grad, mgaug, regrowth, rewinding, task_dropout
 from l2l_prune.reptile import batched, compiled, learner, reptile
 from tests.cuda import (
     moving_checks,
@@ -292,6 +292,18 @@ PLANTED: list[tuple[Check, Fault]] = [
     (
         reptile_checks.with_batched_learners,
         Fault("masks are left out", batched.BatchedLearners, "__init__", after(masks_dropped)),
+    ),
+    (
+        reptile_checks.with_mgaug,
+        Fault("the smallest scores go", mgaug, "top_mask", lambda f: lambda s, keep: f(-s, keep)),
+    ),
+    (
+        reptile_checks.with_drop_grad,
+        Fault("no noise", drop_grad.DropGrad, "__call__", lambda f: lambda self, g: g.clone()),
+    ),
+    (
+        reptile_checks.with_task_dropout,
+        Fault("no units go", task_dropout.TaskDropout, "forward", lambda f: lambda self, x: x),
     ),
     (
         reptile_checks.with_sparse_maml,

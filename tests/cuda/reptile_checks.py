@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from l2l_prune import PrunedReptile
+from l2l_prune import DropGrad, MGAug, PrunedReptile, Schedule, Segment, TaskDropout
 from l2l_prune.channels.pruner import ChannelPruner, Structured
 from l2l_prune.masking.criteria import snip
 from l2l_prune.metalearners.sparse_maml import SparseMAML
@@ -146,6 +146,65 @@ def with_sparse_maml(place: Place) -> None:
         return on_device(device, maml.state_dict())
 
     place.compare(run)
+
+
+def with_mgaug(place: Place) -> None:
+    def run(device, way):
+        net = network().to(device)
+        reptile = PrunedReptile(net, Schedule((Segment(2),)), inner_lr=0.01)
+        x, _ = batch(0, device)
+        mgaug = MGAug(reptile.pruner, generator(), way, rate=0.5, example_inputs=x)
+        trace = {}
+        for iteration in range(2):
+            for number, masks in enumerate(mgaug.networks()):
+                with reptile.task_masks(masks):
+                    learner = reptile.clone()
+                plainly(learner, iteration, device)
+                if not number:
+                    pairs = zip(net.parameters(), learner.module.parameters(), strict=True)
+                    mgaug.observe([old.detach() - new.detach() for old, new in pairs])
+                reptile.collect(learner)
+                trace |= on_device(device, {f"{iteration} {number}": masks})
+            reptile.step()
+        return trace | reptile_trace(reptile, device)
+
+    for way in ("width", "parameters", "catfish"):
+        place.compare(functools.partial(run, way=way))
+
+
+def with_drop_grad(place: Place) -> None:
+    def run(device, noise):
+        drop = DropGrad(0.3, generator(), noise)
+
+        def step(learner, number, device):
+            drop.adapt(learner, loss_of(learner, number, device))
+
+        return train(device, step=step)
+
+    for noise in ("gaussian", "bernoulli"):
+        place.compare(functools.partial(run, noise=noise))
+
+
+def with_task_dropout(place: Place) -> None:
+    def run(device):
+        net = network()
+        net.insert(5, torch.nn.Dropout(0.5))
+        TaskDropout.replace_in(net)
+        reptile, draws = PrunedReptile(net.to(device), SCHEDULE, inner_lr=0.01), generator()
+        for iteration in range(SCHEDULE.iterations):
+            learner = reptile.clone()
+            TaskDropout.draw(learner, draws)
+            for number in range(STEPS):
+                plainly(learner, 10 * iteration + number, device)
+            reptile.collect(learner)
+            reptile.step()
+        return reptile_trace(reptile, device)
+
+    place.compare(run)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def channels_trace(pruner, net, optimizer, device):

@@ -216,6 +216,45 @@ def weights_after_twelve_iterations(config):
     ]
 
 
+RIVALS = [
+    *(("reptile", {"mgaug": way}, {}) for way in ("width", "parameters", "catfish")),
+    ("reptile", {"mgaug": "catfish", "prune_head": False, "layers": "all"}, {}),
+    ("reptile", {"mgaug": "width", "prune_head": False}, {}),
+    ("reptile", {"mgaug": "parameters", "mgaug_networks": 1, "mgaug_rate": 0.5}, {}),
+    ("reptile", {"drop_grad": 0.2}, {}),
+    ("reptile", {"drop_grad": 0.2, "drop_grad_noise": "bernoulli"}, {"drop_grad": 0.2}),
+    ("reptile", {"dropout": 0.3, "dropout_per": "task"}, {"dropout": 0.3}),
+    *(
+        (algorithm, {"mgaug": way}, {})
+        for algorithm in ("maml", "fomaml", "anil", "metasgd", "protonet")
+        for way in ("width", "catfish")
+    ),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "options", "without"), RIVALS)
+def test_rivals_of_task_masks_act_and_resume_exactly(algorithm, options, without):
+    config, plain = (small(algorithm, "dense", **o) for o in (options, without))
+    assert config.name != plain.name
+    learner, other, twin = start(config), start(plain), start(config)
+    episodes = [sampler().sample() for _ in range(2)]
+    for iteration in range(5):
+        if iteration == 2:
+            twin.load_state_dict(copy.deepcopy(learner.state_dict()))
+        for one in (learner, other, *([twin] if iteration >= 2 else [])):
+            torch.manual_seed(99)  # nothing may depend on the global generator
+            one.train(episodes)
+            scored = one.evaluate(episodes)
+            assert one.evaluate(episodes).values == scored.values
+    weights = [
+        torch.cat([p.flatten() for p in one.pruner.model.parameters()])
+        for one in (learner, other, twin)
+    ]
+    assert torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], weights[1])
+    assert bool((weights[0] != 0).all()) or bool((weights[1] == 0).any())  # the model stays dense
+
+
 @functools.cache
 def plain_weights_after_twelve_iterations():
     return weights_after_twelve_iterations(small("reptile", inner_steps=2))

@@ -105,6 +105,15 @@ def test_names_tell_methods_apart():
     assert name("rigl", criterion="magnitude", allocation="erk") == "RigL, magnitude, erk"
     assert name("dense", retrain=0.0, criterion="random") == "dense"  # nothing is pruned
     assert name("dense", dropout=0.1, weight_decay=2.0) == "dense, dropout 0.1, decay 2"
+    assert name("dense", dropout=0.1, dropout_per="task") == "dense, dropout 0.1 per task"
+    assert name(drop_grad=0.1) == "DSD, DropGrad 0.1"
+    noise = "bernoulli"
+    assert name("dense", drop_grad=0.1, drop_grad_noise=noise) == "dense, DropGrad 0.1 bernoulli"
+    assert name("dense", mgaug="width", mgaug_rate=0.1) == "dense, MGAug width 10%"
+    assert (
+        name("dense", mgaug="catfish", mgaug_networks=1)
+        == "dense, MGAug catfish 20%, 1 sub-network"
+    )
     assert file_name(make_config("reptile", "dsd", dropout=0.1).name) == "dsd-dropout-0.1"
 
 

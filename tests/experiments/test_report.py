@@ -241,6 +241,18 @@ OTHER = {  # of settings that are names, or nothing by default
     "allocation": "erk",
     "regrow": "random",
     "select": "best",
+    "dropout_per": "task",
+    "drop_grad_noise": "bernoulli",
+    "mgaug": "catfish",
+}
+NEEDS = {  # what else must be set
+    "dropout_per": {"dropout": 0.25},
+    "drop_grad_noise": {"drop_grad": 0.25},
+    "mgaug_rate": {"mgaug": "catfish"},
+    "mgaug_networks": {"mgaug": "catfish"},
+    "distil_temperature": {"distil": 0.5},
+    "skip_damaged": {"data": "folder"},
+    "structured": {"rewind": None},
 }
 
 
@@ -261,15 +273,12 @@ def test_runs_that_differ_in_any_setting_are_rows_of_their_own(tmp_path, no_curv
     for field in dataclasses.fields(RunConfig):
         if field.name in ("name", "schedule", "seed", "algorithm", "backbone", "depth", "omega"):
             continue  # what cannot differ alone
+        if schedule != "dense" and field.name.startswith("mgaug"):
+            continue
         changes = {field.name: other(field, getattr(base, field.name))}
-        if field.name == "skip_damaged":
-            changes["data"] = "folder"
+        changes |= NEEDS.get(field.name, {})
         if field.name == "ranks":
             changes["ranks"] = base.tasks
-        if field.name == "distil_temperature":  # which does nothing alone
-            changes["distil"] = 0.5
-        if field.name == "structured":  # which takes no rewind
-            changes["rewind"] = None
         configs.append(dataclasses.replace(base, **changes))
     longer = Schedule(
         (
@@ -289,7 +298,8 @@ def test_runs_that_differ_in_any_setting_are_rows_of_their_own(tmp_path, no_curv
     for run in read_folder(tmp_path).runs:
         rows.setdefault((run.problem, run.size, run.shots, run.method), []).append(run)
     pooled = [same for same in rows.values() if len(same) > 1]
-    idle = {"criterion", "allocation", "regrow", "rewind", "layers", "distil", "distil_temperature"}
+    idle = {"criterion", "allocation", "regrow", "rewind", "layers", "prune_head"}
+    idle |= {"distil", "distil_temperature"}
     assert len(rows) == len(configs) - (len(idle) if schedule == "dense" else 0)
     assert [len(same) for same in pooled] == [2]
     assert {run.seed for run in pooled[0]} == {0, 1}

@@ -55,7 +55,7 @@ class GradientBased(Adapting):
         if config.algorithm == "cavia":  # as in the authors' script
             self.clamp = 10.0
             self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 5000, 0.9)
-        self._prune(self._meta, config)
+        self._prune(self._meta, config, image_shape)
 
     def _make(self, config: RunConfig, image_shape: Sequence[int]) -> tuple[nn.Module, nn.Module]:
         """The network, and the learn2learn-like wrapper around it."""
@@ -91,7 +91,7 @@ class ANIL(Adapting):
         head: Any = _learn2learn().algorithms.MAML(net.classifier, lr=config.inner_lr)
         self._head = head
         self.optimizer = torch.optim.Adam(net.parameters(), config.meta_lr)
-        self._prune(net.features, config)
+        self._prune(net.features, config, image_shape)
 
     def _adapted(self, task: Episode, steps: int, **options: Any) -> Any:
         support = self._features(task.support_x).flatten(1)
@@ -109,7 +109,7 @@ class ProtoNet(Classifier):
         net = conv4(config, image_shape)
         self.network = self.trained = net.features
         self.optimizer = torch.optim.Adam(self.network.parameters(), config.meta_lr)
-        self._prune(self.network, config)
+        self._prune(self.network, config, image_shape)
 
     def _scores(self, task: Episode) -> Tensor:
         support = self.network(task.support_x).flatten(1)

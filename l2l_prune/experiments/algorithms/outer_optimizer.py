@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from l2l_prune.experiments.algorithms.base import Algorithm
 from l2l_prune.experiments.algorithms.pruning import Masks
+from l2l_prune.experiments.algorithms.rivals import Rivals
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.fewshot.data import Episode
 from l2l_prune.fewshot.evaluation import Mean, accuracy
@@ -32,11 +33,12 @@ class WithOuterOptimizer(Algorithm):
     def train(self, tasks: Sequence[Episode]) -> None:
         self._tasks = tasks
         self.optimizer.zero_grad()
-        together = not self.pruner.segment.per_task
+        together = not self.pruner.segment.per_task and not self._rivals.by_task
         for part in [tasks] if together else [[task] for task in tasks]:
-            with self.pruner.task_masks():
-                for loss in self.losses(part):
-                    (loss / len(tasks)).backward()  # type: ignore[no-untyped-call]
+            for masks in self._rivals.networks():
+                with self.pruner.task_masks(masks):
+                    for loss in self.losses(part):
+                        (loss / len(tasks)).backward()  # type: ignore[no-untyped-call]
         if self.clamp is not None:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_value_(parameters, self.clamp)
@@ -45,10 +47,11 @@ class WithOuterOptimizer(Algorithm):
         if self.scheduler is not None:
             self.scheduler.step()
 
-    def _prune(self, model: nn.Module, config: RunConfig) -> None:
+    def _prune(self, model: nn.Module, config: RunConfig, image_shape: Sequence[int] = ()) -> None:
         self._masks = Masks(config, model, self._mean_loss)
         self.pruner = Pruner(model, config.schedule, self.optimizer, **self._masks.options)
         self._masks.follow(self.pruner, self.optimizer)
+        self._rivals = Rivals(config, self.pruner, image_shape)
 
     def _mean_loss(self) -> Tensor:
         """The meta-loss on the tasks of the current meta-iteration."""
@@ -66,6 +69,7 @@ class WithOuterOptimizer(Algorithm):
             "pruner": self.pruner.state_dict(),
             "masks": self._masks.state_dict(),
             "scheduler": scheduler,
+            **self._rivals.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -73,6 +77,7 @@ class WithOuterOptimizer(Algorithm):
         self.optimizer.load_state_dict(state["optimizer"])
         self.pruner.load_state_dict(state["pruner"])
         self._masks.load_state_dict(state["masks"])
+        self._rivals.load_state_dict(state)
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
 

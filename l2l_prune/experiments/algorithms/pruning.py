@@ -85,7 +85,8 @@ class Masks:
 
     def _skipped(self, model: nn.Module) -> list[str]:
         heads = [name for name, _ in model.named_modules() if name.split(".")[-1] == "classifier"]
-        return [] if self._config.prune_head else heads
+        # Narrower sub-networks take inputs from the classifier, which is not pruned itself.
+        return [] if self._config.prune_head or self._config.mgaug == "width" else heads
 
     def _criterion(self, model: nn.Module) -> Criterion:
         name, parameters = self._config.criterion, list(model.parameters())

@@ -20,12 +20,14 @@ from l2l_prune.experiments.algorithms.base import (
     eval_mode,
 )
 from l2l_prune.experiments.algorithms.pruning import Masks
+from l2l_prune.experiments.algorithms.rivals import Rivals
 from l2l_prune.experiments.algorithms.teacher import Teacher, distilled
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.running.streams import stream
 from l2l_prune.fewshot.data import Episode
 from l2l_prune.fewshot.data.minibatches import minibatches
 from l2l_prune.fewshot.evaluation import Mean, few_shot_accuracy
+from l2l_prune.methods.task_dropout import TaskDropout
 from l2l_prune.reptile.compiled import CompiledStep
 from l2l_prune.reptile.learner import Learner, adam
 from l2l_prune.reptile.reptile import PrunedReptile
@@ -50,6 +52,8 @@ class Reptile(Algorithm):
         self._batches = stream(config.seed, "training minibatches")
         self._dropout = OwnRandomness(stream(config.seed, "dropout"))
         self.network = net = conv4(config, image_shape)
+        if config.dropout_per == "task":
+            TaskDropout.replace_in(net)
         self._tasks: Sequence[Episode] = ()
         self._masks = Masks(config, net, self._mean_loss)
         structured = Structured(torch.zeros(2, *image_shape))
@@ -67,6 +71,7 @@ class Reptile(Algorithm):
         self._masks.follow(self._reptile, self._reptile)
         self._teacher = Teacher(self._reptile) if config.distil else None
         self.pruner = self._reptile.pruner
+        self._rivals = Rivals(config, self.pruner, image_shape)
         self._step = CompiledStep(self._loss) if config.compile else self._plain_step
         alone = config.structured or config.compile or config.bf16
         self._tasks_at_once = 1 if alone else tasks_at_once(config.channels, image_shape[-1])
@@ -84,6 +89,12 @@ class Reptile(Algorithm):
 
     def _plain_step(self, learner: Learner, *batch: Tensor) -> None:
         learner.adapt(self._loss(learner, *batch))
+
+    def _train_step(self, learner: Learner, *batch: Tensor) -> None:
+        if self._config.drop_grad:  # in training only
+            self._rivals.adapt(learner, self._loss(learner, *batch))
+        else:
+            self._step(learner, *batch)
 
     def _mean_loss(self) -> Tensor:
         """The meta-model's loss on the support sets of the current meta-iteration."""
@@ -116,11 +127,14 @@ class Reptile(Algorithm):
             if number % ranks != self._rank:
                 continue
             batches = self._teacher.label(drawn) if self._teacher else drawn
-            with self._reptile.task_masks():
-                learner = self._reptile.clone()
-            for batch in batches:
-                self._step(learner, *batch)
-            self._reptile.collect(learner)
+            for masks in self._rivals.networks():
+                with self._reptile.task_masks(masks):
+                    learner = self._reptile.clone()
+                self._rivals.begin(learner)
+                for batch in batches:
+                    self._train_step(learner, *batch)
+                self._rivals.end(self._reptile.module, learner)
+                self._reptile.collect(learner)
         self._reptile.step()
 
     def evaluate(self, episodes: Iterable[Episode]) -> Mean:
@@ -144,6 +158,7 @@ class Reptile(Algorithm):
             "dropout": self._dropout.state,
             "masks": self._masks.state_dict(),
             "teacher": self._teacher.state_dict() if self._teacher else None,
+            **self._rivals.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -153,6 +168,7 @@ class Reptile(Algorithm):
         self._masks.load_state_dict(state["masks"])
         if self._teacher:
             self._teacher.load_state_dict(state["teacher"])
+        self._rivals.load_state_dict(state)
 
     def finalize(self) -> nn.Module:
         return self._reptile.finalize()

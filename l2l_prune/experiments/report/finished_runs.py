@@ -145,7 +145,8 @@ class FinishedRun:
     @property
     def dense(self) -> bool:
         """Whether it can be a baseline: a dense run, with whatever regularisers."""
-        return self.family == "dense" and not self.pruned and not self.variant
+        plain = self.family == "dense" and not self.pruned and not self.variant
+        return plain and not same_settings.has_rival(self.identity)
 
     @property
     def plain(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from l2l_prune.experiments.config import RunConfig
 
 MASKS = (
-    *("layers", "criterion", "allocation", "rewind", "regrow", "structured"),
+    *("layers", "prune_head", "criterion", "allocation", "rewind", "regrow", "structured"),
     *("distil", "distil_temperature"),
 )
 """How masks are chosen and sparse phases taught: these settings belong to the method and do not
@@ -22,6 +22,11 @@ affect a dense run."""
 REGULARISERS = {"dropout": "dropout", "weight_decay": "decay"}
 """Rivals of pruning, and what names of methods call them: a dense run with one is a row beside the
 dense run without."""
+
+RIVALS = (
+    "dropout_per", "drop_grad", "drop_grad_noise", "mgaug", "mgaug_rate", "mgaug_networks"
+)  # fmt: skip
+"""Rivals of pruning that are methods of their own."""
 
 _WATCHING = ("eval_every", "curve_tasks")
 """How closely the curves follow the run: without effect on what is scored at its end, unless
@@ -57,7 +62,8 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     else:
         values["schedule"] = sum(segment["iterations"] for segment in segments)
         # Whole channels take another path through the network: the same to rounding only.
-        values = {k: v for k, v in values.items() if k not in MASKS or k == "structured"}
+        kept = {"structured"} | ({"layers", "prune_head"} if values["mgaug"] else set())
+        values = {k: v for k, v in values.items() if k not in MASKS or k in kept}
     if values["backbone"] == "resnet12":
         del values["channels"]
     return values
@@ -72,7 +78,12 @@ def shared_settings(config: dict[str, Any]) -> dict[str, Any]:
         values = {key: value for key, value in values.items() if key not in _WATCHING}
     else:  # as many weights to choose from, whatever the length
         values["points"] = -(-length // values.pop("eval_every"))
-    return {k: v for k, v in values.items() if k not in ("name", *MASKS, *REGULARISERS)}
+    return {k: v for k, v in values.items() if k not in ("name", *MASKS, *REGULARISERS, *RIVALS)}
+
+
+def has_rival(values: dict[str, Any]) -> bool:
+    """Whether one of :data:`RIVALS` acts, so that the run is no baseline for others."""
+    return bool(values["drop_grad"] or values["mgaug"]) or values["dropout_per"] == "task"
 
 
 def varying(settings: Iterable[dict[str, Any]]) -> list[str]:

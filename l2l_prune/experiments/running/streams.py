@@ -17,6 +17,9 @@ PURPOSES = {
     "regrowth": 8,
     "inner-step scores": 9,
     "task masks": 10,
+    "MGAug": 11,
+    "DropGrad": 12,
+    "task dropout": 13,
 }
 """What is drawn, and its key. A key never changes and is never reused, so that published runs can
 be repeated."""
