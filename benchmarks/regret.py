@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from l2l_prune.experiments.search.choice import Budget, _Space, tune
+from l2l_prune.experiments.search.choice import Budget, Space, tune
 from l2l_prune.experiments.search.halving import Candidate, Runs, Standing
 from l2l_prune.experiments.search.sensitivity import Sensitivity
 
@@ -19,13 +19,9 @@ def main(
     base = {"algorithm": "reptile", "channels": 32, "iterations": iterations, "final_tasks": 300}
     kinds, shares = methods.split(","), [float(rate) for rate in rates.split(",")]
     tuned = tune(base, out, Console(), methods=kinds, rates=shares)
-    space = _Space(base, kinds, shares, (1, 28, 28), Budget(), out / "milliseconds.json")
+    space = Space(base, kinds, shares, (1, 28, 28), Budget(), out / "milliseconds.json")
     space.add_layer_rates(Sensitivity.read(out / "sensitivity.json"))
-    grid = [Candidate({**base, "method": "dense"})]
-    for kind, found in space.tree.items():
-        for rate, ways in found.items():
-            phases = space._phases(kind)
-            grid += [space._candidate(kind, rate, way, p) for way in ways for p in phases]
+    grid = [Candidate({**base, "method": "dense"}), *space.candidates()]
     # In the folder of the search: what it has trained in full is not trained again.
     runs = Runs(out / "runs", Console(), jobs=2, hours=None, clock=out / "grid.json")
     entries = runs.finish([candidate.whole for candidate in grid])

@@ -16,7 +16,8 @@ class TaskDropout(nn.Dropout):
     it on the learner, or on the model just before it is cloned. The mask depends only on what
     ``draw`` stores and on the shape of an example, so that any number of learners may live at once.
     A learner of :class:`~l2l_prune.PrunedReptile` that was cloned anew has no mask until then.
-    In evaluation mode nothing is dropped.
+    In evaluation mode nothing is dropped. Masks are drawn on the CPU, so that all devices get the
+    same ones; on a GPU each forward pass in training waits for it.
 
     Compiled steps would compile anew for each task, and learners that are adapted together
     (:class:`~l2l_prune.reptile.batched.BatchedLearners`) cannot have masks of their own: torch

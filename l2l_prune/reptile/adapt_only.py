@@ -44,10 +44,11 @@ def chosen_parameters(model: nn.Module, adapt_only: AdaptOnly) -> dict[str, Tens
 
 
 def _of_rules(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Tensor | None]:
-    layers = dict(model.named_modules())
+    layers = dict(model.named_modules(remove_duplicate=False))
     used: set[str] = set()
     chosen: dict[str, Tensor | None] = {}
-    for full_name, _ in model.named_parameters():
+    first = _first_names(model)
+    for full_name, parameter in model.named_parameters(remove_duplicate=False):
         path = full_name.rpartition(".")[0]
         for rule in rules:
             if isinstance(rule, str):
@@ -58,7 +59,7 @@ def _of_rules(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Tensor | Non
             else:
                 hit = bool(rule(path, layers[path]))
             if hit:
-                chosen[full_name] = None
+                chosen[first[parameter]] = None
     for rule in rules:
         if isinstance(rule, str) and rule not in used:
             raise ValueError(_unknown(model, rule))
@@ -68,7 +69,7 @@ def _of_rules(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Tensor | Non
 def _of_channels(
     model: nn.Module, table: Mapping[str, Sequence[int] | None]
 ) -> dict[str, Tensor | None]:
-    layers = dict(model.named_modules())
+    layers, first = dict(model.named_modules(remove_duplicate=False)), _first_names(model)
     chosen: dict[str, Tensor | None] = {}
     for name, channels in checks.pairs("adapt_only", table).items():
         layer = layers.get(name)
@@ -95,10 +96,10 @@ def _of_channels(
             keep[index] = True
         if not bool(keep.any()):
             raise ValueError(f"adapt_only[{name!r}] names no channel: leave the layer out")
-        for key, parameter in own.items():
-            chosen[f"{name}.{key}" if name else key] = keep.view(
-                [-1] + [1] * (parameter.dim() - 1)
-            ).to(parameter.device)
+        for parameter in own.values():
+            chosen[first[parameter]] = keep.view([-1] + [1] * (parameter.dim() - 1)).to(
+                parameter.device
+            )
     return chosen
 
 
@@ -108,6 +109,11 @@ def output_channels(layer: nn.Module) -> int | None:
     if len(counts) != 1 or counts == {0} or getattr(layer, "transposed", False):
         return None
     return counts.pop()
+
+
+def _first_names(model: nn.Module) -> dict[Tensor, str]:
+    """The name under which learners know a parameter: the first of those that are tied."""
+    return {parameter: name for name, parameter in model.named_parameters()}
 
 
 def _names(full_name: str) -> list[str]:

@@ -71,11 +71,13 @@ def best_channels(
         raise ValueError("tasks must hold at least one support set")
     scores: dict[tuple[str, int], float] = {}
     sizes: dict[tuple[str, int], int] = {}
-    whole = 0
+    whole, named = 0, dict(workspace.module.named_parameters())
     for path, layer in workspace.module.named_modules():
         count = output_channels(layer)
         for key, parameter in layer.named_parameters(recurse=False):
             name = f"{path}.{key}" if path else key
+            if name not in named:  # tied, and counted where it was found first
+                continue
             kept = workspace.masks.get(name, torch.ones_like(parameter)).bool()
             whole += int(kept.sum())
             if count is None or name not in squares:

@@ -31,7 +31,7 @@ from l2l_prune.experiments.running.run_folder import Outcome
 from l2l_prune.experiments.running.storage import run_name
 from l2l_prune.experiments.running.sweep import expand
 from l2l_prune.experiments.search import study, tune
-from l2l_prune.experiments.search.choice import _Space, _taking_part
+from l2l_prune.experiments.search.choice import Space, _taking_part
 from l2l_prune.experiments.search.costs import Budget, cost_of, dense_width, end_network, quantity
 from l2l_prune.experiments.search.halving import Candidate, Runs, Standing, race, rungs, same_search
 from l2l_prune.experiments.search.sensitivity import LEARN_MORE, Sensitivity, measure
@@ -367,7 +367,7 @@ def test_the_front_holds_what_nothing_smaller_or_equal_beats():
 def test_races_have_new_candidates_and_a_broken_off_one_keeps_its_own(tmp_path):
     optuna = pytest.importorskip("optuna")
     shared = {**BASE, "seed": 0}
-    space = _Space(shared, ("dsd", "rigl"), (0.5, 0.8), SHAPE, Budget(), tmp_path / "ms.json")
+    space = Space(shared, ("dsd", "rigl"), (0.5, 0.8), SHAPE, Budget(), tmp_path / "ms.json")
     journal = optuna.create_study(direction="maximize")
     seen = {}
     for number in range(2):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from l2l_prune import DSDSchedule, PrunedReptile
+from l2l_prune import DSDSchedule, PrunedReptile, Schedule, Segment
 from l2l_prune.channels import Structured
 from l2l_prune.fewshot import EpisodeSampler, few_shot_accuracy
 from l2l_prune.reptile.batched import BatchedLearners
@@ -157,6 +157,43 @@ def test_no_channel_can_be_chosen(net, batch):
         best_channels(reptile, [batch], share=30)
     with pytest.raises(TypeError, match="reptile must be a PrunedReptile"):
         best_channels(net, [batch])
+
+
+class Tied(nn.Module):
+    """``last`` uses ``first``'s weight, and ``again`` is ``middle``; ``head`` may be pruned."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last, self.head = (nn.Linear(4, 4) for _ in range(4))
+        self.last.weight, self.again = self.first.weight, self.middle
+
+    def forward(self, x):
+        return self.head(self.again(self.last(self.middle(self.first(x).tanh())).tanh()))
+
+
+@pytest.mark.parametrize(
+    ("only", "moved"),
+    [
+        ("last", {"first.weight", "last.bias"}),
+        (["last.weight"], {"first.weight"}),
+        ({"last": [1]}, {"first.weight", "last.bias"}),
+        ({"last": None}, {"first.weight", "last.bias"}),
+        ("again", {"middle.weight", "middle.bias"}),
+        ({"again": [1]}, {"middle.weight", "middle.bias"}),
+    ],
+)
+def test_tied_weights_adapt_under_any_of_their_names(only, moved):
+    torch.manual_seed(0)
+    model = Tied()
+    before = copy.deepcopy(dict(model.named_parameters()))
+    reptile = PrunedReptile(model, Schedule([Segment(1)]), inner_lr=0.01, only="head")
+    learner = reptile.clone(adapt_only=only)
+    steps(learner, (torch.randn(6, 4), torch.arange(6) % 4))
+    adapted = dict(learner.module.named_parameters())
+    for name, parameter in before.items():
+        rows = {row for row in range(4) if not torch.equal(adapted[name][row], parameter[row])}
+        expected = {1} if isinstance(only, dict) and None not in only.values() else {*range(4)}
+        assert rows == (expected if name in moved else set())
 
 
 def test_the_next_learner_adapts_everything_again(net, batch):

@@ -138,7 +138,7 @@ def tune(
         about = {**shared, "methods": list(methods), "rates": list(rates), **budget.given}
         same_search(out / "tune.json", about)
         shape = load_split(config, "train").images.shape[1:]
-        space = _Space(shared, methods, rates, shape, budget, out / "milliseconds.json")
+        space = Space(shared, methods, rates, shape, budget, out / "milliseconds.json")
         space.check()  # before anything is trained
         runs = Runs(out / "runs", console, jobs=jobs, hours=hours, clock=out / "clock.json")
         entry = runs.finish_one(config, "the dense run", SEARCHING)
@@ -158,7 +158,7 @@ def _optuna() -> Any:
     return optuna
 
 
-class _Space:
+class Space:
     """The candidates that meet the budget, as a tree: method, rate, share, phases."""
 
     def __init__(
@@ -268,6 +268,16 @@ class _Space:
         phases = suggest(f"phases of {method}", list(range(len(self._phases(method)))))
         return self._candidate(method, rate, share, self._phases(method)[phases])
 
+    def candidates(self) -> list[Candidate]:
+        """All of them."""
+        return [
+            self._candidate(method, rate, share, phases)
+            for method, found in self.tree.items()
+            for rate, shares in found.items()
+            for share in shares
+            for phases in self._phases(method)
+        ]
+
     def _grow(self) -> dict[str, dict[float, list[str]]]:
         tree: dict[str, dict[float, list[str]]] = {}
         for method in self._methods:
@@ -337,7 +347,7 @@ def _sensitivity(
 
 
 def _search(
-    space: _Space, runs: Runs, out: Path, length: int, races: int, seed: int
+    space: Space, runs: Runs, out: Path, length: int, races: int, seed: int
 ) -> list[Standing]:
     """Run the races; Optuna's journal records each one's candidates and results.
 
@@ -385,7 +395,7 @@ def _search(
 
 
 def _taking_part(
-    journal: Any, space: _Space, number: int, seen: Mapping[str, Any], seed: int
+    journal: Any, space: Space, number: int, seen: Mapping[str, Any], seed: int
 ) -> dict[str, tuple[Any, Candidate]]:
     """A race's trials and candidates by the name of their runs: those in the journal, and new ones.
 
@@ -433,7 +443,7 @@ def _as_in(parameters: Mapping[str, Any]) -> Callable[[str, Sequence[Any]], Any]
 
 def _choose(
     standings: Sequence[Standing],
-    space: _Space,
+    space: Space,
     runs: Runs,
     out: Path,
     length: int,
