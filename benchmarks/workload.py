@@ -16,6 +16,7 @@ from l2l_prune.reptile import Learner
 WAYS, STEPS, BATCH = 5, 8, 10
 DENSE = Schedule((Segment(10**6),))
 SPARSE = Schedule((Segment(10**6, sparse=True, sparsity=0.5),))
+PER_TASK = SPARSE.per_task()
 
 _DEVICE = [torch.device("cpu")]  # of one entry, which run_on() replaces
 
@@ -86,7 +87,8 @@ def plain_step(learner: Learner, x: Tensor, y: Tensor, loss: Loss = loss) -> Non
 def meta_iteration(meta: PrunedReptile, tasks: Iterable[Batches], step: Step = plain_step) -> None:
     """A learner for each task is adapted to its minibatches; then the meta-step."""
     for batches in tasks:
-        learner = meta.clone()
+        with meta.task_masks():
+            learner = meta.clone()
         for x, y in batches:
             step(learner, x, y)
         meta.collect(learner)

@@ -87,6 +87,11 @@ class Channels:
         """How many channels there are in all groups."""
         return sum(group.channels for group in self.groups)
 
+    def on(self, copy: nn.Module) -> Channels:
+        """The same of a copy of the network."""
+        slots = [Slot(copy.get_submodule(s.axis.path), s.axis, s.units) for s in self.slots]
+        return Channels(self.groups, tuple(slots), self.whole)
+
     def without(self, groups: Sequence[ChannelGroup], why: str) -> Channels:
         """The same, except that these groups stay whole."""
         stay = torch.zeros(self.count + 1, dtype=torch.bool)  # the last is for -1

@@ -13,7 +13,6 @@ from l2l_prune.channels.groups import (
     ChannelGroup,
     Channels,
     Importance,
-    Slot,
     importance_group,
     modes,
     run,
@@ -36,8 +35,6 @@ def channel_counts(channels: Channels, segment: Segment) -> list[int] | None:
         ValueError: If the segment names an unknown layer, gives different values to layers that
             lose the same channels, or would leave a layer no channel.
     """
-    if segment.per_task:
-        raise ValueError('channels are cut once per phase: masks="task" is for weights only')
     if not segment.sparse:
         return None
     keep, rates = dict(segment.keep or ()), segment.sparsity
@@ -171,11 +168,7 @@ class _Trial:
             order = group.first + torch.randperm(group.channels, generator=chosen)
             some[order[count:]] = False
             others[order[: group.channels - count]] = False
-        on_twin = [
-            Slot(self._twin.get_submodule(slot.axis.path), slot.axis, slot.units)
-            for slot in channels.slots
-        ]
-        surgery = Surgery(self._twin, Channels(channels.groups, tuple(on_twin), {}))
+        surgery = Surgery(self._twin, channels.on(self._twin))
         groups = list(channels.groups)
         return self._culprits(surgery, some, groups) or self._culprits(surgery, others, groups)
 
@@ -283,7 +276,8 @@ def check_channels_of(
     Raises:
         ValueError: Naming what does not fit.
     """
-    kept, wanted = state["kept"], counts[schedule.index(state["iteration"])]
+    kept, position = state["kept"], schedule.index(state["iteration"])
+    wanted = counts[position] if schedule.segments[position].held else None
     if not isinstance(kept, (dict, type(None))) or not isinstance(state["full"], dict):
         raise ValueError("this is not a ChannelPruner state dict of this version")
     names = [group.name for group in channels.groups]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -29,8 +32,10 @@ from l2l_prune.channels.plan import (
     try_cuts,
 )
 from l2l_prune.channels.surgery import Surgery
+from l2l_prune.channels.task_channels import SmallCopy, TaskChannels
 from l2l_prune.masking.layers import Rule, read_rules
 from l2l_prune.masking.serves_learners import States, StepPreHook
+from l2l_prune.masking.task_masks import TaskMasks
 from l2l_prune.scheduled import ScheduledPruner
 from l2l_prune.schedules.schedule import Schedule
 
@@ -95,6 +100,9 @@ class ChannelPruner(ScheduledPruner):
             gradients), ``"bn_scale"``, or a function of torch-pruning's group.
         skip: Names, ``fnmatch`` patterns, types or predicates ``(name, module) -> bool`` of layers
             whose output channels stay.
+        task_masks: Whose generator draws the channels of single tasks, for schedules with sparse
+            segments of ``masks="task"``: the network stays whole, and each learner of
+            :class:`~l2l_prune.PrunedReptile` that is cloned in :meth:`task_masks` is small.
         group: Ranks of torch.distributed that train the same model; they compare the channels that
             they keep at each change.
 
@@ -127,6 +135,7 @@ class ChannelPruner(ScheduledPruner):
         example_inputs: Any,
         importance: str | Importance = "l2",
         skip: Rule | Iterable[Rule] | None = None,
+        task_masks: TaskMasks | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(model, schedule)
@@ -142,6 +151,8 @@ class ChannelPruner(ScheduledPruner):
         self._example_inputs = example_inputs
         self._full_size = count_operations(model, example_inputs)
         self._counts = [channel_counts(self._channels, s) for s in schedule.segments]
+        self._tasks = TaskChannels(task_masks, self._channels, schedule, group)
+        self._copies: WeakKeyDictionary[nn.Module, SmallCopy] = WeakKeyDictionary()
         self._optimizers = optimizer_state.as_optimizers(optimizer)
         for given in self._optimizers:
             optimizer_state.check_holds(given, [cut.get() for cut in cuts.values()])
@@ -204,6 +215,40 @@ class ChannelPruner(ScheduledPruner):
         """
         return self._raising_hook(model) if self.released else None
 
+    @contextmanager
+    def task_masks(self, masks: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
+        """Run one task: learners that are cloned within are small, if the schedule says so.
+
+        Several learners of a block have the same channels.
+
+        Args:
+            masks: Only ``None``: there are no masks.
+
+        Yields:
+            Which channels the task's learners have, by the layer that makes them; empty until one
+            is cloned, and for a task that has all.
+
+        Raises:
+            RuntimeError: If ``masks`` are given, within another such block, or after
+                :meth:`finalize`.
+        """
+        self._check_usable()
+        with super().task_masks(masks), self._tasks.block(self._position) as kept:
+            yield kept
+
+    def cut_for_task(
+        self, copy: nn.Module, optimizer: Optimizer
+    ) -> Callable[[list[Tensor]], list[Tensor]] | None:
+        """Make a learner's copy of the network small, if the task that runs has fewer channels."""
+        kept = self._tasks.draw()
+        if kept is None:
+            return None
+        if copy not in self._copies:
+            self._copies[copy] = SmallCopy(copy, self._channels)
+        small = self._copies[copy]
+        small.shrink(kept, optimizer)
+        return functools.partial(small.grow, optimizer)
+
     def follow_states(self, states: Callable[[], States]) -> None:
         """Also cut and restore optimizer state that no optimizer holds.
 
@@ -225,6 +270,7 @@ class ChannelPruner(ScheduledPruner):
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs besides the model's and optimizer's own state dicts."""
         return {
+            **self._tasks.state_dict(),
             "version": _STATE_VERSION,
             "schedule": self.schedule.to_dict(),
             "iteration": self._iteration,
@@ -242,9 +288,11 @@ class ChannelPruner(ScheduledPruner):
         """
         self._check_usable()
         keys = {"version", "schedule", "iteration", "kept", "full", "regrown"}
-        self._check_state(state, keys, _STATE_VERSION)
+        self._check_state(state, keys | set(self._tasks.state_dict()), _STATE_VERSION)
+        self._tasks.check_state(state)
         check_channels_of(state, self.schedule, self._channels, self._counts, self._shapes)
         kept = state["kept"]
+        self._tasks.load_state_dict(state)
         self._grow()
         self._iteration = state["iteration"]
         self._position = self.schedule.index(self._iteration)
@@ -262,6 +310,7 @@ class ChannelPruner(ScheduledPruner):
     # ---- inside -----------------------------------------------------------------------------
 
     def _end_iteration(self, entered: int | None) -> None:
+        self._tasks.check_begun(self._position, self._iteration)
         kept = None if entered is None else self._choose(entered)
         if kept is not None:
             here = next(self.model.parameters()).device
@@ -271,6 +320,7 @@ class ChannelPruner(ScheduledPruner):
         if entered is not None:
             self._grow()
             self._shrink(kept)
+        self._tasks.end_iteration()
 
     def _let_go(self) -> None:
         self._grow()
@@ -280,6 +330,8 @@ class ChannelPruner(ScheduledPruner):
     def _check_usable(self, *, thoroughly: bool = False) -> None:
         if self._finalized:
             raise RuntimeError("the ChannelPruner was finalized: make a new one to prune again")
+        if self._tasks.inside:
+            raise RuntimeError("this cannot be done within task_masks(): leave that block first")
 
     def _watch(self) -> None:
         hook = self._raising_hook(self.model)
@@ -291,16 +343,18 @@ class ChannelPruner(ScheduledPruner):
             if not self.released or skips_step(optimizer):
                 return
             self._stepped = True
+            cuts = self._copies[model].cuts if model in self._copies else {}
             for name, mask in self.released.items():
                 parameter = model.get_parameter(name)
                 here = mask.to(parameter.device)  # the network may have moved since
+                here = cuts[name].take(here) if name in cuts else here
                 optimizer_state.raise_to_gradient(optimizer, parameter, ~here, here)
 
         return optimizer_state.gradient_hook(act)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles: torch copies an optimizer without its hooks."""
-        return {**self.__dict__, "_handles": []}
+        return {**self.__dict__, "_handles": [], "_copies": WeakKeyDictionary()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -308,9 +362,9 @@ class ChannelPruner(ScheduledPruner):
             self._watch()
 
     def _choose(self, position: int) -> Tensor | None:
-        """Channels to keep in a segment, or None if it is dense."""
+        """Channels to keep in a segment, or None if the network is whole there."""
         counts = self._counts[position]
-        if counts is None:
+        if counts is None or not self.schedule.segments[position].held:
             return None
         return choose_channels(
             self._channels,

@@ -161,6 +161,17 @@ class Surgery:
         self._tell_sizes(torch.ones_like(kept))
         return released
 
+    def put_back(self, cuts: dict[str, Cut], whole: dict[str, Tensor]) -> None:
+        """Give all tensors their full shapes, with the values of ``whole`` where they were cut.
+
+        Args:
+            cuts: The :meth:`plan` by which they were cut.
+            whole: What :meth:`shrink` returned.
+        """
+        for name, cut in cuts.items():
+            cut.set(cut.put(cut.get().detach(), whole[name]))
+        self._tell_sizes(torch.ones(self.channels.count, dtype=torch.bool))
+
     def _of_heads(self, group: ChannelGroup) -> list[tuple[nn.Module, str, int, ChannelGroup]]:
         """Attributes of attention layers that hold the number or the width of their heads."""
         found = []

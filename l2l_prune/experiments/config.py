@@ -292,10 +292,6 @@ class RunConfig:
                 "structured cannot be combined with criterion, allocation, rewind or regrow"
             )
         per_task = any(segment.per_task for segment in self.schedule.segments)
-        if self.structured and per_task:
-            raise ValueError(
-                "structured cuts channels once per phase: it cannot be combined with task masks"
-            )
         if per_task and (self.criterion, self.rewind, self.regrow) != ("magnitude", None, None):
             raise ValueError(
                 "task masks are random: they cannot be combined with criterion, rewind or regrow"

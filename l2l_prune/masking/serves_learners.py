@@ -32,6 +32,18 @@ class ServesLearners:
         """Masks for more tasks that begin together; none where tasks have no masks of their own."""
         return []
 
+    def cut_for_task(
+        self, copy: nn.Module, optimizer: Optimizer
+    ) -> Callable[[list[Tensor]], list[Tensor]] | None:
+        """Make a learner's copy of the model small, if the task that runs has fewer channels.
+
+        Returns:
+            ``None`` where it stays whole. Else a function that gives the copy and the state of its
+            optimizer their full shapes again; it takes tensors like the parameters, and returns
+            them in full shapes too.
+        """
+        return None
+
     def first_step_hook(self, model: nn.Module) -> StepPreHook | None:
         """A step pre-hook for the optimizer of a copy ``model``, so that no released weight jumps.
 

@@ -142,7 +142,74 @@ class TaskSeeds:
         self._seed, self.tasks = state["seed"], state["tasks"]
 
 
-class TaskBlocks:
+class TaskDraws:
+    """What tasks draw by a schedule: how, whether a task is running, and what a checkpoint holds.
+
+    Args:
+        how: ``None`` if no segment has masks for each task.
+        schedule: When to prune, and how much.
+        group: Ranks that share the tasks of a meta-iteration.
+
+    Attributes:
+        inside: Whether a task is running.
+
+    Raises:
+        TypeError: If ``how`` is something else.
+        ValueError: If the schedule asks for masks that nobody said how to draw.
+    """
+
+    _begins = "run each task within a `with pruner.task_masks():` block"
+
+    def __init__(
+        self, how: TaskMasks | None, schedule: Schedule, group: dist.ProcessGroup | None
+    ) -> None:
+        self.inside = False
+        self._how, self._segments = how, schedule.segments
+        if how is not None:
+            checks.of_type("task_masks", how, TaskMasks, "a TaskMasks")
+            self._seeds = TaskSeeds(how.generator, group)
+        elif any(segment.per_task for segment in schedule.segments):
+            raise ValueError(
+                "the schedule draws masks for each task: say how, with "
+                "task_masks=TaskMasks(generator)"
+            )
+
+    def check_begun(self, position: int, iteration: int) -> None:
+        """Refuse to end a meta-iteration that should have drawn masks but has not.
+
+        Raises:
+            RuntimeError: Saying what to do.
+        """
+        if self._segments[position].per_task and not self._seeds.tasks:
+            raise RuntimeError(
+                f"iteration {iteration} prunes in each task, but no task began: {self._begins}"
+            )
+
+    def end_iteration(self) -> None:
+        """The next task is the first of another meta-iteration."""
+        if self._how is not None:
+            self._seeds.end_iteration()
+
+    def state_dict(self) -> dict[str, Any]:
+        """An entry for the pruner's state; empty if nothing is drawn."""
+        return {} if self._how is None else {"task_masks": self._seeds.state_dict()}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse a pruner's state whose entry does not fit.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        if self._how is not None:
+            self._seeds.check_state(state["task_masks"])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a pruner's state."""
+        if self._how is not None:
+            self._seeds.load_state_dict(state["task_masks"])
+
+
+class TaskBlocks(TaskDraws):
     """The tasks of a Pruner, one after the other: each task's masks, and whether one is running.
 
     Args:
@@ -154,8 +221,7 @@ class TaskBlocks:
         group: Ranks that share the tasks of a meta-iteration.
 
     Attributes:
-        inside: Whether a task is running.
-        lent: The masks of that task, or ``None`` if it is not pruned.
+        lent: The masks of the task that is running, or ``None`` if it is not pruned.
 
     Raises:
         TypeError: If ``how`` is something else.
@@ -173,18 +239,12 @@ class TaskBlocks:
         allocation: Allocation,
         group: dist.ProcessGroup | None,
     ) -> None:
-        self._how, self._tensors, self._segments = how, tensors, schedule.segments
-        self._global = allocation == "global"
-        self.inside, self.lent = False, None  # type: bool, list[Tensor] | None
+        super().__init__(how, schedule, group)
+        self._tensors, self._global = tensors, allocation == "global"
+        self.lent: list[Tensor] | None = None
         self._drawing: int | None = None  # the segment's place, in a block that has drawn
         if how is None:
-            if any(segment.per_task for segment in schedule.segments):
-                raise ValueError(
-                    "the schedule draws masks for each task: say how, with "
-                    "task_masks=TaskMasks(generator)"
-                )
             return
-        checks.of_type("task_masks", how, TaskMasks, "a TaskMasks")
         for module in model.modules():
             if isinstance(module, DistributedDataParallel) and module.broadcast_buffers:
                 raise ValueError(
@@ -200,7 +260,6 @@ class TaskBlocks:
             kept_counts(tensors, segment, allocation, how.pattern) if segment.per_task else []
             for segment in schedule.segments
         ]
-        self._seeds = TaskSeeds(how.generator, group)
 
     @contextmanager
     def block(
@@ -223,41 +282,6 @@ class TaskBlocks:
         if self._drawing is None:
             return []
         return [self._draw(self._drawing, weights) for _ in range(tasks)]
-
-    def check_begun(self, position: int, iteration: int) -> None:
-        """Refuse to end a meta-iteration that should have drawn masks but has not.
-
-        Raises:
-            RuntimeError: Saying what to do.
-        """
-        if self._segments[position].per_task and not self._seeds.tasks:
-            raise RuntimeError(
-                f"iteration {iteration} prunes in each task, but no task began: run each "
-                "task within a `with pruner.task_masks():` block"
-            )
-
-    def end_iteration(self) -> None:
-        """The next task is the first of another meta-iteration."""
-        if self._how is not None:
-            self._seeds.end_iteration()
-
-    def state_dict(self) -> dict[str, Any]:
-        """An entry for the Pruner's state; empty if nothing is drawn."""
-        return {} if self._how is None else {"task_masks": self._seeds.state_dict()}
-
-    def check_state(self, state: dict[str, Any]) -> None:
-        """Refuse a Pruner's state whose entry does not fit.
-
-        Raises:
-            ValueError: If it does not.
-        """
-        if self._how is not None:
-            self._seeds.check_state(state["task_masks"])
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a Pruner's state."""
-        if self._how is not None:
-            self._seeds.load_state_dict(state["task_masks"])
 
     @torch.no_grad()
     def _draw(self, position: int, weights: Sequence[Tensor]) -> list[Tensor] | None:

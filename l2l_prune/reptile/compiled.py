@@ -18,6 +18,7 @@ from l2l_prune.reptile.learner import Learner, Workspace
 
 Loss = Callable[..., Tensor]
 Named = dict[str, Tensor]
+Places = dict[str, tuple[nn.Module, str]]
 Update = Callable[..., None]
 
 _UPDATES: dict[type[torch.optim.Optimizer], Update] = {Adam: adam, AdamW: adamw}
@@ -66,7 +67,7 @@ class CompiledStep:
         self._loss = loss
         self._compiled_loss = torch.compile(_loss_of, dynamic=False)
         self._update = torch.compile(_update, dynamic=False)
-        self._tensors: WeakKeyDictionary[Workspace, tuple[Named, Named]] = WeakKeyDictionary()
+        self._tensors: WeakKeyDictionary[Workspace, tuple[Named, Places]] = WeakKeyDictionary()
 
     def __call__(self, learner: Learner, *data: Any) -> Tensor:
         """Adapt a learner by one step.
@@ -86,8 +87,11 @@ class CompiledStep:
         workspace = learner.workspace
         if workspace not in self._tensors:
             module = workspace.module
-            self._tensors[workspace] = dict(module.named_parameters()), dict(module.named_buffers())
-        weights, buffers = self._tensors[workspace]
+            self._tensors[workspace] = dict(module.named_parameters()), _buffer_places(module)
+        weights, places = self._tensors[workspace]
+        buffers: dict[str, Any] = {
+            name: module._buffers[key] for name, (module, key) in places.items()
+        }
         loss: Tensor = self._compiled_loss(self._loss, workspace.module, weights, buffers, data)
         workspace.backward(loss)
         reached = {name: p for name, p in weights.items() if p.grad is not None}
@@ -145,6 +149,14 @@ def _functional(optimizer: torch.optim.Optimizer) -> Update | None:
     if others or not known or any(hooks) or "step" in vars(optimizer):
         return None
     return update
+
+
+def _buffer_places(model: nn.Module) -> Places:
+    """Where buffers are: a learner whose channels are cut has other tensors there in each task."""
+    return {
+        name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+        for name, _ in model.named_buffers()
+    }
 
 
 def _loss_of(loss: Loss, module: nn.Module, weights: Named, buffers: Named, data: Any) -> Any:

@@ -83,7 +83,7 @@ class Learner(nn.Module):
             raise RuntimeError(
                 "this learner is stale, cloned before the last step(): clone() a new one"
             )
-        workspace.project()
+        workspace.end()
         self.__dict__["_workspace"] = None
         del self.module
         return workspace
@@ -134,6 +134,7 @@ class Workspace:
         self._masks_of_a_task = False  # where they prune, the model's own weights are not 0
         self._foml = foml
         self.before_last: list[Tensor] = []
+        self._grow: Callable[[list[Tensor]], list[Tensor]] | None = None  # while it is small
 
     def restore(self, model: nn.Module, state: list[dict[str, Any]]) -> None:
         """Start again from the meta-model: weights, buffers, modes, masks, optimizer state."""
@@ -157,10 +158,18 @@ class Workspace:
         }
         self._masked = [self._by_name[name].data for name in self.masks]
         self.project()  # the model's own weights are not pruned by a task's masks
-        self.before_last = [p.detach().clone() for p in self.parameters] if self._foml else []
         self._adapt_all()
         # Some optimizers (Adagrad in older torch) make their state when they are made.
         _restore_state(self.optimizer, self.parameters, state if any(state) else self._fresh)
+        self._grow = self._pruner.cut_for_task(self.module, self.optimizer)
+        self.before_last = [p.detach().clone() for p in self.parameters] if self._foml else []
+
+    def end(self) -> None:
+        """The task is over: pruned weights are 0, and all shapes are full again."""
+        self.project()
+        if self._grow is not None:
+            self.before_last = self._grow(self.before_last)
+            self._grow = None
 
     def narrow(self, chosen: Mapping[str, Tensor | None]) -> None:
         """Let only these parameters adapt, until :meth:`restore`.

@@ -58,7 +58,8 @@ class PrunedReptile(nn.Module):
             ``pattern``, ``allocation`` and ``task_masks``.
         structured: Cut out whole channels instead of masking weights, so that sparse phases run on
             a small network: see :class:`~l2l_prune.channels.pruner.ChannelPruner`. Of the
-            pruning arguments above, it can only be combined with ``skip``, for layers.
+            pruning arguments above, it can only be combined with ``skip``, for layers, and with
+            ``task_masks``, by which learners have channels of their own and are small.
         group: Ranks of torch.distributed (``dist.group.WORLD``) that share the tasks of each
             meta-iteration: every rank adapts its own, at least one, and all call :meth:`step`.
             Weights and masks are then the same on all ranks, as if one process had all tasks
@@ -151,6 +152,7 @@ class PrunedReptile(nn.Module):
                 example_inputs=structured.example_inputs,
                 importance=structured.importance,
                 skip=skip,
+                task_masks=task_masks,
                 group=group,
             )
         self.pruner.follow_states(self._carried_states)

@@ -18,6 +18,7 @@ from l2l_prune import PrunedReptile, Pruner, optimizer_state
 from l2l_prune import pruner as mask_pruner
 from l2l_prune.channels import pruner as channel_pruner
 from l2l_prune.channels import surgery
+from l2l_prune.experiments.algorithms import teacher
 from l2l_prune.masking import attached, criteria, masked_layer, patterns, plan, topk
 from l2l_prune.metalearners import sparse_maml
 from l2l_prune.methods import drop_grad, mgaug, regrowth, rewinding, task_dropout
@@ -174,6 +175,16 @@ def masks_dropped(self):
     self._masks, self._masked = [], []
 
 
+def masks_forgotten(self):
+    self.masks = {}
+
+
+def zeros_put_back(original):
+    return lambda self, cuts, whole: original(
+        self, cuts, {name: torch.zeros_like(full) for name, full in whole.items()}
+    )
+
+
 def inner_state_dropped(self):
     self._inner_state = []
 
@@ -325,6 +336,22 @@ PLANTED: list[tuple[Check, Fault]] = [
     (
         reptile_checks.with_channels_in_reptile,
         Fault("the inner state is not cut", surgery, "_change_state", nothing),
+    ),
+    (
+        reptile_checks.with_task_channels,
+        Fault("the inner state is not cut", surgery, "_change_state", nothing),
+    ),
+    (
+        reptile_checks.with_task_channels,
+        Fault("what was cut is 0", surgery.Surgery, "put_back", zeros_put_back),
+    ),
+    (
+        reptile_checks.with_best_channels,
+        Fault("pruned weights count", learner.Workspace, "restore", after(masks_forgotten)),
+    ),
+    (
+        reptile_checks.with_distillation,
+        Fault("the teacher stays as it began", teacher.Teacher, "_before_step", nothing),
     ),
     (moving_checks.checkpoints_of_a_pruner, NO_REGROWN),
     (

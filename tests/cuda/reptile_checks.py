@@ -9,11 +9,21 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from l2l_prune import DropGrad, MGAug, PrunedReptile, Schedule, Segment, TaskDropout
+from l2l_prune import (
+    DropGrad,
+    MGAug,
+    PrunedReptile,
+    Schedule,
+    Segment,
+    TaskDropout,
+    TaskMasks,
+)
 from l2l_prune.channels.pruner import ChannelPruner, Structured
+from l2l_prune.experiments.algorithms.teacher import Teacher, distilled
 from l2l_prune.masking.criteria import snip
 from l2l_prune.metalearners.sparse_maml import SparseMAML
 from l2l_prune.reptile.batched import BatchedLearners
+from l2l_prune.reptile.best_channels import best_channels
 from l2l_prune.reptile.compiled import CompiledStep
 from l2l_prune.reptile.learner import adam as inner_adam
 from tests.conftest import OLD_TORCH, without_compiler
@@ -239,5 +249,72 @@ def with_channels_in_reptile(place: Place) -> None:
 
     def run(device):
         return train(device, structured=Structured(batch(0, device)[0]))
+
+    place.compare(run)
+
+
+def with_task_channels(place: Place) -> None:
+    pytest.importorskip("torch_pruning")
+    schedule = Schedule((Segment(1), Segment(3, sparse=True, sparsity=0.5, masks="task")))
+
+    def run(device, foml):
+        net = network().to(device)
+        reptile = PrunedReptile(
+            net,
+            schedule,
+            inner_lr=0.01,
+            foml=foml,
+            structured=Structured(batch(0, device)[0]),
+            task_masks=TaskMasks(generator()),
+        )
+        trace = {}
+        for iteration in range(schedule.iterations):
+            for task in range(TASKS):
+                with reptile.task_masks():
+                    learner = reptile.clone()
+                for number in range(STEPS):
+                    plainly(learner, 100 * iteration + 10 * task + number, device)
+                reptile.collect(learner)
+            reptile.step()
+            inner = reptile.get_extra_state()["inner_state"]
+            found = on_device(device, net.state_dict(), inner)
+            trace |= {f"{iteration}: {name}": value for name, value in found.items()}
+        return trace
+
+    for foml in (False, True):
+        place.compare(functools.partial(run, foml=foml))
+
+
+def with_best_channels(place: Place) -> None:
+    def run(device):
+        reptile = reptile_on(device)
+        for iteration in range(3):  # it is sparse then
+            iterate(reptile, iteration, device)
+        tasks = [batch(1000 + number, device) for number in range(TASKS)]
+        chosen = best_channels(reptile, tasks, share=0.4)
+        learner = reptile.clone(adapt_only=chosen)
+        for number in range(STEPS):
+            plainly(learner, 2000 + number, device)
+        found = {name: torch.tensor(channels) for name, channels in chosen.items()}
+        return found | on_device(device, learner.module.state_dict())
+
+    place.compare(run)
+
+
+def with_distillation(place: Place) -> None:
+    def run(device):
+        reptile = reptile_on(device)
+        teacher = Teacher(reptile)
+        for iteration in range(SCHEDULE.iterations):
+            for task in range(TASKS):
+                drawn = [batch(100 * iteration + 10 * task + n, device) for n in range(STEPS)]
+                learner = reptile.clone()
+                for x, y, *soft in teacher.label(drawn):
+                    scores = learner(x)
+                    loss = F.cross_entropy(scores, y)
+                    learner.adapt(distilled(loss, scores, *soft, 0.5, 4.0) if soft else loss)
+                reptile.collect(learner)
+            reptile.step()
+        return reptile_trace(reptile, device)
 
     place.compare(run)

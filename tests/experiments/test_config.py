@@ -102,6 +102,7 @@ def test_names_tell_methods_apart():
     assert name("rigl") == "RigL"
     assert name("task-masks", retrain=0.2) == "task masks, retrain 20%"
     assert name("task-masks", task_share=0.5) == "task masks, 50% of tasks"
+    assert name("task-masks", structured=True) == "task masks, channels"
     assert name("rigl", criterion="magnitude", allocation="erk") == "RigL, magnitude, erk"
     assert name("dense", retrain=0.0, criterion="random") == "dense"  # nothing is pruned
     assert name("dense", dropout=0.1, weight_decay=2.0) == "dense, dropout 0.1, decay 2"
@@ -146,7 +147,6 @@ def test_all_classes_are_trained_on_outside_glyphs():
         (lambda: make_config("maml", "dsd", dropout=0.1), "only with the algorithm reptile"),
         (lambda: make_config("reptile", "dsd", task_share=0.5), "takes no task_share"),
         (lambda: make_config("reptile", "task-masks", task_share=2.0), "share must be in"),
-        (lambda: make_config("reptile", "task-masks", structured=True), "task masks"),
         (lambda: make_config("reptile", "task-masks", criterion="random"), "masks are random"),
         (lambda: make_config("reptile", "task-masks", regrow="random"), "masks are random"),
         (lambda: make_config("maml", "dsd", structured=True), "only with the algorithm reptile"),

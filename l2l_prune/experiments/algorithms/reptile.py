@@ -56,7 +56,10 @@ class Reptile(Algorithm):
             TaskDropout.replace_in(net)
         self._tasks: Sequence[Episode] = ()
         self._masks = Masks(config, net, self._mean_loss)
-        structured = Structured(torch.zeros(2, *image_shape))
+        options = self._masks.options
+        if config.structured:
+            structured = Structured(torch.zeros(2, *image_shape))
+            options = {"structured": structured, "task_masks": options["task_masks"]}
         self._rank = dist.get_rank() if config.ranks > 1 else 0
         self._reptile = PrunedReptile(
             net,
@@ -66,7 +69,7 @@ class Reptile(Algorithm):
             annealing=config.annealing,  # type: ignore[arg-type]
             inner_optimizer=functools.partial(adam, weight_decay=config.weight_decay),
             group=dist.group.WORLD if config.ranks > 1 else None,
-            **({"structured": structured} if config.structured else self._masks.options),
+            **options,
         )
         self._masks.follow(self._reptile, self._reptile)
         self._teacher = Teacher(self._reptile) if config.distil else None
