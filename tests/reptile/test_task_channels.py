@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from l2l_prune import ChannelPruner, PrunedReptile, Schedule, Segment, Structured, TaskMasks
-from l2l_prune.reptile.compiled import CompiledStep
-from tests.conftest import SmallNet, without_compiler
-from tests.ranks import RANKS, on_two_ranks
+from l2l_prune import ChannelPruner, Schedule, Segment, TaskMasks
+from tests.conftest import SmallNet
 
 from .test_reptile import adapt, task
+from .test_task_masks import iterate
+from .test_task_masks import reptile_of as reptile_with_masks
 
-PHASES = Schedule(
-    (
-        Segment(1),
-        Segment(2, sparse=True, sparsity=0.5, masks="task"),
-        Segment(1, sparse=True, sparsity=0.25),
-        Segment(2, sparse=True, sparsity=0.5, masks="task", share=0.5),
-        Segment(1),
-    )
-)
 ALWAYS = Schedule((Segment(9, sparse=True, sparsity=0.5, masks="task"),))
 OPTIMIZERS = {
     "momentum": functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9),
@@ -35,24 +24,8 @@ OPTIMIZERS = {
 }
 
 
-def reptile_of(net, seed=0, schedule=PHASES, **options):
-    return PrunedReptile(
-        net,
-        schedule,
-        structured=Structured(torch.zeros(2, 1, 6, 6, dtype=next(net.parameters()).dtype)),
-        task_masks=TaskMasks(torch.Generator().manual_seed(seed)),
-        **options,
-    )
-
-
-def iterate(reptile, iteration, tasks=2, seen=None, dtype=torch.float64):
-    for number in range(tasks):
-        with reptile.task_masks() as channels:
-            learner = reptile.clone()
-        if seen is not None:
-            seen.append(channels)
-        reptile.collect(adapt(learner, task(10 * iteration + number, dtype)))
-    reptile.step()
+def reptile_of(net, schedule=ALWAYS, **options):
+    return reptile_with_masks(net, schedule=schedule, channels=True, **options)
 
 
 def indices(channels):
@@ -125,7 +98,6 @@ def test_equals_small_networks_by_hand(net, optimizer, carry, foml):
     oracle, seen, make = copy.deepcopy(net), [], OPTIMIZERS[optimizer]
     reptile = reptile_of(
         net,
-        schedule=ALWAYS,
         inner_lr=make.keywords["lr"],
         meta_lr=0.9,
         inner_optimizer=make,
@@ -141,7 +113,7 @@ def test_equals_small_networks_by_hand(net, optimizer, carry, foml):
 
 
 def test_learners_are_small_and_the_model_and_evaluation_are_whole(net, batch):
-    reptile = reptile_of(net, schedule=ALWAYS)
+    reptile = reptile_of(net)
     before = copy.deepcopy(net.state_dict())
     with reptile.task_masks():
         learner, again = reptile.clone(), reptile.clone()
@@ -177,55 +149,6 @@ def test_what_no_task_had_stays_bit_for_bit(net, batch):
         moved[at[name]] = True
         assert torch.equal(parameter[~moved], before[name][~moved])
         assert bool((parameter[moved] != before[name][moved]).any()) or name == "conv1.bias"
-
-
-@pytest.mark.parametrize("at", range(PHASES.iterations))
-def test_resumes_bit_for_bit_within_any_iteration(net, at):
-    def begin(reptile):
-        with reptile.task_masks():
-            learner = reptile.clone()
-        reptile.collect(adapt(learner, task(7)))
-
-    def end(reptile):
-        for iteration in range(at, PHASES.iterations):
-            if iteration > at:
-                begin(reptile)
-            iterate(reptile, iteration, tasks=1, dtype=torch.float32)
-        return [p.detach().clone() for p in reptile.module.parameters()]
-
-    reptile = reptile_of(net)
-    for iteration in range(at):
-        iterate(reptile, iteration, dtype=torch.float32)
-    begin(reptile)
-    file = io.BytesIO()
-    torch.save(reptile.state_dict(), file)
-    expected = end(reptile)
-    file.seek(0)
-    twin = reptile_of(SmallNet(), seed=5)
-    twin.load_state_dict(torch.load(file, weights_only=True))
-    for ours, theirs in zip(end(twin), expected, strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_compiled_steps_are_plain_steps(net):
-    def loss(learner, x, y):
-        return F.cross_entropy(learner(x), y)
-
-    twin = reptile_of(copy.deepcopy(net.double()))
-    reptile = reptile_of(net)
-    with without_compiler():
-        step = CompiledStep(loss)
-        for iteration in range(PHASES.iterations):
-            for number in range(2):
-                with reptile.task_masks():
-                    learner = reptile.clone()
-                for x, y in task(10 * iteration + number, torch.float64):
-                    step(learner, x, y)
-                reptile.collect(learner)
-            reptile.step()
-            iterate(twin, iteration)
-    for ours, theirs in zip(net.parameters(), twin.module.parameters(), strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-10, rtol=0)
 
 
 def test_a_share_of_the_tasks_has_all_channels(net):
@@ -266,7 +189,7 @@ def test_released_channels_do_not_jump_in_small_learners(net):
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["elsewhere", "nowhere"])
 def test_learners_that_are_cloned_elsewhere_are_an_error(net, batch, adapted):
-    reptile = reptile_of(net, schedule=ALWAYS)
+    reptile = reptile_of(net)
     before = copy.deepcopy(net.state_dict())
     with reptile.task_masks():
         pass
@@ -286,7 +209,7 @@ def test_misuse_is_told(net):
         ChannelPruner(net, ALWAYS, example_inputs=inputs, task_masks=how)
     with pytest.raises(TypeError, match="task_masks must be a TaskMasks"):
         ChannelPruner(net, ALWAYS, example_inputs=inputs, task_masks=0)
-    reptile = reptile_of(net, schedule=ALWAYS)
+    reptile = reptile_of(net)
     with reptile.task_masks():
         reptile.collect(reptile.clone())
         with pytest.raises(RuntimeError, match="leave that block first"):
@@ -300,28 +223,3 @@ def test_misuse_is_told(net):
         net(inputs).sum().backward()
     with pytest.raises(RuntimeError, match=r'other loops need masks="phase"'):
         loop.step()
-
-
-def on_a_rank(rank, folder):
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
-    torch.manual_seed(0)
-    reptile = reptile_of(SmallNet().double(), group=dist.group.WORLD)
-    seen = []
-    for iteration in range(PHASES.iterations):
-        with reptile.task_masks() as channels:
-            learner = reptile.clone()
-        seen.append(channels)
-        reptile.collect(adapt(learner, task(2 * iteration + rank, torch.float64)))
-        reptile.step()
-    weights = [p.detach() for p in reptile.finalize().parameters()]
-    torch.save({"seen": seen, "weights": weights}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.process
-def test_ranks_draw_other_channels_and_stay_alike(tmp_path):
-    on_two_ranks(on_a_rank, str(tmp_path))
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
-    for ours, theirs in zip(first["weights"], second["weights"], strict=True):
-        assert torch.equal(ours, theirs)
-    assert str(first["seen"][1:3]) != str(second["seen"][1:3])
