@@ -1,6 +1,6 @@
 """All benchmarks by one command: ``python -m benchmarks [--rounds N] [--device cuda] [PART ...]``.
 
-On an idle machine; about 15 minutes on 2 cores.
+On an idle machine; about 20 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ PARTS = (
     "torch_func",
     "ranks",
     "parts",
+    "memory",
 )
 LONG = ("whole_runs",)
 """Hours: only where they are named."""
