@@ -178,7 +178,7 @@ def restored_network(run: FinishedRun, data: Images) -> nn.Module:
         raise ValueError(f"{run.weights_file.path} holds the weights of another network")
     net.load_state_dict(state)
     last = config.schedule.segment(config.schedule.iterations)
-    if not config.structured or not last.sparse:
+    if not config.structured or not last.held:
         return net
     # Of the channels that the run had cut out all weights are 0, so that none is worth less.
     whole, again = copy.deepcopy(net), Schedule((dataclasses.replace(last, iterations=1),))

@@ -15,12 +15,15 @@ from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.device import BEST, PARTS, restored_network, restored_reptile
 from l2l_prune.experiments.report.finished_runs import read_folder
 from l2l_prune.experiments.running.run_folder import run_into
+from l2l_prune.experiments.search.costs import cost_of
+from l2l_prune.experiments.search.halving import Candidate
 from l2l_prune.fewshot import Conv4
 from l2l_prune.fewshot.data import load_images
 from l2l_prune.shipping import load, read_manifest
 
 pytest.importorskip("safetensors.torch")
 
+TASKS = {"algorithm": "reptile", "method": "task-masks", "sparsity": 0.5}
 SETTINGS = {"iterations": 20, "channels": 8, "final_tasks": 4, "curve_tasks": 2, "tasks": 1}
 
 
@@ -98,6 +101,23 @@ def test_masks_are_held_again(runs):
         before = state["features.conv2.weight"] == 0
         assert bool(before.any()) == zeros
         assert torch.equal(learner.module.features.conv2.weight == 0, before)
+
+
+def test_a_run_whose_tasks_had_channels_of_their_own_ends_whole(tmp_path):
+    pytest.importorskip("torch_pruning")
+    config = make_config(**TASKS, structured=True, **SETTINGS)
+    outcome = run_into(config, tmp_path)
+    assert outcome.error is None
+    (run,) = read_folder(tmp_path).runs
+    images = load_images("glyphs", "test")
+    state = torch.load(run.weights_file.path, weights_only=True)
+    whole = Conv4(5, 8)
+    whole.load_state_dict(state)
+    x = torch.rand(5, 1, 28, 28)
+    torch.testing.assert_close(restored_network(run, images)(x), whole(x), atol=1e-5, rtol=1e-5)
+    assert restored_reptile(run, images).clone().module.features.conv2.weight.shape == (8, 8, 3, 3)
+    assert not Candidate({**SETTINGS, **TASKS, "structured": True}).ends_sparse
+    assert cost_of(config, (1, 28, 28)).weights == sum(p.numel() for p in whole.parameters())
 
 
 def test_the_report_shows_what_adapting_costs(runs):

@@ -197,7 +197,7 @@ class Space:
         """A name for the kind of the final network, on which all costs depend."""
         config = candidate.whole
         last = config.schedule.segment(config.schedule.iterations)
-        if not last.sparse:
+        if not last.held:
             return "dense"
         kind = "channels" if config.structured else config.allocation
         return f"{kind} {last.sparsity}"

@@ -112,7 +112,7 @@ def end_network(config: RunConfig, image_shape: Sequence[int]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         algorithm = build(counted, image_shape)
-    if isinstance(algorithm.pruner, ChannelPruner) and last.sparse:
+    if isinstance(algorithm.pruner, ChannelPruner) and last.held:
         network = algorithm.pruner.export().module
     else:
         network = algorithm.finalize()

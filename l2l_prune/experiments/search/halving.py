@@ -67,7 +67,7 @@ class Candidate:
     def ends_sparse(self) -> bool:
         """Whether weights are 0, or channels are cut, at the end."""
         schedule = self.whole.schedule
-        return schedule.segment(schedule.iterations).sparse
+        return schedule.segment(schedule.iterations).held
 
 
 @dataclass(frozen=True)
