@@ -506,6 +506,12 @@ def with_weights(place: Path, number: int, seconds: float = 3.0) -> None:
     results.write_text(json.dumps(document))
 
 
+def test_names_with_commas_are_told_apart_in_the_title(tmp_path, no_curves):
+    finish(tmp_path, "dense", 0.9, 0.7)
+    finish(tmp_path, "dsd", 0.9, 0.7, criterion="random")
+    assert opening(tmp_path).startswith("# reptile on glyphs, 5-way: dense; DSD, random 50%\n")
+
+
 def test_the_report_opens_with_what_paid(tmp_path, no_curves):
     for seed, shift in enumerate((0.0, 0.01, -0.01)):
         for channels, weights, test in ((64, 20, 0.7), (20, 5, 0.6)):

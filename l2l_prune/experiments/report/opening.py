@@ -35,7 +35,8 @@ def title(runs: Sequence[FinishedRun]) -> str:
     """``"reptile on glyphs, 5-way: dense, DSD 50%, IHT 50%"``; of many methods their number."""
     problems = list(dict.fromkeys(run.problem_title for run in runs))
     methods = list(by_method(runs))
-    named = ", ".join(methods) if len(methods) <= 4 else f"{len(methods)} methods"
+    between = "; " if any(", " in method for method in methods) else ", "
+    named = between.join(methods) if len(methods) <= 4 else f"{len(methods)} methods"
     return f"{problems[0] if len(problems) == 1 else f'{len(problems)} problems'}: {named}"
 
 
