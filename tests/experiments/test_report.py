@@ -509,7 +509,7 @@ def with_weights(place: Path, number: int, seconds: float = 3.0) -> None:
 def test_names_with_commas_are_told_apart_in_the_title(tmp_path, no_curves):
     finish(tmp_path, "dense", 0.9, 0.7)
     finish(tmp_path, "dsd", 0.9, 0.7, criterion="random")
-    assert opening(tmp_path).startswith("# reptile on glyphs, 5-way: dense; DSD, random 50%\n")
+    assert opening(tmp_path).startswith("# reptile on glyphs, 5-way: dense; DSD 50%, random\n")
 
 
 def test_the_report_opens_with_what_paid(tmp_path, no_curves):
