@@ -276,8 +276,7 @@ def check_channels_of(
     Raises:
         ValueError: Naming what does not fit.
     """
-    kept, position = state["kept"], schedule.index(state["iteration"])
-    wanted = counts[position] if schedule.segments[position].held else None
+    kept, wanted = state["kept"], counts[schedule.index(state["iteration"])]
     if not isinstance(kept, (dict, type(None))) or not isinstance(state["full"], dict):
         raise ValueError("this is not a ChannelPruner state dict of this version")
     names = [group.name for group in channels.groups]

@@ -150,7 +150,9 @@ class ChannelPruner(ScheduledPruner):
         self._shapes = {name: cut.get().shape for name, cut in cuts.items()}
         self._example_inputs = example_inputs
         self._full_size = count_operations(model, example_inputs)
-        self._counts = [channel_counts(self._channels, s) for s in schedule.segments]
+        self._counts = [  # None where the network itself is whole
+            channel_counts(self._channels, s) if s.held else None for s in schedule.segments
+        ]
         self._tasks = TaskChannels(task_masks, self._channels, schedule, group)
         self._copies: WeakKeyDictionary[nn.Module, SmallCopy] = WeakKeyDictionary()
         self._optimizers = optimizer_state.as_optimizers(optimizer)
@@ -364,7 +366,7 @@ class ChannelPruner(ScheduledPruner):
     def _choose(self, position: int) -> Tensor | None:
         """Channels to keep in a segment, or None if the network is whole there."""
         counts = self._counts[position]
-        if counts is None or not self.schedule.segments[position].held:
+        if counts is None:
             return None
         return choose_channels(
             self._channels,

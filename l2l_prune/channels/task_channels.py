@@ -58,7 +58,9 @@ class TaskChannels(TaskDraws):
                 "pattern"
             )
         self._channels = channels
-        self._counts = [channel_counts(channels, s) for s in schedule.segments]
+        self._counts = [
+            channel_counts(channels, s) if s.per_task else None for s in schedule.segments
+        ]
         self._begun = False  # whether a learner was cloned in the block
         self._position = 0
         self.kept: Tensor | None = None
@@ -78,14 +80,14 @@ class TaskChannels(TaskDraws):
 
     def draw(self) -> Tensor | None:
         """The channels of the task that is running, all its learners' alike; ``None`` for all."""
-        segment, counts = self._segments[self._position], self._counts[self._position]
-        if not self.inside or not segment.per_task or self._begun:
+        counts = self._counts[self._position]
+        if not self.inside or counts is None or self._begun:
             return self.kept
         self._begun = True
-        generator = self._seeds.begin(segment.share)
+        generator = self._seeds.begin(self._segments[self._position].share)
         if generator is not None:
             self.kept = torch.zeros(self._channels.count, dtype=torch.bool)
-            for group, count in zip(self._channels.groups, counts or (), strict=True):
+            for group, count in zip(self._channels.groups, counts, strict=True):
                 order = torch.randperm(group.channels, generator=generator)
                 self.kept[group.first + order[:count]] = True
                 self._told[group.name] = self.kept[list(group.units)]
