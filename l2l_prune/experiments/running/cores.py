@@ -7,6 +7,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """A container's share of the processor: microseconds of each period, or ``max``."""
 
@@ -25,12 +27,9 @@ def usable_cores() -> int:
 def free_cores() -> int:
     """Usable cores that are idle now, at least 1: the usual number of runs at once.
 
-    Each run has one thread, so its numbers are the same at any load. The load is the mean of the
-    last minute; where the system does not report it, all cores count as free.
+    Each run has one thread, so its numbers are the same at any load. Watches the processor for
+    0.3 seconds: a mean load of the last minute would still count a run that has just ended.
     """
-    busy = 0.0
-    if hasattr(os, "getloadavg"):  # not on Windows
-        with suppress(OSError):
-            busy = os.getloadavg()[0]
-    idle = round((os.cpu_count() or 1) - busy)
+    cores = os.cpu_count() or 1
+    idle = round(cores * (1 - psutil.cpu_percent(interval=0.3) / 100))
     return max(1, min(usable_cores(), idle))
