@@ -67,11 +67,11 @@ def demo(
         "runs/demo"
     ),
     iterations: Annotated[int, typer.Option(min=20, help="Meta-iterations of each run.")] = 400,
-    sparsity: Annotated[float, typer.Option(help="Fraction pruned in the sparse phases.")] = 0.5,
+    sparsity: Annotated[float, typer.Option(help="Fraction that DSD prunes.")] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and tasks.")] = 0,
-    eval_tasks: Annotated[int, typer.Option(min=2, help="Tasks behind each score.")] = 200,
+    eval_tasks: Annotated[int, typer.Option(min=2, help="Tasks behind each score.")] = 80,
 ) -> None:
-    """Train dense, DSD and IHT Reptile side by side on rendered characters."""
+    """Train Reptile dense, with DSD, sparse from the start, and small, on rendered characters."""
     from l2l_prune.experiments.demo import run_demo
 
     check_sparsity(sparsity)

@@ -1,8 +1,9 @@
-"""The demo: dense Reptile, DSD and IHT side by side on glyphs."""
+"""The demo: the study's four ways to train Reptile, on glyphs, in short runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -11,22 +12,35 @@ from l2l_prune.experiments.running.compare_one_seed import compare_one_seed
 from l2l_prune.experiments.running.run import RunResult
 from l2l_prune.fewshot.data import Glyphs
 
+_NARROW = "dense, 20 channels"
+"""A dense network with about as many weights as RigL at 90% leaves of 64 channels."""
+
 
 def demo_configs(
-    iterations: int, sparsity: float, seed: int, eval_tasks: int = 200
+    iterations: int, sparsity: float, seed: int, eval_tasks: int = 80
 ) -> list[RunConfig]:
-    """The three runs: they share initial weights and tasks, and differ in their schedules."""
-    return [
-        make_config(
-            "reptile",
-            schedule,
-            iterations=iterations,
-            sparsity=sparsity,
-            seed=seed,
-            final_tasks=eval_tasks,
-        )
-        for schedule in ("dense", "dsd", "iht")
-    ]
+    """The four runs: they share tasks, and those of 64 channels their initial weights."""
+    methods: tuple[dict[str, Any], ...] = (
+        {"method": "dense"},
+        {
+            "method": "dsd",
+            "name": "DSD",
+            "sparsity": sparsity,
+            "pretrain": 0.2,
+            "retrain": 0.3,
+            "criterion": "random",
+        },
+        {"method": "rigl", "name": "RigL", "sparsity": 0.9},
+        {"method": "dense", "name": _NARROW, "channels": 20},
+    )
+    shared: dict[str, Any] = {
+        "iterations": iterations,
+        "seed": seed,
+        "final_tasks": eval_tasks,
+        "eval_every": max(1, iterations // 8),
+        "curve_tasks": min(5, eval_tasks),
+    }
+    return [make_config("reptile", **chosen, **shared) for chosen in methods]
 
 
 def run_demo(
@@ -44,15 +58,21 @@ def run_demo(
         folder: Gets a folder of results and weights for each run, and ``curves.png`` of all; made
             if missing.
         iterations: Meta-iterations of each run.
-        sparsity: Fraction pruned in the sparse phases, in (0, 1).
+        sparsity: Fraction that DSD prunes in its sparse phase, in (0, 1).
         seed: Seed of weights and tasks.
         eval_tasks: Tasks behind each accuracy of the table.
         console: Where progress and table are printed.
 
     Returns:
-        The results of dense, DSD and IHT.
+        The results of dense, DSD, RigL and a dense network of RigL's size.
     """
     configs = demo_configs(iterations, sparsity, seed, eval_tasks)
     with console.status("rendering glyphs (first time only)"):
         Glyphs("train")
-    return compare_one_seed(configs, folder, console)
+    results = compare_one_seed(configs, folder, console, controls={"RigL": _NARROW})
+    console.print(
+        "Over eight seeds and splits of 3,000 meta-iterations, DSD at 80% gains 1.7 ± 0.5 points "
+        "on dense, and RigL 9.3 ± 1.8 on a dense net of its size: docs/results/study.md. "
+        "--iterations 3000 --sparsity 0.8 trains as long, in some 6 minutes on two cores."
+    )
+    return results

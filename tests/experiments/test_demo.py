@@ -37,11 +37,27 @@ def test_the_same_seed_gives_the_same_run():
     assert a.test == b.test
     assert all(torch.equal(a.weights[k], b.weights[k]) for k in a.weights)
     phases = [m.phase for m in runs[0][:-1]]
-    assert phases == ["pretrain"] * 5 + ["prune"] * 12 + ["retrain"] * 3
+    assert phases == ["pretrain"] * 3 + ["prune"] * 10 + ["retrain"] * 7
 
 
 def result(name, test):
     return RunResult(name, Mean((0.9, 0.9)), Mean(test), 1.0)
+
+
+def test_another_control_is_compared_too():
+    full, pruned, small = (
+        result(name, (score, score - 0.01, score + 0.01))
+        for name, score in (("dense", 0.7), ("RigL", 0.6), ("small", 0.5))
+    )
+    lines = conclusions([full, pruned, small], {"RigL": "small"})
+    assert [line.split(" on test")[0] for line in lines[:-1]] == [
+        "RigL - dense",
+        "small - dense",
+        "RigL - small",
+    ]
+    assert "+10.0" in lines[2]
+    assert "better" in lines[2]
+    assert "did not raise test accuracy above that of dense" in lines[-1]
 
 
 def test_verdicts_say_what_happened():
@@ -74,7 +90,10 @@ def demo(request, tmp_path_factory):
         return folder, done.stdout, 64
 
     def small(*settings):
-        return [dataclasses.replace(config, channels=8) for config in demo_configs(*settings)]
+        return [
+            dataclasses.replace(config, channels=config.channels // 8)
+            for config in demo_configs(*settings)
+        ]
 
     with pytest.MonkeyPatch.context() as patch:
         run_here(patch)
@@ -85,26 +104,37 @@ def demo(request, tmp_path_factory):
     return folder, result.stdout, 8
 
 
-def test_demo_prints_one_table_with_three_methods(demo):
+def test_demo_prints_one_table_with_four_methods(demo):
     _, out, _ = demo
     rows = [line for line in out.splitlines() if "│" in line]
-    assert [row.split()[1] for row in rows] == ["dense", "DSD", "IHT"]
+    assert [row.split("│")[1].strip() for row in rows] == [
+        "dense",
+        "DSD",
+        "RigL",
+        "dense, 20 channels",
+    ]
     for row in rows:
         assert row.count("±") == 3
-    assert "on test tasks" in out
+    for pair in ("DSD - dense", "RigL - dense", "RigL - dense, 20 channels"):
+        assert f"{pair} on test tasks" in out
 
 
 def test_demo_writes_results_curves_and_plain_weights(demo):
     folder, _, channels = demo
     names = sorted(p.name for p in folder.iterdir() if p.name != ".lock")
     assert names[:2] == ["curves.csv", "curves.png"]
-    methods = ("dense", "dsd", "iht")
-    places = dict(zip(methods, sorted(folder.glob("reptile-*")), strict=True))
-    assert names[2:] == [places[name].name for name in methods]
+    places = sorted(folder.glob("reptile-*"))
+    assert names[2:] == [place.name for place in places]
     entries = {}
-    for name, place in places.items():
-        assert place.name.startswith(f"reptile-{name}-")
-        (entries[name],) = json.loads((place / "results.json").read_text())["runs"]
+    for place in places:
+        (entry,) = json.loads((place / "results.json").read_text())["runs"]
+        entries[entry["config"]["name"]] = entry
+        model = Conv4(ways=5, channels=entry["config"]["channels"])
+        (weights,) = place.glob("*.pt")
+        model.load_state_dict(torch.load(weights, weights_only=True))
+    assert list(entries) == ["dense, 20 channels", "dense", "DSD", "RigL"]
+    full, small = (entries[name]["config"]["channels"] for name in ("dense", "dense, 20 channels"))
+    assert full == channels > small
     for entry in entries.values():
         tasks = entry["config"]["final_tasks"]
         for part in ("train", "test"):
@@ -112,11 +142,8 @@ def test_demo_writes_results_curves_and_plain_weights(demo):
             assert len(values) == tasks
             assert entry[part]["mean"] == pytest.approx(sum(values) / tasks)
         assert entry["curve"][-1]["iteration"] == 20
-    sparsities = [point["sparsity"] for point in entries["dsd"]["curve"]]
+    sparsities = [point["sparsity"] for point in entries["DSD"]["curve"]]
     assert max(sparsities) == pytest.approx(0.5, abs=0.01)
-    model = Conv4(ways=5, channels=channels)
-    for name, place in places.items():
-        model.load_state_dict(torch.load(place / f"{name}.pt", weights_only=True))
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

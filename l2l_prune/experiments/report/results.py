@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,27 @@ from l2l_prune.experiments.running.run import Point, RunResult
 from l2l_prune.fewshot.evaluation import Mean, paired_difference, unpaired_difference
 
 
-def results_table(configs: list[RunConfig], results: list[RunResult]) -> Table:
-    """Method, sparsity, train and test score, gap (each with 95% CI over tasks), seconds."""
+def results_table(
+    configs: list[RunConfig], results: list[RunResult], weights: list[int | None]
+) -> Table:
+    """Method, sparsity, weights, train and test score, gap (with 95% CI over tasks), seconds.
+
+    Args:
+        configs: The runs.
+        results: What came out, in the same order.
+        weights: How many weights of each are not 0 at the end; ``None`` where unknown.
+    """
     tasks, measure = configs[0].final_tasks, configs[0].measure
     # Escaped: [dB] would be markup.
     table = Table(title=f"{escape(str(measure))}, mean ± 95% CI over {tasks} tasks")
-    for header in ("method", "sparsity", "train", "test", "gap", "seconds"):
+    for header in ("method", "sparsity", "weights", "train", "test", "gap", "seconds"):
         table.add_column(header, justify="left" if header == "method" else "right")
-    for config, result in zip(configs, results, strict=True):
+    for config, result, size in zip(configs, results, weights, strict=True):
         gap, width = unpaired_difference(result.train, result.test)
         table.add_row(
             result.name,
             schedule_rate(config.schedule),
+            "" if size is None else f"{size:,}",
             str(result.train),
             str(result.test),
             f"{measure.read(gap):.1f} ± {measure.read(width):.1f}",
@@ -44,20 +54,30 @@ def results_table(configs: list[RunConfig], results: list[RunResult]) -> Table:
     return table
 
 
-def conclusions(results: list[RunResult]) -> list[str]:
-    """What the table says about pruning: paired differences to dense, which comes first."""
+def conclusions(results: list[RunResult], controls: Mapping[str, str] | None = None) -> list[str]:
+    """What the table says about pruning: paired differences of test scores.
+
+    Args:
+        results: Dense first: all others are compared with it.
+        controls: The names of methods, and of what to compare each with besides dense.
+    """
     dense, *others = results
     if dense.name != "dense" or not others:
         return []
-    found = [(other.name, paired_difference(other.test, dense.test)) for other in others]
-    lines = [f"{name} - dense on test tasks: {signed(d)} ({_word(d)})" for name, d in found]
-    if any(difference.significant and difference.mean > 0 for _, difference in found):
+    named = {result.name: result for result in results}
+    pairs = [(other, dense) for other in others]
+    pairs += [(named[name], named[control]) for name, control in (controls or {}).items()]
+    found = [(a.name, b.name, paired_difference(a.test, b.test)) for a, b in pairs]
+    lines = [f"{a} - {b} on test tasks: {signed(d)} ({_word(d)})" for a, b, d in found]
+    to_dense = [difference for _, _, difference in found[: len(others)]]
+    if any(difference.significant and difference.mean > 0 for difference in to_dense):
         lines.append("One seed only: the intervals are over tasks, not over training runs.")
     else:
-        some = any(difference.mean > 0 for _, difference in found)
-        word = " significantly" if some else ""
-        name = dense.test.measure.name
-        lines.append(f"In this run (one seed), pruning did not raise test {name}{word}.")
+        word = " significantly" if any(difference.mean > 0 for difference in to_dense) else ""
+        lines.append(
+            f"In this run (one seed), pruning did not raise test {dense.test.measure.name}{word} "
+            "above that of dense."
+        )
     return lines
 
 

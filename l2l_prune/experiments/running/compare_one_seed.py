@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -26,6 +27,7 @@ def compare_one_seed(
     console: Console,
     jobs: int | None = None,
     logger: str | None = None,
+    controls: Mapping[str, str] | None = None,
 ) -> list[RunResult]:
     """Run the methods that have not finished yet; print the table and write the files.
 
@@ -37,6 +39,7 @@ def compare_one_seed(
         jobs: Runs at once; all by default.
         logger: Also write each run's curves into its folder: a key of
             :data:`~l2l_prune.experiments.running.loggers.LOGGERS`.
+        controls: The names of methods, and of what to compare each with besides dense.
 
     Returns:
         The results in the order of ``configs``, without weights, which are in the folders.
@@ -62,8 +65,8 @@ def compare_one_seed(
             read_result(entry, folder / run_name(config) / "results.json")
             for config, entry in zip(configs, entries, strict=True)
         ]
-        console.print(results_table(configs, results))
-        for line in conclusions(results):
+        console.print(results_table(configs, results, [e.get("weights") for e in entries]))
+        for line in conclusions(results, controls):
             console.print(line)
         write_curves(results, folder / "curves.csv")
         run_curves(configs, results, folder / "curves.png")
