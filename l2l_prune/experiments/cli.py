@@ -66,7 +66,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for results, curves and weights.")] = Path(
         "runs/demo"
     ),
-    iterations: Annotated[int, typer.Option(min=20, help="Meta-iterations of each run.")] = 400,
+    iterations: Annotated[int, typer.Option(min=20, help="Meta-iterations of each run.")] = 300,
     sparsity: Annotated[float, typer.Option(help="Fraction that DSD prunes.")] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and tasks.")] = 0,
     eval_tasks: Annotated[int, typer.Option(min=2, help="Tasks behind each score.")] = 80,
