@@ -38,8 +38,8 @@ def demo_configs(
         "iterations": iterations,
         "seed": seed,
         "final_tasks": eval_tasks,
-        "eval_every": max(1, iterations // 8),
-        "curve_tasks": min(5, eval_tasks),
+        "eval_every": max(1, iterations // 6),
+        "curve_tasks": min(7, eval_tasks),
     }
     return [make_config("reptile", **chosen, **shared) for chosen in methods]
 
