@@ -148,7 +148,8 @@ def sweep(
 ) -> None:
     """Run every combination of a grid of settings, which a TOML file holds.
 
-    Its table base holds settings as for `run`, its table grid lists of values, and seeds = N.
+    Its table base holds settings as for `run`, its tables grid lists of values, and seeds = N or
+    replicates = N (seeds that each have their own split).
     Repeat a stopped sweep to resume it; a failed run does not stop the others.
     """
     from l2l_prune.experiments.running.sweep import expand

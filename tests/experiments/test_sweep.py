@@ -52,9 +52,26 @@ def test_several_grids_are_joined_and_early_seeds_come_first():
     assert [(c.name, c.seed) for c in configs] == [(n, s) for s in (0, 1) for n in names]
 
 
+def test_replicates_have_a_seed_and_its_split_each_and_come_one_after_the_other():
+    grids = [
+        {"method": "dense", "channels": [4, 8], "replicates": 3},
+        {"method": "dsd", "replicates": 3},
+        {"method": "iht", "seed": [101], "split": 101},
+    ]
+    configs = expand({**BASE, "seed": 7}, grids)
+    arms = [("dense", 4), ("dense", 8), ("DSD", 4)]
+    wanted = [(*arm, number) for number in (100, 101, 102) for arm in arms]
+    wanted.insert(6, ("IHT", 4, 101))
+    assert [(c.name, c.channels, c.seed) for c in configs] == wanted
+    assert all(config.split == config.seed for config in configs)
+
+
 @pytest.mark.parametrize(
     ("base", "grid", "words"),
     [
+        (BASE, {"method": "dsd", "replicates": 2, "seeds": 2}, "give seeds or replicates, not"),
+        (BASE, {"method": "dsd", "replicates": 2, "split": 1}, "give replicates or split, not"),
+        (BASE, {"method": "dsd", "replicates": 0}, "replicates"),
         ({**BASE, "chanels": 3, "schedule": "dsd"}, {}, "chanels"),
         (BASE, {}, "method"),
         (BASE, {"schedule": ["dsd"], "sparsity": [2.0]}, "sparsity"),

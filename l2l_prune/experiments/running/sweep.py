@@ -17,6 +17,8 @@ from l2l_prune.experiments.running.run_folder import Outcome
 from l2l_prune.experiments.running.storage import locked_folder, run_name
 
 MOST_RUNS = 100_000
+FIRST_REPLICATE = 100
+"""Seeds and splits of replicates start here: runs that choose something use those below."""
 
 
 def expand(base: dict[str, Any], grid: dict[str, Any] | list[dict[str, Any]]) -> list[RunConfig]:
@@ -25,7 +27,8 @@ def expand(base: dict[str, Any], grid: dict[str, Any] | list[dict[str, Any]]) ->
     Args:
         base: Arguments of :func:`make_config`.
         grid: Lists of values for the same arguments; ``seeds = 3`` is short for
-            ``seed = [0, 1, 2]``. Several grids give all combinations of each.
+            ``seed = [0, 1, 2]``, and ``replicates = 8`` for seeds 100 to 107, each with the split
+            of its number. Several grids give all combinations of each.
 
     Returns:
         The runs, the first seed of all methods first; identical runs (a dense run at several
@@ -54,14 +57,17 @@ def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]
         name: value if isinstance(value, list) else [value] for name, value in grid.items()
     }
     if "seeds" in axes:
-        axes["seed"] = _seeds(grid)
+        axes["seed"] = _numbered("seeds", grid, ("seed", "replicates"))
         del axes["seeds"]
+    if "replicates" in axes:
+        numbers = _numbered("replicates", grid, ("seed", "split"))
+        axes["replicates"] = [FIRST_REPLICATE + number for number in numbers]
     if empty := sorted(name for name, values in axes.items() if not values):
         raise ValueError(f"{', '.join(empty)} must not be empty: leave it out to use its default")
     size = math.prod(len(values) for values in axes.values())
     if size > MOST_RUNS:
         raise ValueError(f"the grid has {size} runs, more than the limit of {MOST_RUNS}")
-    given = base.keys() | axes.keys()
+    given = base.keys() | axes.keys() - {"replicates"}
     known = KNOWN | {"algorithm", "method"}
     if unknown := sorted(given - known):
         raise ValueError(
@@ -69,10 +75,13 @@ def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]
         )
     if missing := sorted({"algorithm", "method"} - given):
         raise ValueError(f"{' and '.join(missing)} must be given in [base] or [grid]")
-    return [
-        make_config(**base | dict(zip(axes, values, strict=True)))
-        for values in itertools.product(*axes.values())
+    combinations = [
+        base | dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
     ]
+    if "replicates" in axes:
+        for settings in combinations:
+            settings["seed"] = settings["split"] = settings.pop("replicates")
+    return [make_config(**settings) for settings in combinations]
 
 
 def _with_method(table: dict[str, Any]) -> dict[str, Any]:
@@ -84,15 +93,16 @@ def _with_method(table: dict[str, Any]) -> dict[str, Any]:
     return {"method" if name == "schedule" else name: value for name, value in table.items()}
 
 
-def _seeds(grid: dict[str, Any]) -> range:
-    number = grid["seeds"]
+def _numbered(name: str, grid: dict[str, Any], instead: Sequence[str]) -> range:
+    """0 up to the number that ``grid[name]`` gives, which has no place beside ``instead``."""
+    number = grid[name]
     if isinstance(number, list):
         raise TypeError(
-            f"seeds must be an integer, got {number}: to list seeds, write seed = {number}"
+            f"{name} must be an integer, got {number}: to list seeds, write seed = {number}"
         )
-    if "seed" in grid:
-        raise ValueError("give seeds or seed, not both")
-    return range(checks.whole_number("seeds", number, least=1))
+    if both := [other for other in instead if other in grid]:
+        raise ValueError(f"give {name} or {both[0]}, not both")
+    return range(checks.whole_number(name, number, least=1))
 
 
 def sweep(

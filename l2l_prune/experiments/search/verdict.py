@@ -29,7 +29,7 @@ from l2l_prune.experiments.report.seed_statistics import amount
 from l2l_prune.experiments.report.tables import markdown_table
 from l2l_prune.experiments.running.run import load_split
 from l2l_prune.experiments.running.storage import locked_folder
-from l2l_prune.experiments.running.sweep import expand
+from l2l_prune.experiments.running.sweep import FIRST_REPLICATE, expand
 from l2l_prune.experiments.search.costs import cost_of, dense_width
 from l2l_prune.experiments.search.halving import (
     Candidate,
@@ -45,9 +45,6 @@ from l2l_prune.fewshot.data.images import OWN_SPLITS
 
 RACING = 0.4
 """Share of the time limit for the races; the rest is for the replicates."""
-
-FIRST_REPLICATE = 100
-"""Seeds and splits of the replicates start here: no race uses them."""
 
 LOSS = 0.01
 """How much a smaller network may lose and still count as equally good (fraction, or dB)."""
@@ -258,11 +255,11 @@ def _plan(raced: Sequence[Sequence[Standing]], replicates: int, vary_split: bool
                 compared.append((dict(small.settings), narrow, 0.0))
     unique = [arm for place, arm in enumerate(arms) if arm not in arms[:place]]
     lines = ["# Written by l2l-prune study before any of these runs; l2l-prune sweep takes it."]
-    for number in range(replicates):
-        seed = FIRST_REPLICATE + number
-        own = {"seed": seed, "split": seed} if vary_split else {"seed": seed}
-        for arm in unique:
-            lines += ["", "[[grid]]", *toml_lines({**arm, **own})]
+    seeds = range(FIRST_REPLICATE, FIRST_REPLICATE + replicates)
+    own = {"replicates": replicates} if vary_split else {"seed": list(seeds)}
+    for arm in unique:
+        shared = {name: value for name, value in arm.items() if name not in ("seed", "split")}
+        lines += ["", "[[grid]]", *toml_lines({**shared, **own})]
     varying = same_settings.varying(map(_known_by, unique))
     for treatment, control, margin in compared:
         lines += ["", "[[comparison]]", *toml_lines({"family": _FAMILY, "margin": margin})]
