@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shlex
 import sys
@@ -97,6 +98,31 @@ def test_grids_of_the_docs_are_grids(tmp_path):
         (tmp_path / "grid.toml").write_text(block)
         values = read_toml(tmp_path / "grid.toml")
         assert len(expand(values["base"], [values["grid"]])) > 3
+
+
+PLANS = sorted((ROOT / "docs" / "results").rglob("*.toml"))
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=[plan.stem for plan in PLANS])
+def test_plans_can_be_run_and_judged(plan):
+    """Each comparison names one run a replicate on both sides; scores are made up."""
+    from l2l_prune.experiments.options import read_toml
+    from l2l_prune.experiments.report.comparisons import judge, read_comparisons
+    from l2l_prune.experiments.report.finished_runs import FinishedRun
+    from l2l_prune.experiments.running.storage import run_name
+    from l2l_prune.experiments.running.sweep import expand
+
+    document = read_toml(plan)
+    configs = expand(document["base"], document["grid"])
+    draws = random.Random(0)
+    runs = []
+    for config in configs:
+        scores = {"mean": draws.random()}
+        entry = {"config": config.to_json(), "train": scores, "test": scores}
+        runs.append(FinishedRun(entry, Path(run_name(config)), config.schedule.iterations))
+    judged = judge(read_comparisons(document.get("comparison", [])), runs)
+    assert all(len(one.difference.values) == 8 for one in judged)
+    assert judged or "study" not in plan.parts
 
 
 def test_described_outputs_are_what_is_printed():
