@@ -202,13 +202,6 @@ class RunConfig:
     structured: bool = setting(
         False, "Cut out whole channels instead of single weights (reptile only)."
     )
-    distil: float = setting(
-        0.0,
-        "Weight of soft labels in inner steps of sparse phases, from the model as it was at the "
-        "end of the last dense phase, adapted to the same task (reptile only).",
-        share=True,
-    )
-    distil_temperature: float = setting(4.0, "Temperature of the soft labels of distil.", above=0)
     compile: bool = setting(
         False,
         "Compile inner steps with torch.compile (reptile only): faster on small images, after some "
@@ -285,7 +278,6 @@ class RunConfig:
             )
         self._check_rivals()
         self._check_ranks()
-        self._check_distil()
         masks = (self.criterion, self.allocation, self.rewind, self.regrow)
         if self.structured and masks != ("magnitude", "layerwise", None, None):
             raise ValueError(
@@ -351,19 +343,6 @@ class RunConfig:
             raise ValueError(
                 "dropout, drop_grad and grasp need all tasks of a meta-iteration in one process: "
                 "leave ranks out"
-            )
-
-    def _check_distil(self) -> None:
-        if not self.distil:
-            if self.distil_temperature != RunConfig.distil_temperature:
-                raise ValueError("distil_temperature does nothing without distil: set its weight")
-            return
-        if self.algorithm != "reptile":
-            raise ValueError("distil works only with the algorithm reptile")
-        if self.schedule.segment(0).sparse:
-            raise ValueError(
-                "distil needs a dense phase before the first sparse one, whose model is the "
-                "teacher: choose a method that has one, or leave distil out"
             )
 
     def _check_data(self) -> None:
@@ -553,10 +532,6 @@ def _name(
             parts.append(settings[name])
     if settings.get("structured") and kind != "dense":
         parts.append("channels")
-    if settings.get("distil") and kind != "dense":
-        warmth = settings.get("distil_temperature", RunConfig.distil_temperature)
-        parts.append(f"distil {settings['distil']:g}")
-        parts += [f"temperature {warmth:g}"] if warmth != RunConfig.distil_temperature else []
     if settings.get("dropout"):
         held = " per task" if settings.get("dropout_per") == "task" else ""
         parts.append(f"dropout {settings['dropout']:g}{held}")

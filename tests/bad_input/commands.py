@@ -181,11 +181,5 @@ CASES = [
         "report here --adaptation",
         folder_called("here"),
     ),
-    told("--distil 50", r"--distil.*50\.0 is not in \[0, 1\)|distil must be in", "run --distil 50"),
-    told(
-        "--distil without a teacher",
-        "distil needs a dense phase before the first sparse one.*leave distil out",
-        "run --method rigl --distil 0.5",
-    ),
     told("report of a file", "a.txt is a file", "report a.txt", file("a.txt", "")),
 ]

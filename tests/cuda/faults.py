@@ -18,7 +18,6 @@ from l2l_prune import PrunedReptile, Pruner, optimizer_state
 from l2l_prune import pruner as mask_pruner
 from l2l_prune.channels import pruner as channel_pruner
 from l2l_prune.channels import surgery
-from l2l_prune.experiments.algorithms import teacher
 from l2l_prune.masking import attached, criteria, masked_layer, patterns, plan, topk
 from l2l_prune.metalearners import sparse_maml
 from l2l_prune.methods import drop_grad, mgaug, regrowth, rewinding, task_dropout
@@ -348,10 +347,6 @@ PLANTED: list[tuple[Check, Fault]] = [
     (
         reptile_checks.with_best_channels,
         Fault("pruned weights count", learner.Workspace, "restore", after(masks_forgotten)),
-    ),
-    (
-        reptile_checks.with_distillation,
-        Fault("the teacher stays as it began", teacher.Teacher, "_before_step", nothing),
     ),
     (moving_checks.checkpoints_of_a_pruner, NO_REGROWN),
     (

@@ -19,7 +19,6 @@ from l2l_prune import (
     TaskMasks,
 )
 from l2l_prune.channels.pruner import ChannelPruner, Structured
-from l2l_prune.experiments.algorithms.teacher import Teacher, distilled
 from l2l_prune.masking.criteria import snip
 from l2l_prune.metalearners.sparse_maml import SparseMAML
 from l2l_prune.reptile.batched import BatchedLearners
@@ -297,24 +296,5 @@ def with_best_channels(place: Place) -> None:
             plainly(learner, 2000 + number, device)
         found = {name: torch.tensor(channels) for name, channels in chosen.items()}
         return found | on_device(device, learner.module.state_dict())
-
-    place.compare(run)
-
-
-def with_distillation(place: Place) -> None:
-    def run(device):
-        reptile = reptile_on(device)
-        teacher = Teacher(reptile)
-        for iteration in range(SCHEDULE.iterations):
-            for task in range(TASKS):
-                drawn = [batch(100 * iteration + 10 * task + n, device) for n in range(STEPS)]
-                learner = reptile.clone()
-                for x, y, *soft in teacher.label(drawn):
-                    scores = learner(x)
-                    loss = F.cross_entropy(scores, y)
-                    learner.adapt(distilled(loss, scores, *soft, 0.5, 4.0) if soft else loss)
-                reptile.collect(learner)
-            reptile.step()
-        return reptile_trace(reptile, device)
 
     place.compare(run)

@@ -250,7 +250,6 @@ NEEDS = {  # what else must be set
     "drop_grad_noise": {"drop_grad": 0.25},
     "mgaug_rate": {"mgaug": "catfish"},
     "mgaug_networks": {"mgaug": "catfish"},
-    "distil_temperature": {"distil": 0.5},
     "skip_damaged": {"data": "folder"},
     "structured": {"rewind": None},
 }
@@ -299,7 +298,6 @@ def test_runs_that_differ_in_any_setting_are_rows_of_their_own(tmp_path, no_curv
         rows.setdefault((run.problem, run.size, run.shots, run.method), []).append(run)
     pooled = [same for same in rows.values() if len(same) > 1]
     idle = {"criterion", "allocation", "regrow", "rewind", "layers", "prune_head"}
-    idle |= {"distil", "distil_temperature"}
     assert len(rows) == len(configs) - (len(idle) if schedule == "dense" else 0)
     assert [len(same) for same in pooled] == [2]
     assert {run.seed for run in pooled[0]} == {0, 1}

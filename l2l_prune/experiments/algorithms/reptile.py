@@ -21,7 +21,6 @@ from l2l_prune.experiments.algorithms.base import (
 )
 from l2l_prune.experiments.algorithms.pruning import Masks
 from l2l_prune.experiments.algorithms.rivals import Rivals
-from l2l_prune.experiments.algorithms.teacher import Teacher, distilled
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.running.streams import stream
 from l2l_prune.fewshot.data import Episode
@@ -72,32 +71,24 @@ class Reptile(Algorithm):
             **options,
         )
         self._masks.follow(self._reptile, self._reptile)
-        self._teacher = Teacher(self._reptile) if config.distil else None
         self.pruner = self._reptile.pruner
         self._rivals = Rivals(config, self.pruner, image_shape)
         self._step = CompiledStep(self._loss) if config.compile else self._plain_step
         alone = config.structured or config.compile or config.bf16
         self._tasks_at_once = 1 if alone else tasks_at_once(config.channels, image_shape[-1])
 
-    def _loss(
-        self, learner: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, soft: Tensor | None = None
-    ) -> Tensor:
-        config = self._config
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.bf16):
-            scores = learner(x)
-            loss = F.cross_entropy(scores, y)
-            if soft is None:
-                return loss
-            return distilled(loss, scores, soft, config.distil, config.distil_temperature)
+    def _loss(self, learner: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self._config.bf16):
+            return F.cross_entropy(learner(x), y)
 
-    def _plain_step(self, learner: Learner, *batch: Tensor) -> None:
-        learner.adapt(self._loss(learner, *batch))
+    def _plain_step(self, learner: Learner, x: Tensor, y: Tensor) -> None:
+        learner.adapt(self._loss(learner, x, y))
 
-    def _train_step(self, learner: Learner, *batch: Tensor) -> None:
+    def _train_step(self, learner: Learner, x: Tensor, y: Tensor) -> None:
         if self._config.drop_grad:  # in training only
-            self._rivals.adapt(learner, self._loss(learner, *batch))
+            self._rivals.adapt(learner, self._loss(learner, x, y))
         else:
-            self._step(learner, *batch)
+            self._step(learner, x, y)
 
     def _mean_loss(self) -> Tensor:
         """The meta-model's loss on the support sets of the current meta-iteration."""
@@ -118,7 +109,7 @@ class Reptile(Algorithm):
         self._tasks = tasks[self._rank :: ranks]
         for number, task in enumerate(tasks):
             # Drawn whether they are used or not: every rank has the run's stream.
-            drawn = list(
+            batches = list(
                 minibatches(
                     task.support_x,
                     task.support_y,
@@ -129,13 +120,12 @@ class Reptile(Algorithm):
             )
             if number % ranks != self._rank:
                 continue
-            batches = self._teacher.label(drawn) if self._teacher else drawn
             for masks in self._rivals.networks():
                 with self._reptile.task_masks(masks):
                     learner = self._reptile.clone()
                 self._rivals.begin(learner)
-                for batch in batches:
-                    self._train_step(learner, *batch)
+                for x, y in batches:
+                    self._train_step(learner, x, y)
                 self._rivals.end(self._reptile.module, learner)
                 self._reptile.collect(learner)
         self._reptile.step()
@@ -160,7 +150,6 @@ class Reptile(Algorithm):
             "batches": self._batches.get_state(),
             "dropout": self._dropout.state,
             "masks": self._masks.state_dict(),
-            "teacher": self._teacher.state_dict() if self._teacher else None,
             **self._rivals.state_dict(),
         }
 
@@ -169,8 +158,6 @@ class Reptile(Algorithm):
         self._batches.set_state(state["batches"])
         self._dropout.state = state["dropout"]
         self._masks.load_state_dict(state["masks"])
-        if self._teacher:
-            self._teacher.load_state_dict(state["teacher"])
         self._rivals.load_state_dict(state)
 
     def finalize(self) -> nn.Module:

@@ -12,12 +12,8 @@ from typing import Any
 
 from l2l_prune.experiments.config import RunConfig
 
-MASKS = (
-    *("layers", "prune_head", "criterion", "allocation", "rewind", "regrow", "structured"),
-    *("distil", "distil_temperature"),
-)
-"""How masks are chosen and sparse phases taught: these settings belong to the method and do not
-affect a dense run."""
+MASKS = ("layers", "prune_head", "criterion", "allocation", "rewind", "regrow", "structured")
+"""How masks are chosen: these settings belong to the method and do not affect a dense run."""
 
 REGULARISERS = {"dropout": "dropout", "weight_decay": "decay"}
 """Rivals of pruning, and what names of methods call them: a dense run with one is a row beside the

@@ -107,7 +107,6 @@ def end_network(config: RunConfig, image_shape: Sequence[int]) -> nn.Module:
         "regrow": None,
         "compile": False,
     }
-    plain |= {"distil": 0.0, "distil_temperature": RunConfig.distil_temperature}
     counted = dataclasses.replace(config, schedule=schedule, **plain)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
