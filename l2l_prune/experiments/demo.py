@@ -13,8 +13,8 @@ from l2l_prune.experiments.running.cores import free_cores
 from l2l_prune.experiments.running.run import RunResult
 from l2l_prune.fewshot.data import Glyphs
 
-_SMALL = "small dense"
-"""20 channels: about as many weights as RigL at 90% leaves of 64 channels."""
+_NARROW = "narrow"
+"""Dense, 20 channels: about as many weights as RigL at 90% leaves of 64 channels."""
 
 
 def demo_configs(
@@ -32,7 +32,7 @@ def demo_configs(
             "criterion": "random",
         },
         {"method": "rigl", "name": "RigL", "sparsity": 0.9},
-        {"method": "dense", "name": _SMALL, "channels": 20},
+        {"method": "dense", "name": _NARROW, "channels": 20},
     )
     shared: dict[str, Any] = {
         "iterations": iterations,
@@ -71,7 +71,7 @@ def run_demo(
     with console.status("rendering glyphs (first time only)"):
         Glyphs("train")
     results = compare_one_seed(
-        configs, folder, console, jobs=free_cores(), controls={"RigL": _SMALL}
+        configs, folder, console, jobs=free_cores(), controls={"RigL": _NARROW}
     )
     console.print(
         "Over eight seeds and splits of 3,000 meta-iterations, DSD at 80% gains 1.7 ± 0.5 points "

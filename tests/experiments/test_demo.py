@@ -111,11 +111,11 @@ def test_demo_prints_one_table_with_four_methods(demo):
         "dense",
         "DSD",
         "RigL",
-        "small dense",
+        "narrow",
     ]
     for row in rows:
         assert row.count("±") == 3
-    for pair in ("DSD - dense", "RigL - dense", "RigL - small dense"):
+    for pair in ("DSD - dense", "RigL - dense", "RigL - narrow"):
         assert f"{pair} on test tasks" in out
 
 
@@ -132,8 +132,8 @@ def test_demo_writes_results_curves_and_plain_weights(demo):
         model = Conv4(ways=5, channels=entry["config"]["channels"])
         (weights,) = place.glob("*.pt")
         model.load_state_dict(torch.load(weights, weights_only=True))
-    assert entries.keys() == {"dense", "DSD", "RigL", "small dense"}
-    full, small = (entries[name]["config"]["channels"] for name in ("dense", "small dense"))
+    assert entries.keys() == {"dense", "DSD", "RigL", "narrow"}
+    full, small = (entries[name]["config"]["channels"] for name in ("dense", "narrow"))
     assert full == channels > small
     for entry in entries.values():
         tasks = entry["config"]["final_tasks"]
