@@ -423,6 +423,14 @@ def test_a_plan_states_arms_replicates_and_controls_before_the_runs(tmp_path):
     assert all(c.control["name"] == "dense" for c in stated)
 
 
+def test_a_plan_of_a_fixed_split_keeps_the_split_that_was_chosen(tmp_path):
+    raced = [standing("dense", 0.6, split=5), standing("dsd", 0.7, sparsity=0.5, split=5)]
+    (tmp_path / "plan.toml").write_text(_plan([raced], replicates=3, vary_split=False))
+    configs = expand({}, read_toml(tmp_path / "plan.toml")["grid"])
+    assert len(configs) == 6
+    assert {(c.seed, c.split) for c in configs} == {(100, 5), (101, 5), (102, 5)}
+
+
 def finished(folder, config, score, seconds=10.0):
     """A run folder as a report reads it."""
     place = folder / run_name(config)

@@ -255,11 +255,13 @@ def _plan(raced: Sequence[Sequence[Standing]], replicates: int, vary_split: bool
                 compared.append((dict(small.settings), narrow, 0.0))
     unique = [arm for place, arm in enumerate(arms) if arm not in arms[:place]]
     lines = ["# Written by l2l-prune study before any of these runs; l2l-prune sweep takes it."]
-    seeds = range(FIRST_REPLICATE, FIRST_REPLICATE + replicates)
-    own = {"replicates": replicates} if vary_split else {"seed": list(seeds)}
     for arm in unique:
-        shared = {name: value for name, value in arm.items() if name not in ("seed", "split")}
-        lines += ["", "[[grid]]", *toml_lines({**shared, **own})]
+        if vary_split:
+            own = {name: value for name, value in arm.items() if name not in ("seed", "split")}
+            own["replicates"] = replicates
+        else:
+            own = {**arm, "seed": list(range(FIRST_REPLICATE, FIRST_REPLICATE + replicates))}
+        lines += ["", "[[grid]]", *toml_lines(own)]
     varying = same_settings.varying(map(_known_by, unique))
     for treatment, control, margin in compared:
         lines += ["", "[[comparison]]", *toml_lines({"family": _FAMILY, "margin": margin})]
