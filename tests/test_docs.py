@@ -106,6 +106,7 @@ PLANS = sorted((ROOT / "docs" / "results").rglob("*.toml"))
 @pytest.mark.parametrize("plan", PLANS, ids=[plan.stem for plan in PLANS])
 def test_plans_can_be_run_and_judged(plan):
     """Each comparison names one run a replicate on both sides; scores are made up."""
+    pytest.importorskip("statsmodels")
     from l2l_prune.experiments.options import read_toml
     from l2l_prune.experiments.report.comparisons import judge, read_comparisons
     from l2l_prune.experiments.report.finished_runs import FinishedRun
