@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 
 import torch
 
@@ -39,10 +40,13 @@ def main(rounds: int) -> None:
             structured=Structured(batch[0]) if cut else None,
             task_masks=TaskMasks(torch.Generator().manual_seed(0)),
         )
-        found = []
+        found, started = [], 0.0
         for iteration in range(ITERATIONS):
+            if iteration + 100 in MARKS:
+                started = time.perf_counter()
             meta_iteration(meta, [[batch]])
             if iteration + 1 in MARKS:
-                found.append(f"{megabytes():.1f}")
+                taken = 10 * (time.perf_counter() - started)
+                found.append(f"{megabytes():.1f} MB, {taken:.2f} ms")
         table.append((name, *found))
     show(__doc__.split("\n")[0], ("DSD 50%", *map(str, MARKS)), table)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,15 +23,30 @@ from l2l_prune import CompiledStep, DSDSchedule, PrunedReptile, Schedule, Segmen
 from l2l_prune.fewshot import Conv4, EpisodeSampler, few_shot_accuracy, minibatches
 from l2l_prune.fewshot.data import Episode, load_images
 
-CASES = ((28, 64, 400), (28, 128, 400), (84, 64, 100), (84, 128, 100))
-"""Size of the images, channels, meta-iterations."""
+
+
+class Case(NamedTuple):
+    """What all variants do; scores are taken after each of the equal ``points``, on as many tasks."""
+
+    size: int
+    channels: int
+    iterations: int
+    points: int
+    scored: int
+
+
+CASES = (
+    Case(28, 64, 400, 20, 100),
+    Case(28, 128, 400, 10, 100),
+    Case(84, 64, 100, 5, 60),
+    Case(84, 128, 100, 5, 60),
+)
 
 TARGETS = (0.5, 0.6, 0.7)
 SHARES = (0.25, 0.5, 1.0)
 """Of the seconds of the dense run of the same seed."""
 
 WAYS, SHOTS, TASKS, STEPS, BATCH = 5, 10, 5, 5, 10
-POINTS, SCORED = 20, 100
 Curve = list[tuple[float, float]]  # seconds of training, test accuracy
 
 
@@ -147,19 +163,19 @@ def accuracy_at(curve: Curve, seconds: float) -> float:
     return next((score for when, score in reversed(curve) if when <= seconds), curve[0][1])
 
 
-def run(size: int, channels: int, iterations: int, seed: int, points: int) -> dict[str, Curve]:
+def run(case: Case, seed: int) -> dict[str, Curve]:
     """The curves of one seed; variants take turns, and each turn starts with another one."""
-    unseen = load_images("glyphs", "test", image_size=size)
+    unseen = load_images("glyphs", "test", image_size=case.size)
     sampler = EpisodeSampler(unseen.images, unseen.labels, ways=WAYS, shots=1, queries=5, seed=seed)
-    episodes = [sampler.sample() for _ in range(SCORED)]
-    held = variants(size, channels, iterations, seed)
+    episodes = [sampler.sample() for _ in range(case.scored)]
+    held = variants(case.size, case.channels, case.iterations, seed)
     names = list(held)
     for one in held.values():
         one.score(episodes)
-    for point in range(points):
+    for point in range(case.points):
         shift = point % len(names)
         for name in names[shift:] + names[:shift]:
-            held[name].train(iterations // points)
+            held[name].train(case.iterations // case.points)
             held[name].score(episodes)
     return {name: one.curve for name, one in held.items()}
 
@@ -197,11 +213,11 @@ def table(curves: list[dict[str, Curve]], *labels: str) -> list[tuple[str, ...]]
     return rows
 
 
-def main(rounds: int, cases: Sequence[tuple[int, int, int]] = CASES, points: int = POINTS) -> None:
+def main(rounds: int, cases: Sequence[Case] = CASES) -> None:
     found = []
-    for size, channels, iterations in cases:
-        curves = [run(size, channels, iterations, seed, points) for seed in range(rounds)]
-        found += table(curves, f"{size}x{size}", str(channels))
+    for case in cases:
+        curves = [run(case, seed) for seed in range(rounds)]
+        found += table(curves, f"{case.size}x{case.size}", str(case.channels))
     headers = [
         *("images", "channels", "variant"),
         *(f"time to {100 * target:.0f}% (dense: 1)" for target in TARGETS),
