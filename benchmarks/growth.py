@@ -1,8 +1,8 @@
 """How the cost of a meta-iteration grows with channels, layers, tasks, inner steps and classes.
 
-28x28, minibatches of 10, one thread; what does not grow is 32 channels, 4 layers, 5 tasks, 8 steps and
-5 classes. "ratio" is to the forward and backward passes of as many minibatches: what the library
-adds or saves; it should not grow.
+28x28, minibatches of 10, one thread; what does not grow is 32 channels, 4 layers, 5 tasks, 8 steps
+and 5 classes. "ratio" is to the forward and backward passes of as many minibatches: what the
+library adds or saves; it should not grow.
 """
 
 from __future__ import annotations

@@ -19,14 +19,21 @@ from torch import nn
 from benchmarks.meta_iteration import by_copies, by_hand, by_higher
 from benchmarks.timing import show
 from benchmarks.workload import Batches, Step, finish, loss, meta_iteration, plain_step
-from l2l_prune import CompiledStep, DSDSchedule, PrunedReptile, Schedule, Segment, Structured
+from l2l_prune import (
+    CompiledStep,
+    DSDSchedule,
+    PrunedReptile,
+    Schedule,
+    Segment,
+    Structured,
+    TaskMasks,
+)
 from l2l_prune.fewshot import Conv4, EpisodeSampler, few_shot_accuracy, minibatches
 from l2l_prune.fewshot.data import Episode, load_images
 
 
-
 class Case(NamedTuple):
-    """What all variants do; scores are taken after each of the equal ``points``, on as many tasks."""
+    """A run that is scored on ``scored`` tasks after each of ``points`` equal parts."""
 
     size: int
     channels: int
@@ -111,7 +118,8 @@ def variants(size: int, channels: int, iterations: int, seed: int) -> dict[str, 
     def ours(schedule: Schedule, step: Step = plain_step, cut: bool = False) -> Variant:
         draw, net = draws(), network(size, channels, seed, torch.channels_last)
         structured = Structured(torch.zeros(2, 1, size, size)) if cut else None
-        meta = PrunedReptile(net, schedule, meta_lr=1.0, structured=structured)
+        masks = TaskMasks(torch.Generator().manual_seed(seed))
+        meta = PrunedReptile(net, schedule, meta_lr=1.0, structured=structured, task_masks=masks)
         if isinstance(step, CompiledStep):  # before the clock runs
             for batches in draws()():
                 learner = meta.clone()
@@ -142,6 +150,7 @@ def variants(size: int, channels: int, iterations: int, seed: int) -> dict[str, 
         "dense, compiled": ours(dense, CompiledStep(loss)),
         "DSD 50%": ours(dsd),
         "DSD 50% of channels": ours(dsd, cut=True),
+        "DSD 50% of channels, per task": ours(dsd.per_task(), cut=True),
         "learn2learn's loop": peer(by_copies),
         "higher": peer(by_higher),
     }
