@@ -69,7 +69,7 @@ def demo(
     iterations: Annotated[int, typer.Option(min=20, help="Meta-iterations of each run.")] = 300,
     sparsity: Annotated[float, typer.Option(help="Fraction that DSD prunes.")] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and tasks.")] = 0,
-    eval_tasks: Annotated[int, typer.Option(min=2, help="Tasks behind each score.")] = 80,
+    eval_tasks: Annotated[int, typer.Option(min=2, help="Tasks behind each score.")] = 60,
 ) -> None:
     """Train Reptile dense, with DSD, sparse from the start, and small, on rendered characters."""
     from l2l_prune.experiments.demo import run_demo

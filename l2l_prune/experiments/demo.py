@@ -18,7 +18,7 @@ _NARROW = "narrow"
 
 
 def demo_configs(
-    iterations: int, sparsity: float, seed: int, eval_tasks: int = 80
+    iterations: int, sparsity: float, seed: int, eval_tasks: int = 60
 ) -> list[RunConfig]:
     """The four runs: they share tasks, and those of 64 channels their initial weights."""
     methods: tuple[dict[str, Any], ...] = (
@@ -39,7 +39,7 @@ def demo_configs(
         "seed": seed,
         "final_tasks": eval_tasks,
         "eval_every": max(1, iterations // 6),
-        "curve_tasks": min(7, eval_tasks),
+        "curve_tasks": min(6, eval_tasks),
     }
     return [make_config("reptile", **chosen, **shared) for chosen in methods]
 

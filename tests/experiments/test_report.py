@@ -617,7 +617,7 @@ def test_a_file_of_weights_is_read_once_and_only_where_results_do_not_count_them
     newer = tmp_path / run_name(config)
     newer.mkdir()
     state = {"1.weight": torch.tensor([0.0, 1.0, 2.0]), "2.running_mean": torch.ones(4)}
-    result = RunResult("DSD", Mean((0.9, 0.9)), Mean((0.8, 0.8)), 3.0, [], state)
+    result = RunResult("DSD", Mean((0.9, 0.9)), Mean((0.8, 0.8)), 3.0, [], state, size=2)
     write_results(newer, [config], [result])
     read = counted_reads(monkeypatch)
     (rows, *_) = reported(tmp_path)

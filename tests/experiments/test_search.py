@@ -36,6 +36,7 @@ from l2l_prune.experiments.search.costs import Budget, cost_of, dense_width, end
 from l2l_prune.experiments.search.halving import Candidate, Runs, Standing, race, rungs, same_search
 from l2l_prune.experiments.search.sensitivity import LEARN_MORE, Sensitivity, measure
 from l2l_prune.experiments.search.verdict import _plan, _verdict
+from l2l_prune.fewshot.models import Conv4
 
 BASE = {
     "algorithm": "reptile",
@@ -242,7 +243,16 @@ def test_costs_are_those_of_the_trained_network():
         for name, value in result.weights.items()
         if "running" not in name and "tracked" not in name
     )
-    assert cost_of(config, SHAPE).weights == trained
+    assert cost_of(config, SHAPE).weights == result.size == trained
+
+
+def test_a_run_that_ends_with_channels_cut_has_the_size_of_the_small_network():
+    pytest.importorskip("torch_pruning")
+    config = make_config(method="one-shot", sparsity=0.5, structured=True, **BASE)
+    *_, result = run(config)
+    small = Conv4(5, BASE["channels"] // 2)
+    assert result.size == sum(p.numel() for p in small.parameters())
+    assert cost_of(config, SHAPE).weights == result.size
 
 
 @pytest.mark.hosts

@@ -18,7 +18,7 @@ from l2l_prune._basics.files import replace_file
 from l2l_prune._basics.tensor_files import save_tensors
 from l2l_prune.experiments.config import RunConfig, file_name
 from l2l_prune.experiments.defaults import measure_of
-from l2l_prune.experiments.report.finished_runs import count_weights, schedule_rate
+from l2l_prune.experiments.report.finished_runs import schedule_rate
 from l2l_prune.experiments.report.plots import run_curves
 from l2l_prune.experiments.report.seed_statistics import signed
 from l2l_prune.experiments.running.run import Point, RunResult
@@ -161,7 +161,7 @@ def _as_json(config: RunConfig, result: RunResult) -> dict[str, Any]:
         "train": _mean_json(result.train),
         "test": _mean_json(result.test),
         "seconds": result.seconds,
-        "weights": count_weights(result.weights),
+        "weights": result.size,
         "curve": [
             {
                 "iteration": point.iteration,

@@ -61,6 +61,9 @@ class RunResult:
     seconds: float
     curve: list[Point] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    """The finalized network's state dict: channels that were cut out at the end are in it again."""
+    size: int | None = None
+    """Parameters that are not 0 in the network that was scored, without channels that were cut."""
 
 
 def run(
@@ -171,13 +174,14 @@ def _trained(
         algorithm.evaluate(evaluation_tasks(data[split], config, "final tasks", split))
         for split in ("train", config.held_out)
     )
+    size = sum(int(parameter.count_nonzero()) for parameter in algorithm.network.parameters())
     weights = algorithm.finalize().state_dict()
     if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise FloatingPointError(
             f"training diverged: {', '.join(wrong)} of the final weights are not finite; try a "
             "lower learning rate"
         )
-    yield RunResult(config.name, train, test, state.seconds, state.curve, dict(weights))
+    yield RunResult(config.name, train, test, state.seconds, state.curve, dict(weights), size)
 
 
 @dataclass
