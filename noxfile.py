@@ -35,7 +35,8 @@ PATHS = [
     ),
     "tests/bad_input",
     "tests/experiments/test_config.py",
-    "tests/data/test_episodes.py",
+    "tests/fewshot/data/test_episodes.py",
+    *(f"tests/{folder}" for folder in ("channels", "masking", "methods", "reptile", "schedules")),
 ]
 
 

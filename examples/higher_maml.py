@@ -1,6 +1,6 @@
 """MAML through higher, with dense-sparse-dense training on glyphs.
 
-The lines marked l2l_prune are all that pruning adds to learn2learn's own loop.
+The lines marked l2l_prune are all that pruning adds to higher's own loop.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """learn2learn's LightningMAML with dense-sparse-dense training on glyphs.
 
-The lines marked l2l_prune are all that pruning adds to learn2learn's own loop.
+The lines marked l2l_prune are all that pruning adds to Lightning's own loop.
 """
 
 import sys

@@ -204,8 +204,8 @@ class RunConfig:
     )
     compile: bool = setting(
         False,
-        "Compile inner steps with torch.compile (reptile only): faster on small images, after some "
-        "ten seconds of compiling for each phase and shape.",
+        "Compile inner steps with torch.compile (reptile only): may be faster on small images, "
+        "after some ten seconds of compiling for each phase and shape.",
     )
     bf16: bool = setting(
         False, "Run inner steps in bfloat16 (reptile only): faster where the processor supports it."

@@ -47,7 +47,8 @@ class TaskMasks:
             :func:`~l2l_prune.masking.task_scores.magnitude`,
             :class:`~l2l_prune.masking.task_scores.Catfish`, or a function of your own
             (:data:`~l2l_prune.masking.task_scores.TaskScores`).
-        pattern: Where pruned weights may lie in a tensor: anywhere, ``NByM`` or ``Block``.
+        pattern: Where pruned weights may lie in a tensor: anywhere, ``NByM``, ``Block``
+            or ``Rows``.
 
     Raises:
         TypeError: If an argument has the wrong type, say a seed instead of a generator.

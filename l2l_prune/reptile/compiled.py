@@ -31,9 +31,9 @@ class CompiledStep:
     """Inner steps through ``torch.compile``, with the same numbers as plain steps up to rounding.
 
     Replaces ``learner.adapt(F.cross_entropy(learner(x), y))``. Normalisation, activations, the
-    step of Adam and the mask become a few kernels. It pays where operations are small: conv4
-    steps a tenth faster at 28x28; at 84x84 on a CPU plain steps are faster
-    (``python -m benchmarks meta_iteration``).
+    step of Adam and the mask become a few kernels. It may pay where operations are small: at 28x28
+    conv4 saved a tenth on one machine and nothing on another. At 84x84 on a CPU plain steps are
+    faster. Measure first (``python -m benchmarks meta_iteration``).
 
     The first step for each shape of data, phase and training mode compiles, which takes some ten
     seconds; on a CPU torch needs a C++ compiler for that. The step of Adam and AdamW is compiled

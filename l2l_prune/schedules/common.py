@@ -33,9 +33,9 @@ def one_shot(sparsity: float, *, pretrain: int, prune: int) -> Schedule:
 def sparse_from_start(sparsity: float, iterations: int) -> Schedule:
     """Sparse training: no dense phase at all (SET, RigL, static random masks).
 
-    With ``criterion="random"`` the first masks are drawn at random. A
-    :class:`~l2l_prune.Regrowth` then moves connections to where gradients ask for them; without
-    one, they stay where they are (static sparse training).
+    With ``criterion=l2l_prune.masking.random(generator)`` (``--criterion random`` in the command)
+    the first masks are drawn at random. A :class:`~l2l_prune.Regrowth` then moves connections to
+    where gradients ask for them; without one, they stay where they are (static sparse training).
 
     Args:
         sparsity: Fraction of each selected tensor to prune, in [0, 1).
