@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from l2l_prune import optimizer_state
-from l2l_prune._basics import checks
 from l2l_prune._basics.precision import skips_step
 from l2l_prune.masking.layers import learning_rates
 from l2l_prune.masking.masked_layer import held_tensors
@@ -57,7 +56,7 @@ class MaskedOptimizers:
 
     def add(self, optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
         """Add an optimizer, which must hold some of ``weights``, the pruned ones."""
-        checks.of_type("optimizer", optimizer, Optimizer, "a torch Optimizer")
+        optimizer = optimizer_state.plain_optimizer(optimizer)
         optimizer_state.check_holds(optimizer, weights)
         if any(optimizer is held for held in self.all):
             raise ValueError("this optimizer already follows the masks")
@@ -89,6 +88,11 @@ class MaskedOptimizers:
         """Go on with masks that the state already follows; ``released`` comes from a checkpoint."""
         self._masks, self.released, self._stepped = masks, dict(released), set()
 
+    def forget(self) -> None:
+        """Follow none of the optimizers from now on; others may be added."""
+        self.let_go()
+        self.all, self._stepped = [], set()
+
     def let_go(self) -> None:
         """Stop watching."""
         for handle in self._handles:
@@ -106,12 +110,19 @@ class MaskedOptimizers:
             self.watch()
 
     def _watch(self, optimizer: Optimizer) -> None:
-        hook = optimizer_state.gradient_hook(self._raise_to_gradients)
+        # Its branches depend on data: torch.compile(optimizer.step) leaves it out.
+        raised = torch.compiler.disable(self._raise_to_gradients)  # type: ignore[no-untyped-call]
+
+        def act(stepping: Optimizer) -> None:
+            if self.released:
+                raised(stepping)
+
+        hook = optimizer_state.gradient_hook(act)
         self._handles.append(optimizer.register_step_pre_hook(hook))
 
     @torch.no_grad()
     def _raise_to_gradients(self, optimizer: Optimizer) -> None:
-        if not self.released or skips_step(optimizer):
+        if skips_step(optimizer):
             return
         for position, tensor in enumerate(self._tensors):
             name = tensor.full_name

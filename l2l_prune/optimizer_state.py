@@ -27,7 +27,7 @@ _UNTOUCHED = frozenset({_STEP_SIZE, "acc_delta"})
 
 
 def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    """One optimizer, several or none, as a list.
+    """One optimizer, several or none, as a list of torch's own.
 
     Raises:
         TypeError: If anything else is among them.
@@ -36,9 +36,20 @@ def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Opt
         return []
     several = isinstance(optimizer, Iterable) and not isinstance(optimizer, type)
     optimizers = list(optimizer) if several else [optimizer]  # type: ignore[arg-type]
-    for entry in optimizers:
-        checks.of_type("optimizer", entry, Optimizer, "a torch Optimizer")
-    return optimizers  # type: ignore[return-value]
+    return [plain_optimizer(entry) for entry in optimizers]
+
+
+def plain_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimizer itself, out of the wrapper of Lightning, Fabric or Accelerate.
+
+    Torch calls hooks with it, and scalers mark it.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    inner = getattr(optimizer, "optimizer", None)
+    found = inner if isinstance(inner, Optimizer) else optimizer
+    return checks.of_type("optimizer", found, Optimizer, "a torch Optimizer")
 
 
 def held_ids(optimizer: Optimizer) -> set[int]:

@@ -38,8 +38,8 @@ class Pruner(ScheduledPruner):
     exactly 0; on leaving it they restart from 0 (Algorithm 1 of the paper).
 
     Reading ``module.weight`` gives a new product, so what is written to it in place is lost: write
-    to ``weight_orig``. ``reset_parameters()`` and functions given to ``model.apply(...)`` reach the
-    stored weights as they are.
+    to ``weight_orig``. ``reset_parameters()``, and functions to which ``model.apply(...)`` gives
+    the layer itself, reach the stored weights as they are.
 
     Args:
         model: The module to prune, or a learn2learn wrapper (MAML, MetaSGD, ...) around it.
@@ -135,7 +135,7 @@ class Pruner(ScheduledPruner):
         # Computed before anything is attached, so that a failure leaves the model untouched.
         weights = [tensor.module._parameters[tensor.name] for tensor in self._tensors]
         first = self._new_masks(self._position, weights)  # type: ignore[arg-type]
-        self._held = HeldMasks(self._tensors, dense_keys=dense_keys)
+        self._held = HeldMasks(model, self._tensors, dense_keys=dense_keys)
         self._put_masks(first)
         self._optimizers.watch()
 
@@ -200,6 +200,11 @@ class Pruner(ScheduledPruner):
         """
         self._check_usable(masks=False)
         self._optimizers.add(optimizer, self._held.originals())
+
+    def forget_optimizers(self) -> None:
+        """Let the state of no optimizer follow the masks any more, until others are added."""
+        self._check_usable(masks=False)
+        self._optimizers.forget()
 
     # ---- training ---------------------------------------------------------------------------
 
@@ -287,6 +292,8 @@ class Pruner(ScheduledPruner):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume; the model's and optimizer's state dicts may be loaded before or after.
+
+        With ``dense_keys`` load the Pruner's first: dense weights must fit the masks.
 
         Args:
             state: What :meth:`state_dict` gave, for the same model and schedule.

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from l2l_prune import DSDSchedule, IHTSchedule, Pruner, Schedule, Segment
 
+SPARSE_NOW = Schedule((Segment(5, sparse=True, sparsity=0.5),))
 IHT = IHTSchedule(0.5, pretrain=2, prune=3, retrain=2, rounds=2, initial_sparsity=0.3)
 
 OPTIMIZERS = {
@@ -482,6 +484,66 @@ def test_bad_arguments(net, arguments, error, message):
     with pytest.raises(ValueError, match="release_state"):
         Pruner(net, SCHEDULE, release_state="fast")
     assert type(net.conv1) is nn.Conv2d
+
+
+def test_a_replaced_layer_is_noticed(net):
+    pruner = Pruner(net, SPARSE_NOW)
+    net.fc = nn.Linear(16, 3)
+    for call in (pruner.step, pruner.finalize):
+        with pytest.raises(RuntimeError, match=r"module of fc\.weight was replaced"):
+            call()
+
+
+def test_a_wrapped_layer_is_still_there(net, batch):
+    pruner = Pruner(net, SPARSE_NOW)
+    net.fc = nn.Sequential(net.fc, nn.Identity())
+    pruner.step()
+    assert int((net.fc[0].weight == 0).sum()) == 24
+    pruner.finalize()
+
+
+def test_finalize_takes_off_all_masks_or_none(net):
+    pruner = Pruner(net, SPARSE_NOW)
+    parametrize.register_parametrization(net.fc, "bias", nn.Identity())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"mask of fc\.weight cannot be taken off"):
+            pruner.finalize()
+    assert "weight_mask" in dict(net.conv1.named_buffers())
+    parametrize.remove_parametrizations(net.fc, "bias")
+    assert type(pruner.finalize().fc) is nn.Linear
+
+
+def test_with_dense_keys_the_pruner_s_state_comes_first(net):
+    pruner = Pruner(net, SPARSE_NOW, dense_keys=True)
+    states = pruner.state_dict(), net.state_dict()
+    fresh = type(net)()
+    again = Pruner(fresh, SPARSE_NOW, dense_keys=True)
+    with pytest.raises(RuntimeError, match=r"load Pruner\.state_dict\(\) first"):
+        fresh.load_state_dict(states[1])
+    again.load_state_dict(states[0])
+    fresh.load_state_dict(states[1])
+    assert torch.equal(fresh.fc.weight, net.fc.weight)
+    again.step()
+
+
+def test_a_compiled_optimizer_step_at_a_release():
+    """Oracle: the same with a plain step."""
+    schedule = DSDSchedule(0.5, pretrain=1, prune=2, retrain=3)
+    x, y, found = torch.randn(8, 6), torch.arange(8) % 3, []
+    first = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    for compiled in (False, True):
+        model = copy.deepcopy(first)
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        pruner = Pruner(model, schedule, optimizer)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for _ in range(6):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            step()
+            pruner.step()
+        found.append(model.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
 
 
 def test_somebody_elses_removal_is_noticed(net):

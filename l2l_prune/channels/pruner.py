@@ -33,7 +33,7 @@ from l2l_prune.channels.plan import (
 )
 from l2l_prune.channels.surgery import Surgery
 from l2l_prune.channels.task_channels import SmallCopy, TaskChannels
-from l2l_prune.masking.layers import Rule, read_rules
+from l2l_prune.masking.layers import Rule, read_rules, refuse_learning_rates
 from l2l_prune.masking.serves_learners import States, StepPreHook
 from l2l_prune.masking.task_masks import TaskMasks
 from l2l_prune.scheduled import ScheduledPruner
@@ -109,8 +109,8 @@ class ChannelPruner(ScheduledPruner):
     Raises:
         ImportError: If torch-pruning is missing.
         TypeError: If an argument has the wrong type.
-        ValueError: If the network cannot be shrunk, a name matches nothing, or a segment would
-            leave a layer no channel.
+        ValueError: If the network cannot be shrunk, a name matches nothing, a segment would leave
+            a layer no channel, or ``model`` is learn2learn's Meta-SGD, whose rates would not fit.
 
     Examples:
         >>> from l2l_prune import DSDSchedule
@@ -142,6 +142,7 @@ class ChannelPruner(ScheduledPruner):
         self._group = group
         self._importance = importance_function(importance)
         self._needs_gradients = importance == "taylor"
+        refuse_learning_rates(model)
         rules = read_rules("skip", skip, model)
         channels = find_channels(model, example_inputs, rules)
         self._channels = try_cuts(model, channels, example_inputs, schedule)

@@ -9,6 +9,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -18,10 +19,16 @@ from l2l_prune._basics.tensor_files import save_tensors
 from l2l_prune.masking.allocation import Allocation
 from l2l_prune.masking.criteria import Criterion, magnitude
 from l2l_prune.masking.layers import Layers, Rule, select
-from l2l_prune.masking.masked_layer import attach, dense_state_dict, detach, held_names
+from l2l_prune.masking.masked_layer import (
+    attach,
+    dense_state_dict,
+    detach,
+    held_names,
+    make_exact,
+)
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
-from l2l_prune.masking.task_masks import TaskMasks
-from l2l_prune.optimizer_state import holds
+from l2l_prune.masking.task_masks import TaskMasks, check_broadcasts
+from l2l_prune.optimizer_state import holds, plain_optimizer
 from l2l_prune.pruner import Pruner
 from l2l_prune.schedules.schedule import Schedule
 
@@ -72,8 +79,9 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
     Raises:
         TypeError: If ``schedule`` is not a Schedule, or ``dense_weights`` not a path.
         FileNotFoundError: When the fit starts, if the folder of ``dense_weights`` does not exist.
-        ValueError: When the fit starts, if the module cannot be pruned as asked, or no optimizer
-            holds a pruned weight.
+        ValueError: When the fit starts, if the module cannot be pruned as asked, no optimizer holds
+            a pruned weight, weight averaging stands before this callback, or
+            DistributedDataParallel would overwrite the masks of tasks.
 
     Examples:
         ``Trainer(callbacks=[PruningCallback(DSDSchedule(0.3, pretrain=300, prune=600,
@@ -131,8 +139,12 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
             folder = Path(self._dense_weights).absolute().parent
             if not folder.is_dir():
                 raise FileNotFoundError(f"dense_weights: there is no folder {folder}")
-        if self.pruner is None or self.pruner.model is not pl_module:
-            self.pruner = Pruner(pl_module, self.schedule, **self._options)
+        _check_order(trainer.callbacks, self)
+        held = self.pruner
+        if held is None or held.model is not pl_module or held.finalized:
+            # Lightning wraps the module later; the ranks are there already.
+            group = dist.group.WORLD if trainer.world_size > 1 and dist.is_initialized() else None
+            self.pruner = Pruner(pl_module, self.schedule, group=group, **self._options)
             state, self._restored = self._restored, None  # for this module and no other
             if state is not None:
                 self.pruner.load_state_dict(state)
@@ -144,16 +156,19 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Find the optimizers of the pruned weights and count their steps from here on."""
         pruner = self._attached()
+        if any(segment.per_task for segment in self.schedule.segments):
+            check_broadcasts(trainer.strategy.model)
+        pruner.forget_optimizers()  # of an earlier fit
         weights = list(pruner.weights.values())
-        found = [_plain(o) for o in trainer.optimizers if holds(_plain(o), weights)]
+        plain = [plain_optimizer(optimizer) for optimizer in trainer.optimizers]
+        found = [optimizer for optimizer in plain if holds(optimizer, weights)]
         if not found:
             raise ValueError(
                 "none of the trainer's optimizers holds a pruned weight: check layers, only and "
                 "skip, or configure_optimizers()"
             )
         for number, optimizer in enumerate(found):
-            if optimizer not in pruner.optimizers:
-                pruner.add_optimizer(optimizer)
+            pruner.add_optimizer(optimizer)
             then = self._count if number == 0 else self._project
             self._handles.append(optimizer.register_step_post_hook(then))
 
@@ -170,9 +185,18 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         pl_module.log("pruning/sparsity", pruner.sparsity, on_step=True, on_epoch=False)
         pl_module.log("pruning/phase", position, on_step=True, on_epoch=False)
 
+    def on_validation_batch_start(self, trainer: Any, pl_module: nn.Module, *args: Any) -> None:
+        """Weight averaging has put its averages in place, of masks too: make them masks again."""
+        make_exact(pl_module)
+
+    def on_validation_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """And now the model's own."""
+        make_exact(pl_module)
+
     def on_fit_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """Stop counting, and write the dense weights if requested."""
         self._unhook()
+        make_exact(pl_module)  # weight averaging leaves its averages
         if self._dense_weights is not None and trainer.is_global_zero:
             save_tensors(dense_state_dict(pl_module), Path(self._dense_weights))
 
@@ -233,7 +257,13 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         self._handles = []
 
 
-def _plain(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside Lightning's wrapper."""
-    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return inner
+def _check_order(callbacks: Iterable[Any], pruning: PruningCallback) -> None:
+    """Refuse callbacks that copy the module before the masks are there."""
+    for callback in callbacks:
+        if callback is pruning:
+            return
+        if any(kind.__name__ == "WeightAveraging" for kind in type(callback).__mro__):
+            raise ValueError(
+                f"{type(callback).__name__} copies the module before it is pruned: put "
+                "PruningCallback before it in Trainer(callbacks=...)"
+            )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from l2l_prune.masking import masked_layer
 from l2l_prune.masking.prunable import LayerTensor
@@ -19,10 +19,12 @@ class HeldMasks:
         values: The boolean mask of each tensor, as it was set; True stays.
     """
 
-    def __init__(self, tensors: Sequence[LayerTensor], *, dense_keys: bool) -> None:
+    def __init__(
+        self, model: nn.Module, tensors: Sequence[LayerTensor], *, dense_keys: bool
+    ) -> None:
         for tensor in tensors:
             masked_layer.attach(tensor.module, tensor.name, dense_keys=dense_keys)
-        self._tensors = tensors
+        self._model, self._tensors = model, tensors
         self.values: list[Tensor] = []
         self._seen: list[tuple[Tensor, int]] = []  # buffers as last checked, with their versions
 
@@ -53,13 +55,30 @@ class HeldMasks:
                 masked_layer.close_mask(tensor.module, tensor.name)
 
     def take_off(self) -> None:
-        """Make the modules plain again; pruned weights keep the value 0."""
+        """Make the modules plain again; pruned weights keep the value 0.
+
+        Raises:
+            RuntimeError: If other code wrapped the class of a module; nothing is changed then.
+        """
+        for tensor in self._tensors:
+            if not masked_layer.can_detach(tensor.module, tensor.name):
+                raise RuntimeError(
+                    f"the mask of {tensor.full_name} cannot be taken off: other code has changed "
+                    "the class of its module since (a parametrization?); undo that first"
+                )
         for tensor in self._tensors:
             masked_layer.detach(tensor.module, tensor.name)
 
     def check_there(self) -> None:
-        """Raise a RuntimeError that names the tensor if its mask or its own weight is gone."""
+        """Raise a RuntimeError that names the tensor if its module, mask or own weight is gone."""
+        here = {id(module) for module in self._model.modules()}
         for tensor in self._tensors:
+            if id(tensor.module) not in here:
+                raise RuntimeError(
+                    f"the module of {tensor.full_name} was replaced after the Pruner was attached, "
+                    "so that the new one is not pruned: finalize the Pruner before you replace "
+                    "modules, and make a new one"
+                )
             if tensor.name not in masked_layer.held_names(tensor.module):
                 raise RuntimeError(
                     f"the mask of {tensor.full_name} was removed by other code "

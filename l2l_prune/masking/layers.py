@@ -50,7 +50,10 @@ def select(
     if layers not in ("all", "authors"):
         raise ValueError(f'layers must be "all" or "authors", got {layers!r}')
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise ValueError("the model is scripted (torch.jit): prune it before you script it")
+        raise ValueError(
+            "the model is scripted (torch.jit): prune it, and finalize the Pruner, before you "
+            "script it"
+        )
     aside = _beside_the_network(model) if only is None else set()
     candidates = [
         LayerTensor(path, module, name)
@@ -141,6 +144,27 @@ def learning_rates(model: nn.Module, tensors: Iterable[LayerTensor]) -> list[nn.
     Returns:
         For each tensor, its rates or scores, of the same shape, or None.
     """
+    rates = _learning_rates(model)
+    weights = [t.module._parameters.get(t.name) for t in tensors]
+    return [rates.get(id(weight)) for weight in weights]
+
+
+def refuse_learning_rates(model: nn.Module) -> None:
+    """Refuse a model that learns something about each entry of its weights, as Meta-SGD does.
+
+    Raises:
+        ValueError: Naming its class.
+    """
+    for wrapper in model.modules():
+        if _learning_rates(wrapper):
+            raise ValueError(
+                f"{type(wrapper).__name__} holds learning rates or scores of the shapes of its "
+                "weights, which would no longer fit without channels: use a Pruner"
+            )
+
+
+def _learning_rates(model: nn.Module) -> dict[int, nn.Parameter]:
+    """By the ``id()`` of the weight."""
     rates: dict[int, nn.Parameter] = {}
     for wrapper in model.modules():
         network, held = wrapper._modules.get("module"), wrapper._modules
@@ -149,8 +173,7 @@ def learning_rates(model: nn.Module, tensors: Iterable[LayerTensor]) -> list[nn.
             pairs = list(zip(network.parameters(), lrs.parameters(), strict=False))
             if all(parameter.shape == rate.shape for parameter, rate in pairs):
                 rates.update({id(parameter): rate for parameter, rate in pairs})
-    weights = [t.module._parameters.get(t.name) for t in tensors]
-    return [rates.get(id(weight)) for weight in weights]
+    return rates
 
 
 def _beside_the_network(model: nn.Module) -> set[nn.Module]:

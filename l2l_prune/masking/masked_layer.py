@@ -24,7 +24,7 @@ import functools
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn, cast
 
 import torch
@@ -38,6 +38,11 @@ class HeldMask(prune.BasePruningMethod):
     """The pruning method that torch sees on a module; masks are set with :func:`set_mask`."""
 
     PRUNING_TYPE = "unstructured"
+
+    @property
+    def __name__(self) -> str:
+        """Asked for by torch.jit.script."""
+        raise AttributeError("a pruned module cannot be scripted: call Pruner.finalize() first")
 
     def __init__(self, tensor_name: str) -> None:
         self._tensor_name = tensor_name
@@ -93,9 +98,9 @@ def detach(module: nn.Module, name: str) -> None:
     Raises:
         TypeError: If ``module`` holds no such mask, or its class was wrapped by other code.
     """
-    names, base = held_names(module), held_base(module)
-    if name not in names or not _is_own_class(type(module), base, names):
+    if not can_detach(module, name):
         raise TypeError(f"{type(module).__name__} holds no mask on {name!r} that could be removed")
+    names, base = held_names(module), held_base(module)
     remaining = tuple(held for held in names if held != name)
     original, mask = held_tensors(module, name)
     module.__class__ = held_class(base, remaining) if remaining else base
@@ -120,6 +125,12 @@ def detach(module: nn.Module, name: str) -> None:
         )
     if isinstance(module, nn.RNNBase) and not remaining:
         module._flat_weights = [getattr(module, key) for key in module._flat_weights_names]
+
+
+def can_detach(module: nn.Module, name: str) -> bool:
+    """Whether ``module`` holds a mask on ``name``, and its class is not wrapped by other code."""
+    names, base = held_names(module), held_base(module)
+    return name in names and _is_own_class(type(module), base, names)
 
 
 def set_mask(module: nn.Module, name: str, mask: Tensor) -> None:
@@ -198,13 +209,33 @@ def _marked(mask: Tensor) -> Tensor:
 def _make_exact(module: nn.Module, name: str) -> None:
     """Replace a mask that was written to (averaged or loaded, say) by one of ones and zeros.
 
-    Does not wait for the device. The old buffer is left alone: a backward may still need it.
+    Does not wait for the device. The old buffer is left alone: a backward may still need it. The
+    new one is an ordinary tensor, whatever surrounds the read: inference mode, vmap, grad.
     """
     mask = module._buffers.get(f"{name}_mask")
-    if mask is None or mask.is_inference():
+    if mask is None:
         return
-    if mask._version or not hasattr(mask, "_l2l_prune_exact"):
+    if not mask.is_inference() and not mask._version and hasattr(mask, "_l2l_prune_exact"):
+        return
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if not torch._C._functorch.is_functorch_wrapped_tensor(mask):  # else it is here for a call
+            stack.enter_context(torch._C._DisableFuncTorch())
         module._buffers[f"{name}_mask"] = _marked((mask != 0).to(mask.dtype))
+
+
+def make_exact(model: nn.Module) -> None:
+    """Make the masks of ``model`` ones and zeros again, after writes that leave no trace.
+
+    Lightning's weight averaging writes through ``.data``, which counts no version.
+    """
+    for module in model.modules():
+        for name in held_names(module):
+            mask = module._buffers[f"{name}_mask"]
+            if mask is not None and hasattr(mask, "_l2l_prune_exact"):
+                del mask._l2l_prune_exact
+            _make_exact(module, name)
 
 
 @contextmanager
@@ -386,16 +417,18 @@ def _masked_property(base: type[nn.Module], name: str, stored: bool = False) -> 
         return cast(Tensor, module._parameters[f"{name}_orig"])
 
     def read(module: Any) -> Tensor:
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            _make_exact(module, name)
+        # Not from _parameters: DataParallel's replicas hold plain attributes.
+        original, mask = getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask")
         if name in module._l2l_prune_opened:
-            original, mask = held_tensors(module, name)
             return torch.where(mask != 0, original, module._l2l_prune_opened[name])
-        if torch.compiler.is_compiling():
-            return cast(Tensor, method.apply_mask(module))  # type: ignore[no-untyped-call]
-        _make_exact(module, name)
+        if compiling:  # the mask may hold fractions
+            return cast(Tensor, original * (mask != 0).to(original.dtype))
         masked: Any = method.apply_mask(module)  # type: ignore[no-untyped-call]
-        original = getattr(module, f"{name}_orig")
         if hasattr(original, "fast"):
-            mask, fast = getattr(module, f"{name}_mask"), original.fast
+            fast = original.fast
             masked.fast = fast * mask.to(fast.dtype) if isinstance(fast, Tensor) else fast
         return cast(Tensor, masked)
 
@@ -450,11 +483,19 @@ def _new_held(base: type[nn.Module], names: tuple[str, ...], *args: Any) -> nn.M
 def _give_dense_keys(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
 ) -> None:
-    """State dict hook for ``attach(dense_keys=True)``; the order of the keys stays."""
+    """State dict hook for ``attach(dense_keys=True)``; the order of the keys stays.
+
+    The tensors are the model's own, as in any state dict: programs that average models write to
+    them.
+    """
     mine = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
     for name in held_names(module):
-        mask = mine.pop(f"{prefix}{name}_mask")
-        mine[f"{prefix}{name}_orig"] = mine[f"{prefix}{name}_orig"] * (mask != 0)
+        mask, key = mine.pop(f"{prefix}{name}_mask"), f"{prefix}{name}_orig"
+        if module._parameters[key.removeprefix(prefix)].is_leaf:  # type: ignore[union-attr]
+            with torch.no_grad():
+                mine[key].masked_fill_(mask == 0, 0)  # an outer step may not have been ended yet
+        else:  # a clone in the middle of an inner loop keeps its graph
+            mine[key] = mine[key] * (mask != 0)
     dense = {f"{prefix}{name}_orig": f"{prefix}{name}" for name in held_names(module)}
     state_dict.update((dense.get(key, key), value) for key, value in mine.items())
 
@@ -475,8 +516,8 @@ def _translate_dense_keys(
             state_dict[f"{prefix}{name}_mask"] = mask.clone()
         else:
             error_msgs.append(
-                f"{dense} is a dense weight, but the model is pruned: load it before the pruning "
-                "phase, or load a state dict that was saved with its masks"
+                f"{dense} is a dense weight that does not fit the model's masks: load it before "
+                "the pruning phase, or load Pruner.state_dict() first"
             )
 
 

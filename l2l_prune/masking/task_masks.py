@@ -246,12 +246,7 @@ class TaskBlocks(TaskDraws):
         self._drawing: int | None = None  # the segment's place, in a block that has drawn
         if how is None:
             return
-        for module in model.modules():
-            if isinstance(module, DistributedDataParallel) and module.broadcast_buffers:
-                raise ValueError(
-                    "DistributedDataParallel would give all ranks the first rank's task masks: "
-                    "wrap the model with broadcast_buffers=False"
-                )
+        check_broadcasts(model)
         if self._global and how.pattern != UNSTRUCTURED:
             raise ValueError(
                 'allocation="global" cannot be combined with a pattern of task_masks, which '
@@ -314,6 +309,20 @@ class TaskBlocks(TaskDraws):
         assert how is not None
         with named(tensor, "for a task"):
             return scores_of(weight, lambda w: how.scores(w, generator))
+
+
+def check_broadcasts(model: nn.Module) -> None:
+    """Refuse a DistributedDataParallel that would overwrite the masks of tasks.
+
+    Raises:
+        ValueError: Saying what to do.
+    """
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel) and module.broadcast_buffers:
+            raise ValueError(
+                "DistributedDataParallel would give all ranks the first rank's task masks: "
+                "wrap the model with broadcast_buffers=False"
+            )
 
 
 @contextmanager

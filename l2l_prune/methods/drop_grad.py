@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -50,12 +50,20 @@ class DropGrad:
             raise ValueError(f'noise must be "gaussian" or "bernoulli", got {noise!r}')
         self._noise = noise
 
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """``gradient`` times new noise.
+    @overload
+    def __call__(self, gradient: Tensor) -> Tensor: ...
+
+    @overload
+    def __call__(self, gradient: None) -> None: ...
+
+    def __call__(self, gradient: Tensor | None) -> Tensor | None:
+        """``gradient`` times new noise; None, a frozen parameter's gradient, stays None.
 
         Raises:
             TypeError: If it is not a real tensor.
         """
+        if gradient is None:
+            return None
         checks.of_type("gradient", gradient, Tensor, "a tensor")
         if not gradient.is_floating_point():
             raise TypeError(f"gradient must be real, got {gradient.dtype}")

@@ -98,8 +98,8 @@ class TaskDropout(nn.Dropout):
         found = [
             (parent, name, child)
             for parent in model.modules()
-            for name, child in parent.named_children()
-            if type(child) in kinds
+            for name, child in parent._modules.items()  # a layer may be used in several places
+            if child is not None and type(child) in kinds
         ]
         if not found:
             raise ValueError("the model has no dropout layer to replace")

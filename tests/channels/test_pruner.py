@@ -718,3 +718,10 @@ def test_a_failed_choice_leaves_the_net_as_it_was():
     made.finalize()
     with pytest.raises(RuntimeError, match="was finalized"):
         made.step()
+
+
+def test_rates_of_meta_sgd_would_not_fit():
+    l2l = pytest.importorskip("learn2learn")
+    meta = l2l.algorithms.MetaSGD(Conv4(5, 8), lr=0.1)
+    with pytest.raises(ValueError, match="MetaSGD holds learning rates"):
+        ChannelPruner(meta, SCHEDULE, example_inputs=IMAGES.float())

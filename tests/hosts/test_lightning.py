@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from l2l_prune import Pruner, Schedule, Segment, TaskMasks
+from l2l_prune import Pruner, Schedule, Segment, TaskMasks, dense_state_dict
 
 pl = pytest.importorskip("pytorch_lightning")
 algorithms = pytest.importorskip("learn2learn.algorithms.lightning")
@@ -373,6 +373,99 @@ def test_misuse_is_told(tmp_path):
         PruningCallback(SCHEDULE).on_fit_start(None, Plain())
 
 
+def test_a_module_can_be_fitted_again(tmp_path):
+    module, pruning = Plain(), PruningCallback(SCHEDULE)
+    for _ in range(3):
+        trainer(tmp_path, [pruning]).fit(module, loader())
+        assert len(pruning.pruner.optimizers) == 1
+    assert pruning.pruner.iteration == 36
+    pruning.pruner.finalize()
+    trainer(tmp_path, [pruning]).fit(module, loader())
+    assert pruning.pruner.iteration == 12
+    assert pruning.pruner.sparse
+
+
+class OwnEMA:
+    """What an average of plain weights would be."""
+
+    def __init__(self, decay):
+        self.decay, self.average = decay, None
+
+    def update(self, module):
+        now = {k: v.clone() for k, v in dense_state_dict(module).items()}
+        if self.average is None:
+            self.average = now
+        else:
+            for key, value in self.average.items():
+                value.mul_(self.decay).add_(now[key], alpha=1 - self.decay)
+
+
+class Averaging(pl.Callback):
+    """Compares Lightning's average, while it is in the module, with one by hand."""
+
+    def __init__(self):
+        self.own, self.compared = OwnEMA(0.9), 0
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.own.update(module)
+
+    def on_validation_batch_end(self, trainer, module, *args):
+        if self.own.average is not None:
+            net = Net()
+            net.load_state_dict(
+                {key.removeprefix("net."): value for key, value in self.own.average.items()}
+            )
+            x = torch.randn(5, 1, 4, 4)
+            torch.testing.assert_close(module.net(x), net(x), atol=1e-5, rtol=1e-4)
+            self.compared += 1
+
+
+def test_weight_averaging_does_not_shrink_weights(tmp_path):
+    averaging = getattr(pl.callbacks, "EMAWeightAveraging", None)
+    if averaging is None:
+        pytest.skip("this Lightning has no EMAWeightAveraging")
+
+    class Validated(Plain):
+        def validation_step(self, batch, index):
+            self.net(batch[0])
+
+    pruning, watch, module = PruningCallback(SCHEDULE), Averaging(), Validated()
+    ema = averaging(decay=0.9)
+    callbacks = [pruning, ema, watch]
+    fit = trainer(tmp_path, callbacks, epochs=2, num_sanity_val_steps=0, val_check_interval=3)
+    fit.fit(module, loader(), loader(1))
+    assert watch.compared == 8
+    for layer in (module.net.conv, module.net.head):
+        assert set(layer.weight_mask.unique().tolist()) <= {0, 1}
+        assert torch.equal(layer.weight, layer.weight_orig * layer.weight_mask)
+    with pytest.raises(ValueError, match="put PruningCallback before it"):
+        trainer(tmp_path, [averaging(), PruningCallback(SCHEDULE)]).fit(Plain(), loader())
+
+
+def test_fabric_s_optimizers_raise_second_moments(tmp_path):
+    """Oracle: the same loop without Fabric."""
+    lightning = pytest.importorskip("lightning_fabric")
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    found = []
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        net = Net()
+        optimizer = torch.optim.Adam(net.parameters(), 0.01)
+        model = net
+        if wrapped:
+            model, optimizer = fabric.setup(net, optimizer)
+        pruner = Pruner(net, SCHEDULE, optimizer)
+        for step in range(12):
+            x, y = Tasks(12)[step]
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            pruner.step()
+        found.append({name: value.clone() for name, value in net.state_dict().items()})
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value), name
+
+
 def test_the_other_lightning_package_takes_it_too(tmp_path):
     lightning = pytest.importorskip("lightning.pytorch")
 
@@ -429,6 +522,69 @@ def test_ddp_on_two_processes(tmp_path):
     assert all(torch.equal(state[k], other[k]) for k in state)
     assert all(torch.equal(masks[k], other_masks[k]) for k in masks)
     assert sum(int((~m).sum()) for m in masks.values()) > 0
+
+
+TASKS = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import pytorch_lightning as pl
+from pytorch_lightning.strategies import DDPStrategy
+from l2l_prune import DSDSchedule, TaskMasks
+from l2l_prune.masking import random
+from tests.hosts.test_lightning import Plain, SCHEDULE, loader
+from l2l_prune.integrations.lightning import PruningCallback
+
+class Watch(pl.Callback):
+    def on_before_zero_grad(self, trainer, module, optimizer):
+        seen.append(module.net.head.weight_mask.clone())
+
+def fit(seed, schedule, broadcast=False, **options):
+    pl.seed_everything(0)
+    callbacks = [PruningCallback(schedule, **options), Watch()]
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=2,
+        strategy=DDPStrategy(broadcast_buffers=broadcast), logger=False, callbacks=callbacks,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False)
+    global seen
+    seen = []
+    module = Plain()
+    trainer.fit(module, loader())
+    return trainer.global_rank, seen, callbacks[0].pruner
+
+per_task = DSDSchedule(0.5, pretrain=0, prune=12, retrain=0).per_task()
+masks = lambda: TaskMasks(torch.Generator().manual_seed(0))
+rank, tasks, _ = fit(0, per_task, task_masks=masks())
+import os
+own = int(os.environ.get("LOCAL_RANK", 0))
+criterion = random(torch.Generator().manual_seed(own))
+_, _, pruner = fit(0, DSDSchedule(0.5, pretrain=2, prune=10, retrain=0), criterion=criterion)
+refused = ""
+try:
+    fit(0, per_task, broadcast=True, task_masks=masks())
+except ValueError as error:
+    refused = str(error)
+torch.save((tasks, pruner.masks, refused), f"{folder}/{{rank}}.pt")
+"""
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_ddp_gives_ranks_task_masks_of_their_own_and_one_choice_of_weights(tmp_path):
+    from pathlib import Path
+
+    script = tmp_path / "script.py"
+    root = str(Path(__file__).parents[2])
+    script.write_text(TASKS.format(root=root, folder=str(tmp_path)))
+    subprocess.run([sys.executable, "-W", "ignore", str(script)], check=True, timeout=300)
+    (tasks, chosen, refused), (other_tasks, other_chosen, other_refused) = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)
+    )
+    pairs = list(zip(tasks, other_tasks, strict=True))
+    assert sum(not torch.equal(a, b) for a, b in pairs) > len(pairs) / 2
+    assert all(torch.equal(chosen[name], other_chosen[name]) for name in chosen)
+    assert sum(int((~mask).sum()) for mask in chosen.values()) > 0
+    assert "broadcast_buffers=False" in refused
+    assert "broadcast_buffers=False" in other_refused
 
 
 @pytest.mark.slow

@@ -53,6 +53,11 @@ def test_identity_and_order_of_parameters(net):
     assert [id(p) for p in net.parameters()] == [id(p) for p in before]
 
 
+def test_scripting_says_what_to_do(pruned):
+    with pytest.raises(AttributeError, match="cannot be scripted: call Pruner.finalize"):
+        torch.jit.script(pruned.fc)
+
+
 def test_torch_recognises_it(pruned):
     assert prune.is_pruned(pruned)
     assert prune.is_pruned(pruned.conv1)
@@ -268,6 +273,39 @@ def test_dense_keys_are_those_of_the_model_without_masks(net):
         pruner.step()
     pruner.finalize()
     assert list(holder.state_dict()) == [f"net.{key}" for key in keys]
+
+
+def test_dense_keys_are_the_model_s_own_tensors(net):
+    """Programs that average models write to ``state_dict()``, as they may in torch."""
+    pruner = Pruner(net, SPARSE, dense_keys=True)
+    with torch.no_grad():
+        net.fc.weight_orig.add_(1)  # an outer step that has not been ended yet
+    state = net.state_dict()
+    assert (state["fc.weight"][~pruner.masks["fc.weight"]] == 0).all()
+    for value in state.values():
+        value.copy_(torch.full_like(value, 3))
+    assert (net.fc.bias == 3).all()
+    assert torch.equal(net.fc.weight, 3.0 * pruner.masks["fc.weight"])
+    kept = net.state_dict(keep_vars=True)
+    assert kept["fc.weight"] is net.fc.weight_orig
+
+
+def test_dense_keys_average_as_those_of_a_plain_model():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+    Pruner(net, SPARSE, dense_keys=True)
+    average = copy.deepcopy(net)
+    expected = {name: value.clone() for name, value in dense_state_dict(net).items()}
+    for _ in range(3):
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                parameter.mul_(1.5 if name.endswith("orig") else 0.5)
+        for name, value in net.state_dict().items():
+            average.state_dict()[name].mul_(0.5).add_(value, alpha=0.5)
+            expected[name].mul_(0.5).add_(value, alpha=0.5)
+    for name, value in average.state_dict().items():
+        assert torch.equal(value, expected[name])
+    assert torch.equal(average[0].weight, expected["0.weight"])
 
 
 def test_dense_and_pruned_state_dicts_do_not_mix_silently(net, pruned, batch):
@@ -516,6 +554,19 @@ def test_compiled_model_follows_the_masks(net, batch):
         pruner.step()
 
 
+def test_compiled_model_under_open_masks(net, batch):
+    pruner = Pruner(net, SPARSE)
+    compiled = torch.compile(net, backend="aot_eager")
+    found = []
+    for model in (net, compiled):
+        net.zero_grad()
+        with pruner.opened_masks():
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+        found.append(net.fc.weight_orig.grad.clone())
+    assert (found[0][net.fc.weight_mask == 0] != 0).any()
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_data_parallel_wrapping(net, batch):
     """Without GPUs DataParallel calls the module itself; names and masks go through it."""
     pruner = Pruner(nn.DataParallel(net), SPARSE)
@@ -536,6 +587,21 @@ def test_replicas_of_data_parallel_keep_the_mask(net, batch):
     assert torch.equal(replica(x), net.fc(x))
     replica(x).sum().backward()
     assert (net.fc.weight_orig.grad[net.fc.weight_mask == 0] == 0).all()
+
+
+def test_replicas_of_data_parallel_keep_an_open_mask(net):
+    pruner = Pruner(net, SPARSE)
+    with pruner.opened_masks():
+        replica = net.fc._replicate_for_data_parallel()
+        for name, tensor in (*net.fc.named_parameters(), *net.fc.named_buffers()):
+            setattr(replica, name, tensor + 0)
+        x = torch.randn(2, 16)
+        assert torch.equal(replica(x), net.fc(x))
+        replica(x).sum().backward()
+    plain = nn.Linear(16, 3)
+    plain.load_state_dict({"weight": net.fc.weight.detach(), "bias": net.fc.bias.detach()})
+    plain(x).sum().backward()
+    assert torch.equal(net.fc.weight_orig.grad, plain.weight.grad)  # pruned entries too
 
 
 def test_batch_norm_scales_can_be_pruned_by_name(net, batch):
@@ -618,6 +684,59 @@ def test_an_average_of_buffers_too_is_the_average_of_the_masked_weights(kind, re
     for layer in (inner[0], inner[2]):
         prune.remove(layer, "weight")
     torch.testing.assert_close(average(x), oracle(x))
+
+
+def test_a_compiled_average_is_that_of_the_masked_weights():
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+    pruner = Pruner(net, Schedule((Segment(2), Segment(9, sparse=True, sparsity=0.5))))
+    average = AveragedModel(net, use_buffers=True)
+    for _ in range(5):
+        pruner.step()
+        average.update_parameters(net)
+    fractions = average.module[0].weight_mask
+    assert ((fractions > 0) & (fractions < 1)).any()
+    stored, x = average.module[0].weight_orig, torch.randn(7, 6)
+    compiled = torch.compile(average.module, backend="eager")
+    hidden = torch.tanh(F.linear(x, stored, average.module[0].bias))
+    last = average.module[2]
+    expected = F.linear(hidden, last.weight_orig, last.bias)
+    torch.testing.assert_close(compiled(x), expected)
+
+
+def where_a_mask_is_read(kind, net, x):
+    if kind == "inference mode":
+        with torch.inference_mode():
+            net(x)
+        return
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(parameters):
+        return functional_call(net, parameters, (x,)).square().mean()
+
+    if kind == "grad":
+        grad(loss)(parameters)
+    else:
+        stacked = {name: torch.stack([p, p]) for name, p in parameters.items()}
+        vmap(grad(loss))(stacked)
+
+
+@pytest.mark.parametrize("kind", ["inference mode", "grad", "vmap of grad"])
+@pytest.mark.parametrize("written", ["loaded", "cast"])
+def test_a_mask_read_first_in_another_mode_is_an_ordinary_tensor(net, batch, kind, written):
+    Pruner(net, SPARSE)
+    if written == "loaded":
+        net.load_state_dict(net.state_dict())
+    else:
+        net.double()
+    x = batch[0].to(net.fc.bias.dtype)
+    net.eval()  # torch's batch normalisation refuses vmap in training
+    where_a_mask_is_read(kind, net, x)
+    for mask in (net.fc.weight_mask, net.conv1.weight_mask):
+        assert not mask.is_inference()
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(mask)
+    net(x).sum().backward()
+    copy.deepcopy(net)
+    assert (net.fc.weight_orig.grad[net.fc.weight_mask == 0] == 0).all()
 
 
 def test_an_averaged_mask_in_the_model_itself_loses_no_weight(net):

@@ -144,6 +144,10 @@ def test_hosts_take_it_in_a_line(host):
         assert torch.allclose(parameter.grad, gradient, atol=1e-12, rtol=0)
 
 
+def test_a_frozen_parameter_has_no_gradient_to_disturb():
+    assert DropGrad(0.1, torch.Generator())(None) is None
+
+
 def test_resumes_exactly():
     drop, twin = DropGrad(RATE, generator(1)), DropGrad(RATE, generator(2))
     drop(torch.ones(5))

@@ -157,6 +157,13 @@ def test_the_rate_and_the_scale():
     assert torch.equal(out[0], out[1])
 
 
+def test_a_layer_in_two_places_is_replaced_in_both():
+    drop = nn.Dropout(0.5)
+    net = nn.Sequential(nn.Linear(4, 4), drop, nn.Linear(4, 4), drop)
+    TaskDropout.replace_in(net)
+    assert type(net[1]) is type(net[3]) is TaskDropout
+
+
 def test_what_has_no_dropout_is_refused(net):
     with pytest.raises(ValueError, match="no dropout layer"):
         TaskDropout.replace_in(net)
