@@ -47,9 +47,9 @@ def plain_optimizer(optimizer: Any) -> Optimizer:
     Raises:
         TypeError: If it is none.
     """
-    inner = getattr(optimizer, "optimizer", None)
-    found = inner if isinstance(inner, Optimizer) else optimizer
-    return checks.of_type("optimizer", found, Optimizer, "a torch Optimizer")
+    found = checks.of_type("optimizer", optimizer, Optimizer, "a torch Optimizer")
+    inner = getattr(found, "optimizer", None)
+    return inner if isinstance(inner, Optimizer) else found
 
 
 def held_ids(optimizer: Optimizer) -> set[int]:

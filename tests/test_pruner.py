@@ -518,7 +518,7 @@ def test_with_dense_keys_the_pruner_s_state_comes_first(net):
     states = pruner.state_dict(), net.state_dict()
     fresh = type(net)()
     again = Pruner(fresh, SPARSE_NOW, dense_keys=True)
-    with pytest.raises(RuntimeError, match=r"load Pruner\.state_dict\(\) first"):
+    with pytest.raises(RuntimeError, match=r"after the Pruner\.state_dict\(\) that belongs to it"):
         fresh.load_state_dict(states[1])
     again.load_state_dict(states[0])
     fresh.load_state_dict(states[1])

@@ -516,8 +516,8 @@ def _translate_dense_keys(
             state_dict[f"{prefix}{name}_mask"] = mask.clone()
         else:
             error_msgs.append(
-                f"{dense} is a dense weight that does not fit the model's masks: load it before "
-                "the pruning phase, or load Pruner.state_dict() first"
+                f"{dense} is a dense weight, but the model is pruned: load it before the pruning "
+                "phase, or after the Pruner.state_dict() that belongs to it"
             )
 
 

@@ -107,10 +107,10 @@ CASES = [
     drop_grad("a rate in words", "rate .*'0.1'", TypeError, rate="0.1"),
     drop_grad("an unknown noise", "noise .*gaussian.*bernoulli.*'binary'", noise="binary"),
     Case(
-        "DropGrad: no gradient",
-        lambda s: DropGrad(0.1, s.generator)(None),
+        "DropGrad: a number for a gradient",
+        lambda s: DropGrad(0.1, s.generator)(0.5),
         TypeError,
-        "gradient .*tensor, got None",
+        "gradient .*tensor, got 0.5",
         dense,
     ),
     Case(

@@ -54,7 +54,7 @@ def test_identity_and_order_of_parameters(net):
 
 
 def test_scripting_says_what_to_do(pruned):
-    with pytest.raises(AttributeError, match="cannot be scripted: call Pruner.finalize"):
+    with pytest.raises(AttributeError, match=r"cannot be scripted: call Pruner\.finalize"):
         torch.jit.script(pruned.fc)
 
 
