@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
@@ -42,6 +42,9 @@ from l2l_prune.experiments.paper import EXPERIMENTS, experiment
 from l2l_prune.experiments.settings import takes_settings
 from l2l_prune.fewshot.data import DATA_SETS
 from l2l_prune.fewshot.data.images import check_files
+
+if TYPE_CHECKING:
+    from l2l_prune.experiments.report.comparisons import Comparison
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -127,7 +130,9 @@ def run(
             for number in range(seed, seed + seeds)
             for kind in sorted(set(method), key=baseline_first)
         ]
-        check_files(data, **configs[0].data_options, download=download)
+        check_files(
+            data, held_out=configs[0].held_out, **configs[0].data_options, download=download
+        )
         jobs = _jobs(jobs, configs[0].ranks)
         if seeds == 1:
             compare_one_seed(configs, out, Console(), jobs, logger)
@@ -157,13 +162,12 @@ def sweep(
     logger = chosen_logger(logger, tensorboard)
     with plain_errors(out):
         document = read_toml(file)
-        if not document.keys() <= {"base", "grid", "comparison"}:
-            raise ValueError(f"{file} may hold only the tables [base], [grid] and [[comparison]]")
+        _comparisons(file, document)
         try:
             configs = expand(document.get("base", {}), document.get("grid", {}))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from None
-        check_files(configs[0].data, **configs[0].data_options)
+        check_files(configs[0].data, held_out=configs[0].held_out, **configs[0].data_options)
         _run_all(configs, out, jobs, cluster, logger)
 
 
@@ -355,6 +359,20 @@ def _jobs(jobs: int | None, ranks: int = 1) -> int:
     return jobs or max(1, free_cores() // ranks)
 
 
+def _comparisons(file: Path, document: dict[str, Any]) -> list[Comparison]:
+    """The comparisons that a sweep's file, or a plan, states."""
+    if not document.keys() <= {"base", "grid", "comparison"}:
+        raise ValueError(f"{file} may hold only the tables [base], [grid] and [[comparison]]")
+    if "comparison" not in document:
+        return []
+    from l2l_prune.experiments.report.comparisons import read_comparisons
+
+    try:
+        return read_comparisons(document["comparison"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
 def _run_all(
     configs: list[RunConfig], out: Path, jobs: int | None, cluster: str | None, logger: str | None
 ) -> None:
@@ -415,15 +433,12 @@ def report(
     ] = False,
 ) -> None:
     """Write report.md and report.html: tables, curves and differences over seeds."""
-    from l2l_prune.experiments.report.comparisons import read_comparisons
     from l2l_prune.experiments.report.report import write_report
 
     with plain_errors(folder, hint="FOLDER"):
-        tables = read_toml(plan).get("comparison", []) if plan else []
-        try:
-            stated = read_comparisons(tables)
-        except TypeError as error:
-            raise ValueError(f"{plan}: {error}") from None
+        stated = _comparisons(plan, read_toml(plan)) if plan else []
+        if plan and not stated:
+            raise ValueError(f"{plan} states no [[comparison]]")
         if adaptation:
             from l2l_prune.experiments.device import measure_adaptation
 

@@ -346,6 +346,11 @@ class RunConfig:
             )
 
     def _check_data(self) -> None:
+        if self.data_root is not None and self.data == "glyphs":
+            raise ValueError(
+                "data_root is the folder of another data set's files, and glyphs need none: say "
+                "which with data, as in data=folder for images of your own"
+            )
         if self.split is not None and self.data in OWN_SPLITS:
             raise ValueError(
                 f"split works only with glyphs, pictures and folder: {self.data} has splits of its "

@@ -22,6 +22,7 @@ from l2l_prune.experiments.report.finished_runs import FinishedRun, read_folder,
 from l2l_prune.experiments.report.results import read_result
 from l2l_prune.experiments.running.run import evaluation_tasks, load_split
 from l2l_prune.experiments.running.streams import stream
+from l2l_prune.experiments.search.sensitivity import LEARN_MORE
 from l2l_prune.fewshot.data import Images, load_images
 from l2l_prune.fewshot.evaluation import few_shot_accuracy
 from l2l_prune.reptile.adapt_only import AdaptOnly
@@ -78,6 +79,8 @@ def export_run(
     about |= {"scored_on": config.held_out}
     if config.algorithm == "reptile":
         about |= {"optimizer_state": "carried over in what was scored, not exported"}
+    if config.algorithm in LEARN_MORE:
+        about |= {"inner_steps": "learned by entry in what was scored, not exported"}
     shape = (5, 2) if config.picture_tasks else (5, *data.images.shape[1:])
     example = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     lines = []

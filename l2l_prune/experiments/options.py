@@ -21,7 +21,7 @@ else:
     import tomli as tomllib
 
 OLD_NAMES = {"schedule": "method", "eval_tasks": "final_tasks"}
-"""Names of settings in version 0.1, and their names today; options and files accept both."""
+"""Names of options in version 0.1, and their names today; ``--config`` files accept both."""
 
 _LARGEST_TOML = 1_000_000
 
@@ -191,16 +191,18 @@ def plain_errors(out: Path, hint: str = "--out") -> Iterator[None]:
     from l2l_prune.experiments.running.processes import RunFailed
     from l2l_prune.experiments.running.storage import in_words
 
-    for place in (out, *out.parents):
-        if place.exists() and not place.is_dir():
-            raise typer.BadParameter(f"{place} is a file, not a folder", param_hint=hint)
     try:
+        for place in (out, *out.parents):
+            if place.exists() and not place.is_dir():
+                raise typer.BadParameter(f"{place} is a file, not a folder", param_hint=hint)
         yield
     except (ValueError, OSError, ImportError, MemoryError, RunFailed) as error:
         typer.echo(f"l2l-prune: {in_words(error)}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.echo("stopped by Ctrl-C; repeat the command to resume from the last checkpoints")
+        typer.echo(
+            "stopped by Ctrl-C; repeat the command to go on, from checkpoints where it trains"
+        )
         raise typer.Exit(130) from None
 
 

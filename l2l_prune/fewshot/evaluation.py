@@ -170,16 +170,17 @@ def _with_queries(episodes: Iterable[Episode]) -> Iterator[Episode]:
 
 def _accuracy(scored: Iterable[tuple[Tensor, Tensor]]) -> Mean:
     """Accuracy from each episode's labels and scores, which stay on their device until the end."""
-    accuracies, beyond, finite = [], [], []
+    correct, queries, beyond, finite = [], [], [], []
     for labels, scores in scored:
         if scores.dim() != 2 or len(scores) != len(labels):  # the comparison would not fail
             raise ValueError(
                 f"scores must have the shape [{len(labels)}, classes], got {tuple(scores.shape)}"
             )
-        accuracies.append((scores.argmax(1) == labels).float().mean())
+        correct.append((scores.argmax(1) == labels).sum())
+        queries.append(len(labels))
         beyond.append(labels.max() - scores.shape[1])
         finite.append(scores.amax(1).isfinite().all())  # -inf rules a class out
-    if not accuracies:
+    if not correct:
         raise ValueError("there are no episodes to evaluate on")
     if (most := int(torch.stack(beyond).max())) >= 0:
         raise ValueError(
@@ -191,7 +192,8 @@ def _accuracy(scored: Iterable[tuple[Tensor, Tensor]]) -> Mean:
             f"the scores of {wrong} of {len(finite)} tasks are not finite: training or adaptation "
             "diverged; try a lower learning rate"
         )
-    return Mean(tuple(torch.stack(accuracies).double().tolist()))
+    counts = torch.stack(correct).tolist()
+    return Mean(tuple(count / total for count, total in zip(counts, queries, strict=True)))
 
 
 @torch.no_grad()

@@ -326,3 +326,9 @@ def test_dropout_is_off_at_evaluation():
     torch.manual_seed(2)
     assert learner.evaluate(episodes * 5).values == first.values
     assert all(m.training for m in learner.pruner.model.modules())
+
+
+def test_images_must_be_square():
+    for algorithm in ("reptile", "cavia", "sparsemaml"):
+        with pytest.raises(ValueError, match="must be square, not 30 x 40 pixels: image_size"):
+            build(make_config(algorithm, "dense", iterations=20, channels=4), (3, 30, 40))

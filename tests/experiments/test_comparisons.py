@@ -108,12 +108,36 @@ def test_replicates_without_a_partner_are_left_out_and_bad_plans_refused():
         judge([DSD], [run for run in runs if run.seed == 0])
 
 
+@pytest.mark.parametrize(("loss", "verdict"), [(0.25, "not shown"), (0.0, "not worse by more")])
+def test_a_margin_has_a_side_even_without_any_spread(loss, verdict):
+    runs = [finished(n, s, 0.75 - loss * (n == "dsd")) for n in ("dense", "dsd") for s in (0, 1)]
+    [one] = judge([Comparison("A", {"name": "DSD"}, {"name": "dense"}, margin=-0.02)], runs)
+    assert one.verdict.startswith(verdict)
+    assert "margin -0.02" in comparison_table([one])
+
+
+def test_what_a_comparison_means_is_told_without_a_name_too():
+    _, runs = study()
+    by_method = Comparison("A", {"rate": 0.5, "iterations": 40}, {"name": "nobody"})
+    with pytest.raises(ValueError, match=r"rate 0\.5, iterations 40 means both"):
+        judge([by_method], runs)
+    with pytest.raises(ValueError, match="no run is chanels 4: runs have no setting chanels"):
+        judge([Comparison("A", {"chanels": 4}, {"name": "dense"})], runs)
+
+
+@pytest.mark.parametrize("tables", [3, "DSD", {"family": "A"}, ["DSD"]])
+def test_comparisons_are_a_list_of_tables(tables):
+    with pytest.raises(TypeError, match="tables that begin with"):
+        read_comparisons(tables)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"family": None}, "family must be a name"),
         ({"treatment": "DSD"}, "treatment must be a table"),
         ({"margin": 0.1}, "margin must be a number <= 0"),
+        ({"margin": float("nan")}, "margin must be a number <= 0"),
         ({"arm": 1}, "has no arm"),
         ({"family_size": -1}, "family_size"),
     ],

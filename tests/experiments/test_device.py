@@ -193,3 +193,13 @@ def test_costs_of_runs_that_are_not_reptiles(tmp_path):
     done = command("report", tmp_path, "--adaptation")
     assert done.exit_code == 2
     assert "no reptile run with its weights in" in done.output
+
+
+@pytest.mark.hosts
+def test_an_export_says_what_was_learned_besides_weights(tmp_path):
+    pytest.importorskip("learn2learn")
+    config = make_config("metasgd", "dense", **SETTINGS)
+    assert run_into(config, tmp_path / "run").error is None
+    done = command("export", tmp_path / "run", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "not exported" in read_manifest(tmp_path / "out")["about"]["inner_steps"]

@@ -56,6 +56,14 @@ def test_the_live_line_has_phase_accuracy_and_time_left_at_any_width(clock, widt
     assert len(last) <= width
 
 
+def test_a_name_may_hold_brackets(clock):
+    """Rich would take them for markup, and stop at a closing one."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=140, color_system=None)
+    watched(clock, console, name="x [/y] [bold]")
+    assert "x [/y] [bold] seed 0" in file.getvalue()
+
+
 def test_in_a_pipe_there_is_a_line_for_each_point_of_the_curves(clock):
     file = io.StringIO()
     config, display = watched(clock, Console(file=file, width=80))

@@ -219,6 +219,97 @@ def _net(run):
     return Conv4(run.config["ways"], run.config["channels"])
 
 
+def test_a_report_needs_no_images(tmp_path, monkeypatch):
+    """They may be on another machine: only the bounds are left out."""
+
+    def gone(*arguments, **options):
+        raise FileNotFoundError("there is no folder")
+
+    monkeypatch.setattr(figures, "load_images", gone)
+    for schedule, sparsity in (("dense", None), ("dsd", 0.3), ("dsd", 0.6)):
+        place = finish(tmp_path, schedule, 0.9, 0.7, sparsity=sparsity)
+        with_weights(place, 10)
+    with_weights(place.parent / run_name(make_config("reptile", "dense", iterations=40)), 10)
+    written = write_report(tmp_path)
+    assert (tmp_path / "report.md").exists()
+    assert not [path for path in written if path.name.startswith("bounds")]
+
+
+def test_splits_of_one_seed_are_replicates(tmp_path, no_curves):
+    for split, shift in ((0, 0.0), (1, 0.1)):
+        finish(tmp_path, "dense", 0.9, 0.6 + shift, seed=3, split=split)
+        finish(tmp_path, "dsd", 0.9, 0.65 + shift * 1.2, seed=3, split=split)
+    scores, differences, *_ = reported(tmp_path)
+    assert scores["dense"]["1-shot test"].startswith("65.0")
+    assert differences["DSD 50%"]["test"].startswith("+6.0")
+    assert "2 replicates with splits of their own" in (tmp_path / "report.md").read_text()
+
+
+def test_names_and_errors_leave_the_columns_as_they_are(tmp_path, no_curves):
+    config = make_config("reptile", "dsd", iterations=40, name="a | *b*")
+    write(tmp_path / "one", config, 0.9, 0.7)
+    write_report(tmp_path)
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    line = next(line for line in lines if "64-64-64-64" in line and line.startswith("|"))
+    cells = re.split(r"(?<!\\)\|", line)[1:-1]
+    assert cells[0].strip().startswith(r"a \| \*b\*")
+    assert cells[2].strip().startswith("90.0")
+
+
+def test_a_long_title_makes_a_file_name_that_fits():
+    from l2l_prune.experiments.report.report import _stem
+
+    title = "reptile on glyphs, " + "a setting of this run, " * 30
+    assert len(_stem(title)) < 130
+    assert _stem(title) != _stem(title + "x")
+    assert _stem("Reptile, 5-way") == "reptile-5-way"
+
+
+def test_validation_scores_are_called_so(tmp_path):
+    configs = [
+        make_config("reptile", method, iterations=40, held_out="validation", seed=seed)
+        for method in ("dense", "dsd")
+        for seed in (0, 1)
+    ]
+    compared(tmp_path, configs, (0.6, 0.62, 0.7, 0.71))
+    table = (tmp_path / "table.md").read_text()
+    assert "validation" in table
+    assert "test" not in table
+    write_report(tmp_path)
+    assert "scored on validation classes" in (tmp_path / "report.md").read_text()
+    found = [Mean((0.6, 0.61)), Mean((0.7, 0.71))]
+    runs = [RunResult(n, m, m, 1.0) for n, m in zip(("dense", "DSD"), found, strict=True)]
+    assert "on validation tasks" in results.conclusions(runs, held_out="validation")[0]
+    headers = [str(c.header) for c in results.results_table(configs[:1], runs[:1], [None]).columns]
+    assert "validation" in headers
+    assert "test" not in headers
+
+
+def test_lines_of_one_rate_are_told_apart(tmp_path, monkeypatch):
+    labels = []
+    drawn = figures._line
+
+    def line(ax, x, means, style, label):
+        labels.append(label)
+        drawn(ax, x, means, style, label)
+
+    monkeypatch.setattr(figures, "_line", line)
+    for pretrain in (0.1, 0.2, 0.3):
+        for retrain in (0.1, 0.2, 0.3):
+            finish(tmp_path, "dsd", 0.9, 0.7, pretrain=pretrain, retrain=retrain)
+    assert figures.hyperparameter_figure(read_folder(tmp_path).runs, tmp_path / "phases.png")
+    assert len(labels) == len(set(labels)) == 6
+    assert "DSD 50%, retrain 8" in labels
+
+
+def test_many_panels_stand_in_rows():
+    from l2l_prune.experiments.report.plots import new_figure
+
+    figure, axes = new_figure((10, 8), 7, rows=3)
+    assert len(axes) == len(figure.axes) == 7
+    assert {ax.get_subplotspec().rowspan.start for ax in axes} == {0, 1, 2}
+
+
 def test_bad_folders(tmp_path):
     with pytest.raises(ValueError, match="no finished run"):
         write_report(tmp_path)
@@ -246,6 +337,7 @@ OTHER = {  # of settings that are names, or nothing by default
     "mgaug": "catfish",
 }
 NEEDS = {  # what else must be set
+    "data_root": {"data": "folder"},
     "dropout_per": {"dropout": 0.25},
     "drop_grad_noise": {"drop_grad": 0.25},
     "mgaug_rate": {"mgaug": "catfish"},
@@ -544,6 +636,10 @@ def test_stated_comparisons_are_the_answer(tmp_path, no_curves):
     assert "**1 of 2 stated gains over dense networks are confirmed.**" in text
     assert "- DSD, channels 64 minus dense, channels 64: +8.0" in text
     assert "exploration" not in text
+    within = Comparison("B", {"name": "IHT"}, {"name": "dense"}, margin=-0.05)
+    write_report(tmp_path, [*stated, within])
+    text = (tmp_path / "report.md").read_text()
+    assert "**1 of 2 stated gains" in text  # a margin asks for no gain
 
 
 def compared(folder, configs, tests):

@@ -214,6 +214,7 @@ def test_mini_imagenet_files(tmp_path):
         (("--scale", "0"), "scale must be"),
         (("--config", "nowhere.toml"), "nowhere.toml"),
         (("--sparsity", "1"), "--sparsity"),
+        (("--data-root", "images"), "data=folder"),
     ],
 )
 def test_bad_input_is_told_in_a_line(tmp_path, monkeypatch, arguments, words):
@@ -222,6 +223,12 @@ def test_bad_input_is_told_in_a_line(tmp_path, monkeypatch, arguments, words):
     assert result.exit_code == 2
     assert words in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_is_too_long_is_told_in_a_line():
+    result = CliRunner().invoke(app, ["run", "--out", "x" * 300])
+    assert result.exit_code == 2
+    assert "too long" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -284,4 +291,6 @@ def test_estimates():
 def test_no_verdict_without_a_baseline():
     result = RunResult("DSD", Mean((0.5, 0.6)), Mean((0.5, 0.6)), 1.0)
     assert conclusions([result]) == []
+    dense = RunResult("dense, dropout 0.1", Mean((0.5, 0.6)), Mean((0.4, 0.6)), 1.0)
+    assert conclusions([dense, result])[0].startswith("DSD - dense, dropout 0.1 on test tasks")
     assert make_config("reptile", "dsd").title == "DSD seed 0"

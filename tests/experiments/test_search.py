@@ -23,7 +23,8 @@ from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.methods import read_layer_rates
 from l2l_prune.experiments.options import read_toml
 from l2l_prune.experiments.report.adaptation import front_places
-from l2l_prune.experiments.report.comparisons import read_comparisons
+from l2l_prune.experiments.report.comparisons import Comparison, Judged, read_comparisons
+from l2l_prune.experiments.report.seed_statistics import OverSeeds
 from l2l_prune.experiments.running import run as run_module
 from l2l_prune.experiments.running.processes import run_all
 from l2l_prune.experiments.running.run import RunResult, evaluation_tasks, load_split, run
@@ -35,7 +36,7 @@ from l2l_prune.experiments.search.choice import Space, _taking_part
 from l2l_prune.experiments.search.costs import Budget, cost_of, dense_width, end_network, quantity
 from l2l_prune.experiments.search.halving import Candidate, Runs, Standing, race, rungs, same_search
 from l2l_prune.experiments.search.sensitivity import LEARN_MORE, Sensitivity, measure
-from l2l_prune.experiments.search.verdict import _plan, _verdict
+from l2l_prune.experiments.search.verdict import _answer, _plan, _verdict
 from l2l_prune.fewshot.models import Conv4
 
 BASE = {
@@ -478,6 +479,25 @@ def test_a_verdict_says_what_was_shown_and_what_was_not(tmp_path, monkeypatch):
     assert "minus dense, channels" in text.split("Not judged: ")[1]
 
 
+@pytest.mark.parametrize(
+    ("plain", "timely", "words"),
+    [
+        (-0.021, 0.03, "In the same time, not at the same length. RigL"),
+        (0.02, 0.03, "Yes: RigL minus dense (channels 64, iterations 1000) is +2.0"),
+    ],
+)
+def test_the_same_time_is_not_the_same_length(plain, timely, words):
+    sides = [
+        {"name": n, "channels": 64, "iterations": i} for n, i in (("RigL", 1000), ("dense", 0))
+    ]
+    judged = []
+    for difference, iterations in ((plain, 1000), (timely, 600)):
+        control = sides[1] | {"iterations": iterations}
+        values = OverSeeds((difference - 0.001, difference + 0.001))
+        judged.append(Judged(Comparison("A", sides[0], control), values, 0.001, 0.002, 0.01))
+    assert _answer(judged).startswith(words)
+
+
 def test_a_budget_that_nothing_meets_names_the_nearest_before_any_run(tmp_path):
     pytest.importorskip("optuna")
     with pytest.raises(ValueError, match=r"the nearest is RigL.* 95% with [\d,]+ bytes"):
@@ -504,6 +524,7 @@ def test_a_folder_that_another_process_writes_to_is_refused(tmp_path):
         (["tune", "--method", "dense"], "methods must be from"),
         (["study", "--method", "dense"], "leave it out"),
         (["study", "--rate", "1.5"], "sparsity"),
+        (["tune", "--rate", "0.5", "--rate", "50"], "rate must be in"),
         (["study", "--hours", "0"], "hours"),
         (["study", "--split", "100"], "replicates use the rest"),
     ],

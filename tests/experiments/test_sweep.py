@@ -74,12 +74,15 @@ def test_replicates_have_a_seed_and_its_split_each_and_come_one_after_the_other(
         (BASE, {"method": "dsd", "replicates": 0}, "replicates"),
         ({**BASE, "chanels": 3, "schedule": "dsd"}, {}, "chanels"),
         (BASE, {}, "method"),
+        (BASE, [], "grid must not be empty"),
+        ({**BASE, "chanels": 3, "method": "dsd"}, {}, "did you mean channels"),
+        ({**BASE, "method": ["dsd"]}, {}, r"method of \[base\] must be one value"),
         (BASE, {"schedule": ["dsd"], "sparsity": [2.0]}, "sparsity"),
         ({}, {"schedule": ["dsd"]}, "algorithm"),
     ],
 )
 def test_bad_grids(base, grid, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         expand(base, grid)
 
 
@@ -139,6 +142,8 @@ def test_a_killed_worker_does_not_lose_the_others(tmp_path):
     outcomes = list(run_all(configs, tmp_path, console, jobs=2, work=kill_itself_always))
     assert len(outcomes) == 3
     assert all("was killed" in outcome.error for outcome in outcomes)
+    for config in configs:  # a report reads it
+        assert "was killed" in (tmp_path / run_name(config) / "error.txt").read_text()
 
 
 @pytest.mark.process
@@ -172,6 +177,8 @@ def test_workers_end_with_a_killed_sweep_and_the_next_one_goes_on(tmp_path):
         ("[base", "sweep.toml"),
         ("[bass]\nx = 1\n", "may hold only the tables"),
         ("[base]\nchanels = 3\n", "chanels"),
+        ("[base]\n[comparison]\n", "begin with [[comparison]]"),
+        ('[base]\n[[comparison]]\nfamly = "A"\n', "has no famly"),
     ],
 )
 def test_bad_files_are_told_in_a_line(tmp_path, text, words):

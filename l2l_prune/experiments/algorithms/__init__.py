@@ -23,7 +23,14 @@ def build(config: RunConfig, image_shape: Sequence[int]) -> Algorithm:
 
     Raises:
         ImportError: If its host library is missing.
+        ValueError: If the images are not square.
     """
+    *_, height, width = image_shape
+    if height != width and not config.picture_tasks:
+        raise ValueError(
+            f"images must be square, not {height} x {width} pixels: image_size crops and resizes "
+            "them"
+        )
     kinds: dict[str, type[Algorithm]] = {
         "reptile": Reptile,
         "anil": ANIL,

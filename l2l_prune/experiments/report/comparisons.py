@@ -14,11 +14,9 @@ from typing import Any
 from scipy import stats
 
 from l2l_prune._basics import checks
-from l2l_prune.experiments.report.finished_runs import FinishedRun
+from l2l_prune.experiments.report.finished_runs import FinishedRun, Replicate
 from l2l_prune.experiments.report.seed_statistics import OverSeeds, signed
 from l2l_prune.experiments.report.tables import markdown_table
-
-Replicate = tuple[int, int | None]
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,8 @@ class Comparison:
     @property
     def title(self) -> str:
         """``"RigL, channels 64 minus dense, channels 20"``."""
-        return f"{_in_words(self.treatment)} minus {_in_words(self.control)}"
+        minus = f"{_in_words(self.treatment)} minus {_in_words(self.control)}"
+        return f"{minus}, margin {self.margin:g}" if self.margin else minus
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Judged:
         return "better" if self.difference.mean > 0 else "worse"
 
 
-def read_comparisons(tables: Iterable[Mapping[str, Any]]) -> list[Comparison]:
+def read_comparisons(tables: Any) -> list[Comparison]:
     """The ``[[comparison]]`` tables of a plan.
 
     Raises:
@@ -87,6 +86,8 @@ def read_comparisons(tables: Iterable[Mapping[str, Any]]) -> list[Comparison]:
         ValueError: If an entry is missing or unknown.
     """
     found, known = [], {field.name for field in fields(Comparison)}
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise TypeError("comparisons must be tables that begin with [[comparison]]")
     for table in tables:
         if unknown := sorted(table.keys() - known):
             raise ValueError(f"a comparison has no {', '.join(unknown)}")
@@ -95,7 +96,8 @@ def read_comparisons(tables: Iterable[Mapping[str, Any]]) -> list[Comparison]:
         for side in ("treatment", "control"):
             checks.of_type(side, table[side], dict, "a table of settings")
         checks.of_type("family", table["family"], str, "a name")
-        if not isinstance(margin := table.get("margin", 0.0), (int, float)) or margin > 0:
+        margin = table.get("margin", 0.0)
+        if not isinstance(margin, (int, float)) or not -math.inf < margin <= 0:
             raise ValueError(f"margin must be a number <= 0, got {margin!r}")
         checks.whole_number("family_size", table.get("family_size", 0), least=0)
         found.append(Comparison(**table))
@@ -200,21 +202,25 @@ def matching(
         }
         if any(config.get(name, ...) != value for name, value in wanted.items()):
             continue
-        replicate = (run.seed, run.config.get("split"))
-        if replicate in found:
+        if run.replicate in found:
             raise ValueError(
-                f"{_in_words(wanted)} means both {found[replicate].folder} and {run.folder}: name "
-                "more settings"
+                f"{_in_words(wanted)} means both {found[run.replicate].folder} and {run.folder}: "
+                "name more settings"
             )
-        found[replicate] = run
+        found[run.replicate] = run
     if not found:
-        raise ValueError(f"no run is {_in_words(wanted)}")
+        known = {"seed", "name", "rate", "iterations"}.union(*(run.identity for run in runs))
+        unknown = sorted(wanted.keys() - known)
+        why = f": runs have no setting {', '.join(unknown)}" if unknown else ""
+        raise ValueError(f"no run is {_in_words(wanted)}{why}")
     return found
 
 
 def _p_value(difference: OverSeeds, margin: float) -> float:
     if len(set(difference.values)) == 1:  # no spread: the test is not defined
-        return 1.0 if difference.mean == margin else 0.0
+        if margin:
+            return 0.0 if difference.mean > margin else 1.0
+        return 1.0 if difference.mean == 0 else 0.0
     alternative = "greater" if margin else "two-sided"
     return float(stats.ttest_1samp(difference.values, margin, alternative=alternative).pvalue)
 
@@ -236,4 +242,4 @@ def _detectable(difference: OverSeeds, family: int, *, one_sided: bool) -> float
 
 def _in_words(settings: Mapping[str, Any]) -> str:
     rest = [f"{name} {value}" for name, value in settings.items() if name != "name"]
-    return ", ".join([str(settings["name"])] * ("name" in settings) + rest)
+    return ", ".join(([str(settings["name"])] if "name" in settings else []) + rest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def overview_figure(runs: list[FinishedRun], path: Path) -> None:
     shown = _labelled(runs)
     weights = [mean_weights(same) for same in shown.values()]
     panels = 3 if all(weights) and len(set(weights)) > 1 else 2
-    figure, axes = new_figure((3 + 3.6 * panels, 4), panels, sharey=True)
+    figure, axes = new_figure((3 + 3.6 * panels, max(4, 0.18 * len(shown))), panels, sharey=True)
     for (label, same), kept, (color, marker) in zip(shown.items(), weights, styles(), strict=False):
         test, train = over_seeds(same, "test"), over_seeds(same, "train")
         seconds = sum(run.entry["seconds"] for run in same) / len(same)
@@ -98,33 +98,37 @@ def _labelled(runs: list[FinishedRun]) -> dict[str, list[FinishedRun]]:
     return grouped(ordered, label)
 
 
-# What Figures 3 and 4 vary: name of the axis, family, value of a run, and the two phases of the
-# schedule that must be alike (as shares of the run) for runs to stand on one line.
-_STUDIES: list[tuple[str, str, Callable[[FinishedRun], float], Callable[[FinishedRun], Hashable]]]
+def _pretrain(run: FinishedRun) -> str:
+    return f"pretrain {run.phase_iterations('pretrain')}"
+
+
+# What Figures 3 and 4 vary: name of the axis, family, value of a run, and in words what else of the
+# schedule must be alike for runs to stand on one line.
+_STUDIES: list[tuple[str, str, Callable[[FinishedRun], float], Callable[[FinishedRun], str]]]
 _STUDIES = [
     (
         "pre-training iterations",
         "DSD",
         lambda run: run.phase_iterations("pretrain"),
-        lambda run: run.phase_iterations("retrain"),
+        lambda run: f"retrain {run.phase_iterations('retrain')}",
     ),
     (
         "retraining iterations",
         "DSD",
         lambda run: run.phase_iterations("retrain"),
-        lambda run: run.phase_iterations("pretrain"),
+        _pretrain,
     ),
     (
         "pruning share of an interval [%]",
         "IHT",
         lambda run: 100 * _pruning_share(run),
-        lambda run: (run.phase_iterations("pretrain"), _rounds(run)),
+        lambda run: f"{_pretrain(run)}, {_rounds(run)} rounds",
     ),
     (
         "iterations of an interval",
         "IHT",
         lambda run: (run.iterations - run.phase_iterations("pretrain")) / _rounds(run),
-        lambda run: (run.phase_iterations("pretrain"), round(_pruning_share(run), 2)),
+        lambda run: f"{_pretrain(run)}, {_pruning_share(run):.0%} pruned",
     ),
 ]
 
@@ -148,12 +152,13 @@ def hyperparameter_figure(runs: list[FinishedRun], path: Path) -> bool:
         alike = grouped(mine, lambda r, held=held: (r.rate, held(r), frozen(_but_schedule(r))))  # type: ignore[misc]
         lines = [same for same in alike.values() if len({value(run) for run in same}) > 2]
         if lines:
-            panels.append((label, family, value, lines))
+            several = len({held(same[0]) for same in lines}) > 1
+            panels.append((label, family, value, held, several, lines))
     if not panels:
         return False
     figure, axes = new_figure((1 + 4 * len(panels), 3.6), len(panels), sharey=True)
     dense, measure = _once_a_seed(run for run in runs if run.baseline), runs[0].measure
-    for ax, (label, family, value, lines) in zip(axes, panels, strict=True):
+    for ax, (label, family, value, held, several, lines) in zip(axes, panels, strict=True):
         if dense:
             level = measure.read(over_seeds(dense, "test").mean)
             ax.axhline(level, color="0.4", ls="--", label="dense")
@@ -163,6 +168,7 @@ def hyperparameter_figure(runs: list[FinishedRun], path: Path) -> bool:
             points = list(grouped(sorted(same, key=value), lambda r: frozen(r.identity)).values())
             means = [over_seeds(at, "test") for at in points]
             parts = [f"{family} {rate_in_words(same[0].rate)}"]
+            parts += [held(same[0])] if several else []
             parts += [in_words(name, same[0].identity[name]) for name in differing]
             _line(ax, [value(at[0]) for at in points], means, style, ", ".join(parts))
         ax.set(xlabel=label)
@@ -180,7 +186,8 @@ def bounds_figure(runs: list[FinishedRun], path: Path) -> bool:
     run's weights on training tasks. They lie far above 1: only their shape speaks.
 
     Returns:
-        Whether there was something to draw: conv4 under Reptile, dense and at two rates.
+        Whether there was something to draw: conv4 under Reptile, dense and at two rates, and its
+        images can be read.
     """
     plain = [run for run in runs if run.plain and run.rate is not None]
     rates = {run.rate for run in plain}
@@ -189,6 +196,11 @@ def bounds_figure(runs: list[FinishedRun], path: Path) -> bool:
         return False
     weights = dense[0].weights_file.path
     if not weights.is_file():
+        return False
+    sparsities = np.linspace(0, 0.95, 39)
+    try:
+        bounds = _bounds(dense[0], weights, sparsities)
+    except (OSError, ValueError, ImportError):  # the images may be on another machine
         return False
     figure, (left, right) = new_figure((10, 3.8), 2)
     for family, style in zip(("DSD", "IHT"), styles(others=True), strict=False):
@@ -199,8 +211,7 @@ def bounds_figure(runs: list[FinishedRun], path: Path) -> bool:
             _line(left, [100 * rate for rate, _ in points], gaps, style, family)
     left.set(xlabel="sparsity [%]", ylabel="train - test accuracy [%], measured")
     left.legend(frameon=False)
-    sparsities = np.linspace(0, 0.95, 39)
-    for values, label, line in _bounds(dense[0], weights, sparsities):
+    for values, label, line in bounds:
         right.semilogy(100 * sparsities, values, line, color=COLORS[0], label=label)
     for formatter in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
         formatter("{x:g}")  # 6 and 20, not powers of 10
@@ -264,7 +275,7 @@ def _reference(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
 
 def _once_a_seed(dense: Iterable[FinishedRun]) -> list[FinishedRun]:
     """Dense runs of one length can differ in what changes no score; no seed counts twice."""
-    return list({run.seed: run for run in dense}.values())
+    return list({run.replicate: run for run in dense}.values())
 
 
 def _but_schedule(run: FinishedRun) -> dict[str, Any]:

@@ -33,6 +33,10 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Buffers of batch normalisation, which are not parameters."""
 
 
+Replicate = tuple[int, int | None]
+"""Seed and split."""
+
+
 class WeightsFile:
     """The file of a run's weights at its end; however much is asked of it, it is read once.
 
@@ -117,6 +121,11 @@ class FinishedRun:
     def seed(self) -> int:
         """Seed of weights and tasks."""
         return int(self.config["seed"])
+
+    @property
+    def replicate(self) -> Replicate:
+        """Seed and split, which runs share to be compared as a pair."""
+        return self.seed, self.config.get("split")
 
     @property
     def shots(self) -> int:
@@ -248,6 +257,7 @@ class FinishedRun:
             checks.of_type("a number of the results", value, (int, float), "a number")  # type: ignore[arg-type]
             float(value)  # not beyond all floats
         _ = (self.method, hash(self.shared_settings), self.phase_iterations("prune"))
+        _ = (self.size, self.measure)
 
     def _scores(self) -> list[float]:
         points = self.entry["curve"]
@@ -432,7 +442,7 @@ def _without_copies(
     kept: dict[Hashable, FinishedRun] = {}
     copies = {}
     for run in runs:
-        first = kept.setdefault((same_settings.frozen(run.identity), run.seed), run)
+        first = kept.setdefault((same_settings.frozen(run.identity), run.replicate), run)
         if first is run:
             continue
         if any(first.entry[part] != run.entry[part] for part in ("train", "test", "curve")):

@@ -12,6 +12,7 @@ from l2l_prune.experiments.report import same_settings
 from l2l_prune.experiments.report.comparisons import Judged
 from l2l_prune.experiments.report.finished_runs import (
     FinishedRun,
+    Replicate,
     by_method,
     grouped,
     mean_weights,
@@ -54,8 +55,10 @@ def shared_by_all(runs: Sequence[FinishedRun]) -> str:
         unset = value is None or value == defaults.get(name, ...)
         if name not in varying and (name in ("backbone", "channels") or not unset):
             parts.append(same_settings.in_words(name, value))
-    seeds = {run.seed for run in runs}
+    seeds, replicates = ({getattr(run, by) for run in runs} for by in ("seed", "replicate"))
     parts.append(f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {next(iter(seeds))}")
+    if len(replicates) > len(seeds):
+        parts.append(f"{len(replicates)} replicates with splits of their own")
     return f"All runs: {', '.join(parts)}."
 
 
@@ -71,7 +74,11 @@ def answer(runs: Sequence[FinishedRun], judged: Sequence[Judged]) -> list[str]:
 
 
 def _stated(judged: Sequence[Judged]) -> list[str]:
-    dense = [one for one in judged if str(one.comparison.control.get("name", "")) == "dense"]
+    dense = [  # a margin asks for no gain
+        one
+        for one in judged
+        if one.comparison.control.get("name") == "dense" and not one.comparison.margin
+    ]
     better = [one for one in dense if one.verdict == "better"]
     head = (
         f"**{len(better)} of {len(dense)} stated gains over dense networks are confirmed.**"
@@ -90,7 +97,7 @@ def _explored(runs: Sequence[FinishedRun]) -> list[str]:
     problems = grouped(runs, lambda run: run.shared_settings)
     compared = 0
     for same in problems.values():
-        of_seed = grouped(same, lambda run: run.seed)
+        of_seed = grouped(same, lambda run: run.replicate)
         rivals = [_Rival(m, mine, of_seed) for m, mine in by_method(same).items()]
         rivals = [rival for rival in rivals if rival.pairs and not rival.runs[0].baseline]
         if not rivals:
@@ -134,10 +141,10 @@ class _Rival:
     """A method beside the dense runs of its setting."""
 
     def __init__(
-        self, method: str, runs: list[FinishedRun], of_seed: Mapping[int, list[FinishedRun]]
+        self, method: str, runs: list[FinishedRun], of_seed: Mapping[Replicate, list[FinishedRun]]
     ) -> None:
         self.method, self.runs = method, runs
-        self.pairs = [(r, d) for r in runs if (d := dense_partner(r, of_seed[r.seed]))]
+        self.pairs = [(r, d) for r in runs if (d := dense_partner(r, of_seed[r.replicate]))]
 
     @property
     def difference(self) -> OverSeeds:
@@ -181,8 +188,10 @@ def _at_equal_size(runs: Sequence[FinishedRun]) -> list[str]:
         }
         for ((method, width), ours), (narrow, theirs) in product(sparse.items(), dense.items()):
             weights, other = mean_weights(ours), mean_weights(theirs)
-            seeds = {run.seed: run for run in theirs}
-            pairs = [(run, seeds[run.seed]) for run in ours if run.seed in seeds]
+            replicates = {run.replicate: run for run in theirs}
+            pairs = [
+                (run, replicates[run.replicate]) for run in ours if run.replicate in replicates
+            ]
             if narrow >= width or not weights or not other or not pairs:
                 continue
             if max(weights / other, other / weights) > _ALIKE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,20 @@ COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56
 MARKERS = "osD^vPX*<>ph"
 
 
-def new_figure(size: tuple[float, float], panels: int = 1, sharey: bool = False) -> tuple[Any, Any]:
-    """A figure of ``size`` inches and its panels in a row, apart from pyplot's state."""
+def new_figure(
+    size: tuple[float, float], panels: int = 1, sharey: bool = False, rows: int = 1
+) -> tuple[Any, Any]:
+    """A figure of ``size`` inches and its panels in order, apart from pyplot's state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False, sharey=sharey)[0]
-    for ax in axes:
+    places = figure.subplots(rows, -(-panels // rows), squeeze=False, sharey=sharey).flat
+    axes = list(places)
+    for ax in axes[panels:]:
+        ax.remove()
+    for ax in axes[:panels]:
         ax.grid(alpha=0.25)
-    return figure, axes
+    return figure, axes[:panels]
 
 
 def styles(others: bool = False) -> Iterator[tuple[str, str]]:
@@ -70,7 +76,9 @@ def curves_by_method(
         path: The PNG file to write.
         title: Above the figure.
     """
-    figure, axes = new_figure((1 + 5.5 * len(panels), 4.2), len(panels), sharey=True)
+    rows = -(-len(panels) // 3)
+    size = (1 + 5.5 * -(-len(panels) // rows), 4.2 * rows)
+    figure, axes = new_figure(size, len(panels), sharey=True, rows=rows)
     for ax, shown in zip(axes, panels.values(), strict=True):
         for style, (label, runs) in zip(styles(), shown.items(), strict=False):
             _seed_means(ax, runs, label, *style)
@@ -83,7 +91,9 @@ def curves_by_method(
             frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2
         )
     measure = next(iter(next(iter(panels.values())).values()))[0].measure
-    axes[0].set_ylabel(f"{measure}, test solid, training dashed")
+    for ax in axes:
+        if ax.get_subplotspec().is_first_col():
+            ax.set_ylabel(f"{measure}, test solid, training dashed")
     figure.suptitle(title)
     save_figure(figure, path)
 
@@ -111,8 +121,9 @@ def _panel(ax: Any, config: RunConfig, result: RunResult) -> None:
     config.schedule.shade(ax)
     iterations = [point.iteration for point in result.curve]
     _band(ax, iterations, [p.train for p in result.curve], TRAIN, "--", "train tasks")
-    _band(ax, iterations, [p.test for p in result.curve], TEST, "-", "test tasks")
-    ax.set(title=result.name, xlabel="meta-iteration", xlim=(0, config.schedule.iterations))
+    _band(ax, iterations, [p.test for p in result.curve], TEST, "-", f"{config.held_out} tasks")
+    ax.set(xlabel="meta-iteration", xlim=(0, config.schedule.iterations))
+    ax.set_title(textwrap.fill(result.name, 28))
 
 
 def _band(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,6 +53,11 @@ def write_report(folder: Path, comparisons: Sequence[Comparison] = ()) -> list[P
     found = read_folder(folder)
     judged = judge(comparisons, found.runs) if comparisons else []
     parts, figures = ["# Runs", *_notes(found)], []
+    if any(run.config.get("held_out") == "validation" for run in found.runs):
+        parts.append(
+            "Runs with held_out validation were scored on validation classes: these "
+            "scores stand under *test*, too."
+        )
     if found.runs:
         parts[:1] = [f"# {title(found.runs)}", "\n".join(answer(found.runs, judged))]
         parts += [*_stated(judged), shared_by_all(found.runs)]
@@ -121,7 +127,9 @@ def _overview(runs: list[FinishedRun], folder: Path) -> tuple[Path, str]:
 
 
 def _stem(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower())
+    """A name for files; a long title ends in its checksum, which file systems bear."""
+    stem = re.sub(r"[^a-z0-9]+", "-", title.lower())
+    return stem if len(stem) <= 120 else f"{stem[:110]}-{zlib.crc32(title.encode()):08x}"
 
 
 def _figures(runs: list[FinishedRun], folder: Path, stem: str) -> list[tuple[Path, str]]:

@@ -38,7 +38,8 @@ def results_table(
     tasks, measure = configs[0].final_tasks, configs[0].measure
     # Escaped: [dB] would be markup.
     table = Table(title=f"{escape(str(measure))}, mean ± 95% CI over {tasks} tasks")
-    for header in ("method", "sparsity", "weights", "train", "test", "gap", "seconds"):
+    held_out = configs[0].held_out
+    for header in ("method", "sparsity", "weights", "train", held_out, "gap", "seconds"):
         table.add_column(header, justify="left" if header == "method" else "right")
     for config, result, size in zip(configs, results, weights, strict=True):
         gap, width = unpaired_difference(result.train, result.test)
@@ -54,29 +55,34 @@ def results_table(
     return table
 
 
-def conclusions(results: list[RunResult], controls: Mapping[str, str] | None = None) -> list[str]:
+def conclusions(
+    results: list[RunResult],
+    controls: Mapping[str, str] | None = None,
+    held_out: str = "test",
+) -> list[str]:
     """What the table says about pruning: paired differences of test scores.
 
     Args:
         results: Dense first: all others are compared with it.
         controls: The names of methods, and of what to compare each with besides dense.
+        held_out: What the classes of the scores are called.
     """
     dense, *others = results
-    if dense.name != "dense" or not others:
+    if dense.name.partition(",")[0] != "dense" or not others:
         return []
     named = {result.name: result for result in results}
     pairs = [(other, dense) for other in others]
     pairs += [(named[name], named[control]) for name, control in (controls or {}).items()]
     found = [(a.name, b.name, paired_difference(a.test, b.test)) for a, b in pairs]
-    lines = [f"{a} - {b} on test tasks: {signed(d)} ({_word(d)})" for a, b, d in found]
+    lines = [f"{a} - {b} on {held_out} tasks: {signed(d)} ({_word(d)})" for a, b, d in found]
     to_dense = [difference for _, _, difference in found[: len(others)]]
     if any(difference.significant and difference.mean > 0 for difference in to_dense):
         lines.append("One seed only: the intervals are over tasks, not over training runs.")
     else:
         word = " significantly" if any(difference.mean > 0 for difference in to_dense) else ""
         lines.append(
-            f"In this run (one seed), pruning did not raise test {dense.test.measure.name}{word} "
-            "above that of dense."
+            f"In this run (one seed), pruning did not raise {held_out} "
+            f"{dense.test.measure.name}{word} above that of dense."
         )
     return lines
 

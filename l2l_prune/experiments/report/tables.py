@@ -74,9 +74,9 @@ def difference_table(runs: list[FinishedRun]) -> str:
     rows = []
     for mine in grouped(runs, lambda run: run.shared_settings).values():
         equal = at_equal_training_score(mine)
-        of_seed = grouped(mine, lambda run: run.seed)
+        of_seed = grouped(mine, lambda run: run.replicate)
         for method, same in by_method(mine).items():
-            pairs = [(r, dense) for r in same if (dense := dense_partner(r, of_seed[r.seed]))]
+            pairs = [(r, dense) for r in same if (dense := dense_partner(r, of_seed[r.replicate]))]
             if same[0].baseline or (same[0].dense and not pairs):
                 continue  # what others are compared with
             row = {"minus dense": method, "backbone": same[0].size}
@@ -115,7 +115,9 @@ def dense_partner(run: FinishedRun, runs: list[FinishedRun]) -> FinishedRun | No
 def _dense_beside(run: FinishedRun, runs: list[FinishedRun]) -> list[FinishedRun]:
     """Dense runs of its seed, of all lengths, with the regularisers of its baseline."""
     wanted = run.usual_regularisers if run.dense else run.regularisers
-    return [r for r in runs if r.dense and r.seed == run.seed and r.regularisers == wanted]
+    return [
+        r for r in runs if r.dense and r.replicate == run.replicate and r.regularisers == wanted
+    ]
 
 
 def _closest(run: FinishedRun, dense: Iterable[FinishedRun]) -> FinishedRun | None:
@@ -137,13 +139,13 @@ def at_equal_training_score(runs: list[FinishedRun]) -> dict[str, OverSeeds]:
         without dense runs of two or more lengths.
     """
     differences = {}
-    of_seed = grouped(runs, lambda run: run.seed)
+    of_seed = grouped(runs, lambda run: run.replicate)
     for method, same in by_method(runs).items():
         if same[0].dense and same[0].regularisers == same[0].usual_regularisers:
             continue
         found = []
         for run in same:
-            dense = _dense_beside(run, of_seed[run.seed])
+            dense = _dense_beside(run, of_seed[run.replicate])
             lengths = grouped(dense, lambda dense: dense.iterations).values()
             curve = [d for of_length in lengths if (d := _closest(run, of_length))]
             train, test = _point(run)
@@ -169,7 +171,14 @@ def _between(curve: list[tuple[float, float]], train: float) -> float | None:
 
 
 def markdown_table(rows: list[dict[str, str]]) -> str:
-    """Rows as a Markdown table; empty without rows."""
+    """Rows as a Markdown table; empty without rows. Names may hold any character."""
     if not rows:
         return ""
+    rows = [{key: _cell(value) for key, value in row.items()} for row in rows]
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True, missingval="-")
+
+
+def _cell(text: str) -> str:
+    for special in ("|", "*"):
+        text = text.replace(special, f"\\{special}")
+    return " ".join(text.split("\n"))

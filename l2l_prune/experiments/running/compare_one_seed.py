@@ -66,9 +66,10 @@ def compare_one_seed(
             for config, entry in zip(configs, entries, strict=True)
         ]
         console.print(results_table(configs, results, [e.get("weights") for e in entries]))
-        for line in conclusions(results, controls):
-            console.print(line)
+        for line in conclusions(results, controls, config.held_out):
+            console.print(line, markup=False)
         write_curves(results, folder / "curves.csv")
         run_curves(configs, results, folder / "curves.png")
-    console.print(f"wrote {folder}/ in {time.perf_counter() - started:.0f} s in all")
+    seconds = time.perf_counter() - started
+    console.print(f"wrote {folder}/ in {seconds:.0f} s in all", markup=False)
     return results

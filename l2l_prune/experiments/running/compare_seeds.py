@@ -91,13 +91,14 @@ def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:
         parts = [str(values[method, part]) for part in ("train", "test", "gap")]
         seconds = math.fsum(run["seconds"] for _, run in mine) / len(mine)
         rows.append((method, schedule_rate(mine[0][0].schedule), *parts, f"{seconds:.0f}"))
+    config = runs[0][0]
+    held_out = config.held_out
     table = tabulate(
         rows,
-        headers=("method", "rate", "train", "test", "gap", "seconds"),
+        headers=("method", "rate", "train", held_out, "gap", "seconds"),
         tablefmt="github",
         disable_numparse=True,
     )
-    config = runs[0][0]
     heading = str(measure)[0].upper() + str(measure)[1:]
     lengths = " or ".join(map(str, sorted({c.schedule.iterations for c, _ in runs})))
     lines = [
@@ -111,5 +112,6 @@ def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:
     for method in methods[1:]:
         for part in ("train", "test", "gap"):
             found = paired_difference(values[method, part], values[methods[0], part])
-            lines.append(f"- {method} - {methods[0]}, {part}: {with_verdict(part, found)}")
+            word = held_out if part == "test" else part
+            lines.append(f"- {method} - {methods[0]}, {word}: {with_verdict(part, found)}")
     return "\n".join(lines) + "\n"

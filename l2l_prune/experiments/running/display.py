@@ -124,7 +124,9 @@ def _bars(console: Console) -> Bars:
         return TextColumn(text, table_column=Column(min_width=width, no_wrap=True))
 
     flexible = Column(ratio=1, no_wrap=True, overflow="ellipsis")
-    columns: list[ProgressColumn] = [TextColumn("{task.description}", table_column=flexible)]
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}", markup=False, table_column=flexible)
+    ]
     if console.width >= _WIDE:
         columns.append(BarColumn(bar_width=20))
     columns += [

@@ -169,6 +169,9 @@ def _local(
                         waiting.appendleft(config)  # resumes from its checkpoint
                         continue
                     message = Outcome(run_name(config), _death(process.exitcode, logs, config))
+                    with suppress(OSError):  # a report reads it; the folder may be full
+                        place = logs.parent / run_name(config)
+                        (place / "error.txt").write_text(f"{message.error}\n")
                 else:
                     if isinstance(message, Outcome):
                         del running[receiving]
@@ -252,7 +255,12 @@ def _submitted(
         import submitit
     except ImportError as error:
         raise ImportError(f'{error}; --cluster needs: pip install "l2l-prune[cluster]"') from None
-    executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{error}: is this machine part of a cluster? Or leave --cluster out"
+        ) from None
     executor.update_parameters(
         timeout_min=3 * 24 * 60,
         cpus_per_task=max((config.ranks for config in configs), default=1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 from collections.abc import Sequence
@@ -46,12 +47,16 @@ def expand(base: dict[str, Any], grid: dict[str, Any] | list[dict[str, Any]]) ->
     grids = grid if isinstance(grid, list) else [grid]
     for name, table in (("base", base), *(("grid", one) for one in grids)):
         checks.of_type(name, table, dict, "a table")
+    if not grids:
+        raise ValueError("grid must not be empty")
     configs = [config for one in grids for config in _combinations(base, one)]
     unique = {run_name(config): config for config in configs}.values()
     return sorted(unique, key=lambda config: config.seed)
 
 
 def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]:
+    if lists := sorted(name for name, value in base.items() if isinstance(value, list)):
+        raise TypeError(f"{', '.join(lists)} of [base] must be one value: lists belong in [grid]")
     base, grid = _with_method(base), _with_method(grid)
     axes: dict[str, Sequence[Any]] = {
         name: value if isinstance(value, list) else [value] for name, value in grid.items()
@@ -70,9 +75,9 @@ def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]
     given = base.keys() | axes.keys() - {"replicates"}
     known = KNOWN | {"algorithm", "method"}
     if unknown := sorted(given - known):
-        raise ValueError(
-            f"there is no setting {', '.join(unknown)}; the settings are {sorted(known)}"
-        )
+        near = {n for name in unknown for n in difflib.get_close_matches(name, known)}
+        words = f"did you mean {' or '.join(sorted(near))}?" if near else "see l2l-prune run --help"
+        raise ValueError(f"there is no setting {', '.join(unknown)}: {words}")
     if missing := sorted({"algorithm", "method"} - given):
         raise ValueError(f"{' and '.join(missing)} must be given in [base] or [grid]")
     combinations = [

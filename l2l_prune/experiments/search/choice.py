@@ -170,6 +170,8 @@ class Space:
         budget: Budget,
         times: Path,
     ) -> None:
+        for rate in rates:
+            checks.fraction("rate", rate)
         self._shared, self._methods, self._rates = shared, methods, rates
         self._shape, self.budget = image_shape, budget
         self._costs: dict[str, Cost] = {}
@@ -493,7 +495,9 @@ def _choose(
     console.print(words, markup=False, soft_wrap=True)
     # Not wrapped, so that the line can be copied.
     console.print(
-        f"wrote {out}/chosen.toml: l2l-prune run --config {out}/chosen.toml", soft_wrap=True
+        f"wrote {out}/chosen.toml: l2l-prune run --config {out}/chosen.toml",
+        markup=False,
+        soft_wrap=True,
     )
     return Tuned(
         dict(choice.settings),

@@ -316,10 +316,11 @@ def _verdict(comparisons: Sequence[Comparison], runs: Runs, replicates: int) -> 
     lines = [*head, f"**{_answer(judged)}**", ""]
     lines += [f"- {_in_words(one, found)}" for one in judged]
     if done < replicates:
+        why = "runs failed" if failed else "the hours are used up"
+        how = "" if failed else " with more hours"
         lines.append(
-            f"- {done} of {replicates} replicates are complete: the hours are used up. Repeat the "
-            "command with more hours to go on; judging again after more replicates makes errors "
-            "more frequent than 5%."
+            f"- {done} of {replicates} replicates are complete: {why}. Repeat the command{how} to "
+            "go on; judging again after more replicates makes errors more frequent than 5%."
         )
     lines += [
         *failed,
@@ -336,9 +337,16 @@ def _answer(judged: Sequence[Judged]) -> str:
     """The first sentence: the strongest result that was shown."""
     shown = [one for one in judged if one.verdict not in ("not shown", "worse")]
     gains = [one for one in shown if not one.comparison.margin and not _other_size(one)]
-    if gains:
-        best = max(gains, key=lambda one: one.difference.mean)
+    alike = [one for one in gains if not _other_length(one)]
+    if alike:
+        best = max(alike, key=lambda one: one.difference.mean)
         return f"Yes: {_title(best)} is {amount(best.difference)}, and that is significant."
+    if gains:  # the control is as long in seconds, and has another number of meta-iterations
+        best = max(gains, key=lambda one: one.difference.mean)
+        return (
+            f"In the same time, not at the same length. {_title(best)} is "
+            f"{amount(best.difference)}, and that is significant."
+        )
     small = [one for one in shown if one.comparison.margin or _other_size(one)]
     if small:
         best = small[0]
@@ -358,6 +366,11 @@ def _title(judged: Judged) -> str:
     where = ", ".join(f"{name} {value}" for name, value in both.items() if name != "name")
     shorter = dataclasses.replace(judged.comparison, treatment=alone[0], control=alone[1])
     return f"{shorter.title} ({where})" if where else shorter.title
+
+
+def _other_length(judged: Judged) -> bool:
+    treatment, control = judged.comparison.treatment, judged.comparison.control
+    return bool(treatment.get("iterations") != control.get("iterations"))
 
 
 def _other_size(judged: Judged) -> bool:

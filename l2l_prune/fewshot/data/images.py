@@ -124,6 +124,7 @@ def check_files(
     image_size: int | None = None,
     skip_damaged: bool = False,
     download: bool = False,
+    held_out: str = "test",
 ) -> None:
     """Make sure that the files of a data set are there (glyphs are rendered if necessary).
 
@@ -134,6 +135,7 @@ def check_files(
         split_seed: For a folder, as in :func:`load_images`; it is decoded if necessary.
         image_size: Likewise.
         skip_damaged: Likewise.
+        held_out: The split of a folder that is needed besides training.
 
     Raises:
         ValueError: If the name is unknown, there is no ``root``, or a folder cannot be used.
@@ -148,7 +150,7 @@ def check_files(
         return
     folder = _folder(name, root)
     if name == "folder":
-        for split in ("train", "test"):  # runs that need validation say so themselves
+        for split in ("train", held_out):
             load_folder(
                 folder,
                 split,

@@ -145,10 +145,16 @@ def shown(name: str | os.PathLike[str]) -> str:
 def picture_files(folder: str | os.PathLike[str]) -> list[Path]:
     """The picture files under a folder, by their suffixes, in the order of their names.
 
+    Hidden files are left out.
+
     Raises:
         FileNotFoundError: If the folder does not exist, or has no pictures.
     """
-    paths = sorted(path for path in Path(folder).rglob("*") if is_picture(path.name))
+    paths = sorted(
+        path
+        for path in Path(folder).rglob("*")
+        if is_picture(path.name) and not path.name.startswith(".") and path.is_file()
+    )
     if not paths:
         raise FileNotFoundError(f"there are no pictures ({', '.join(ENDINGS)}) under {folder}")
     return paths

@@ -22,6 +22,7 @@ from l2l_prune.fewshot.data import (
     load_images,
     pictures,
 )
+from l2l_prune.fewshot.data.images import check_files
 from l2l_prune.fewshot.data.sources import find_source
 from tests.experiments.conftest import run_here
 
@@ -414,3 +415,11 @@ def test_a_run_on_a_folder(root, tmp_path, monkeypatch):
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "other")])
     assert result.exit_code != 0
     assert "tasks need 7 images" in result.output.replace("\n", " ")
+
+
+def test_a_run_scored_on_validation_needs_no_test_split(tmp_path):
+    for split in ("train", "val"):
+        write_classes(tmp_path / "mine" / split, [f"{split}{i}" for i in range(3)])
+    check_files("folder", tmp_path / "mine", held_out="validation")
+    with pytest.raises(ValueError, match="has no test split"):
+        check_files("folder", tmp_path / "mine")

@@ -29,6 +29,13 @@ def test_colour_and_grey_in_the_order_of_names(tmp_path):
     torch.testing.assert_close(grey[0].float(), (weights * square).sum(0, True), atol=1, rtol=0)
 
 
+def test_hidden_files_and_folders_are_no_pictures(tmp_path):
+    write(tmp_path / "a.png", np.full((6, 6), 9, np.uint8))
+    (tmp_path / "._a.png").write_bytes(b"what macOS leaves beside it")
+    (tmp_path / "b.png").mkdir()
+    assert len(load_pictures(tmp_path, 6)) == 1
+
+
 def test_other_sizes_are_resampled(tmp_path):
     write(tmp_path / "flat.jpg", np.full((50, 40), 200, np.uint8))
     assert (load_pictures(tmp_path, 16).int() - 200).abs().max() <= 2
