@@ -171,6 +171,7 @@ def _local(
                     message = Outcome(run_name(config), _death(process.exitcode, logs, config))
                     with suppress(OSError):  # a report reads it; the folder may be full
                         place = logs.parent / run_name(config)
+                        place.mkdir(exist_ok=True)
                         (place / "error.txt").write_text(f"{message.error}\n")
                 else:
                     if isinstance(message, Outcome):
