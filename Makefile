@@ -59,5 +59,7 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
+	@# Older ones do not know the build option that learn2learn needs in a requirements file.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=23.1"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
