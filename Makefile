@@ -59,7 +59,8 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
-	@# Older ones do not know the build option that learn2learn needs in a requirements file.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=23.1"
+	@# Older ones do not know the build option that learn2learn needs in a requirements file, newer
+	@# ones refuse the metadata of its qpth.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=23.1,<24.1"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
