@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from l2l_prune import DSDSchedule, IHTSchedule, Pruner, Schedule, Segment
+from l2l_prune.masking import Rows
 
 SPARSE_NOW = Schedule((Segment(5, sparse=True, sparsity=0.5),))
 IHT = IHTSchedule(0.5, pretrain=2, prune=3, retrain=2, rounds=2, initial_sparsity=0.3)
@@ -484,6 +485,22 @@ def test_bad_arguments(net, arguments, error, message):
     with pytest.raises(ValueError, match="release_state"):
         Pruner(net, SCHEDULE, release_state="fast")
     assert type(net.conv1) is nn.Conv2d
+
+
+def test_a_count_that_the_pattern_rounds_to_nothing_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    schedule = DSDSchedule(keep={"0": 1}, pretrain=0, prune=2, retrain=1)
+    with pytest.raises(ValueError, match=r"keep=1 .* all 64 weights of 0\.weight"):
+        Pruner(model, schedule, pattern=Rows())
+
+
+def test_masks_that_were_given_are_copied(net):
+    pruner = Pruner(net, SPARSE_NOW)
+    mask = pruner.masks["fc.weight"].clone().flip(0)
+    pruner.replace_masks({"fc.weight": mask})
+    mask.zero_()
+    assert int(pruner.masks["fc.weight"].sum()) == 24
+    pruner.step()
 
 
 def test_a_replaced_layer_is_noticed(net):

@@ -411,6 +411,8 @@ def _pruning_function(slot: Slot) -> str | None:
     if isinstance(module, _BATCH_NORM):
         return "prune_batchnorm_out_channels"
     if isinstance(module, _CONV):
+        if module.transposed and module.groups > 1:  # [in, out / groups]: both lie along the first
+            side = "in"
         return f"prune_conv_{side}_channels"
     return f"prune_linear_{side}_channels" if isinstance(module, nn.Linear) else None
 

@@ -119,6 +119,12 @@ def segment_counts(
                     f"keep={explicit} is more than the {numel} weights of {tensor.full_name}"
                 )
             counts[position] = _in_pattern(tensor, int(explicit), pattern)
+            if counts[position] == 0:
+                raise ValueError(
+                    f"keep={explicit} is less than a piece of the pattern and would prune all "
+                    f"{numel} weights of {tensor.full_name}: raise it, or leave the layer out with "
+                    "skip="
+                )
             continue
         rate = lookup([tensor], dict(rates)) if isinstance(rates, tuple) else float(rates)  # type: ignore[arg-type]
         counts[position] = _in_pattern(tensor, kept_count(numel, rate or 0.0), pattern)

@@ -40,7 +40,7 @@ def updated(masks: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> dict[
             raise ValueError(
                 f"the mask of {name} must be boolean and of shape {tuple(new[name].shape)}"
             )
-        new[name] = mask.to(new[name].device)
+        new[name] = mask.to(new[name].device, copy=True)  # the caller may go on writing to it
     return new
 
 

@@ -102,7 +102,13 @@ class Learner(nn.Module):
 
 
 class Workspace:
-    """A plain working copy of the model with its inner optimizer, used for task after task."""
+    """A plain working copy of the model with its inner optimizer, used for task after task.
+
+    Attributes:
+        origin: What it was copied from; Reptile makes another copy where this has changed.
+    """
+
+    origin: object = None
 
     def __init__(
         self, pruner: ScheduledPruner, factory: OptimizerFactory, inner_lr: float, foml: bool

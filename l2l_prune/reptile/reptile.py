@@ -164,6 +164,7 @@ class PrunedReptile(nn.Module):
         self.inner_optimizer = inner_optimizer
         self._group = group
         self._workspaces: list[Workspace] = []
+        self._seen_modules = [*model.modules()]
         self._inner_state: list[dict[str, Any]] = []
         self._collected: list[Tensor] = []  # sum over tasks, one tensor a parameter
         self._tasks = 0
@@ -224,7 +225,7 @@ class PrunedReptile(nn.Module):
             et al., KDD 2022), TinyTrain (Kwon et al., ICML 2024).
         """
         self._check_usable()
-        workspace = self._workspaces.pop() if self._workspaces else self._new_workspace()
+        workspace = self._workspace()
         workspace.restore(self.module, self._inner_state if self.carry_state else [])
         if adapt_only is not None:
             workspace.narrow(chosen_parameters(workspace.module, adapt_only))
@@ -401,8 +402,20 @@ class PrunedReptile(nn.Module):
     def _carried_states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         return zip(self.module.parameters(), self._inner_state, strict=False)
 
-    def _new_workspace(self) -> Workspace:
-        return Workspace(self.pruner, self.inner_optimizer, self.inner_lr, self.foml)
+    def _workspace(self) -> Workspace:
+        """A working copy of the model as it is now: layers may have been frozen or replaced."""
+        modules = [*self.module.modules()]
+        if modules != self._seen_modules:
+            self._seen_modules, self._inner_state = modules, []  # which belongs to other modules
+        trained = [parameter.requires_grad for parameter in self.module.parameters()]
+        origin = (modules, trained, self.inner_lr)
+        while self._workspaces:
+            workspace = self._workspaces.pop()
+            if workspace.origin == origin:
+                return workspace
+        workspace = Workspace(self.pruner, self.inner_optimizer, self.inner_lr, self.foml)
+        workspace.origin = origin
+        return workspace
 
     def _check_usable(self) -> None:
         if self.pruner.finalized:

@@ -725,3 +725,25 @@ def test_rates_of_meta_sgd_would_not_fit():
     meta = l2l.algorithms.MetaSGD(Conv4(5, 8), lr=0.1)
     with pytest.raises(ValueError, match="MetaSGD holds learning rates"):
         ChannelPruner(meta, SCHEDULE, example_inputs=IMAGES.float())
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2"])
+def test_groups_of_transposed_convolutions_are_scored_by_their_own_weights(importance):
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.ConvTranspose2d(8, 32, 2, groups=4)),
+        *(nn.ReLU(), nn.Conv2d(32, 2, 1)),
+    )
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(0.1)
+        net[2].weight[4:8] *= 100  # the last two groups
+    x = torch.randn(2, 3, 4, 4)
+    schedule = DSDSchedule(0.5, pretrain=0, prune=1, retrain=1)
+    pruner = ChannelPruner(net, schedule, example_inputs=x, importance=importance)
+    assert pruner.channels["0"] == [2, 3]
+    depthwise = nn.Sequential(
+        *(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.ConvTranspose2d(8, 8, 2, groups=8)),
+        *(nn.ReLU(), nn.Conv2d(8, 2, 1)),
+    )
+    ChannelPruner(depthwise, schedule, example_inputs=x, importance=importance)
+    assert depthwise(x).shape == (2, 2, 5, 5)

@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from l2l_prune import DSDSchedule, IHTSchedule, PrunedReptile, Schedule, Segment
@@ -541,3 +542,40 @@ def test_the_meta_step_can_start_again_in_each_phase(net):
     assert found[len(expected) :] == pytest.approx([0.2, 0.2])  # past the end
     with pytest.raises(ValueError, match="annealing"):
         PrunedReptile(SmallNet(), schedule, annealing="round")
+
+
+def moves(reptile, x):
+    """How far a task moves each parameter, by name."""
+    learner = reptile.clone()
+    for _ in range(2):
+        learner.adapt(learner(x).square().mean())
+    new = dict(learner.module.named_parameters())
+    found = {
+        name.replace("_orig", ""): float(
+            (new[name.replace("_orig", "")] - old).detach().abs().max()
+        )
+        for name, old in reptile.module.named_parameters()
+    }
+    reptile.collect(learner)
+    reptile.step()
+    return found
+
+
+def test_working_copies_follow_what_is_frozen_replaced_or_slowed_down():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    reptile = PrunedReptile(net, Schedule((Segment(99),)), skip="0", inner_lr=0.1, meta_lr=0.5)
+    x = torch.randn(8, 4)
+    assert all(moves(reptile, x).values())
+    net[0].requires_grad_(False)
+    still = moves(reptile, x)
+    assert still["0.weight"] == still["0.bias"] == 0.0
+    assert still["2.weight"] > 0
+    net[0].requires_grad_(True)
+    assert moves(reptile, x)["0.weight"] > 0
+    reptile.inner_lr = 1e-5
+    assert max(moves(reptile, x).values()) < 1e-4
+    net[1] = nn.Tanh()
+    assert type(reptile.clone().module[1]) is nn.Tanh
+    net.append(nn.Linear(2, 2))
+    assert moves(reptile, x)["3.weight"] > 0
