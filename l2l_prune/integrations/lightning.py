@@ -185,9 +185,12 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         pl_module.log("pruning/sparsity", pruner.sparsity, on_step=True, on_epoch=False)
         pl_module.log("pruning/phase", position, on_step=True, on_epoch=False)
 
-    def on_validation_batch_start(self, trainer: Any, pl_module: nn.Module, *args: Any) -> None:
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
         """Weight averaging has put its averages in place, of masks too: make them masks again."""
-        make_exact(pl_module)
+        if batch_idx == 0:
+            make_exact(pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """And now the model's own."""

@@ -161,12 +161,11 @@ def refuse_learning_rates(model: nn.Module) -> None:
     Raises:
         ValueError: Naming its class.
     """
-    for wrapper in model.modules():
-        if _learning_rates(wrapper):
-            raise ValueError(
-                f"{type(wrapper).__name__} holds learning rates or scores of the shapes of its "
-                "weights, which would no longer fit without channels: use a Pruner"
-            )
+    if _learning_rates(model):
+        raise ValueError(
+            f"{type(model).__name__} holds learning rates or scores of the shapes of its weights, "
+            "which would no longer fit without channels: use a Pruner"
+        )
 
 
 def _learning_rates(model: nn.Module) -> dict[int, nn.Parameter]:

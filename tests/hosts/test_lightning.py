@@ -7,6 +7,7 @@ import csv
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -507,60 +508,57 @@ torch.save((pruning.pruner.masks, module.state_dict()), f"{folder}/{{fit.global_
 """
 
 
+def of_both_ranks(code, folder):
+    """What each of two processes that run ``code`` saves."""
+    script, root = folder / "script.py", str(Path(__file__).parents[2])
+    script.write_text(code.format(root=root, folder=str(folder)))
+    subprocess.run([sys.executable, "-W", "ignore", str(script)], check=True, timeout=300)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
 @pytest.mark.process
 @pytest.mark.slow
 def test_ddp_on_two_processes(tmp_path):
-    from pathlib import Path
-
-    script = tmp_path / "script.py"
-    root = str(Path(__file__).parents[2])
-    script.write_text(DDP.format(root=root, folder=str(tmp_path)))
-    subprocess.run([sys.executable, "-W", "ignore", str(script)], check=True, timeout=300)
-    (masks, state), (other_masks, other) = (
-        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)
-    )
+    (masks, state), (other_masks, other) = of_both_ranks(DDP, tmp_path)
     assert all(torch.equal(state[k], other[k]) for k in state)
     assert all(torch.equal(masks[k], other_masks[k]) for k in masks)
     assert sum(int((~m).sum()) for m in masks.values()) > 0
 
 
 TASKS = """
-import sys, torch
+import os, sys, torch
 sys.path.insert(0, {root!r})
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import DDPStrategy
 from l2l_prune import DSDSchedule, TaskMasks
 from l2l_prune.masking import random
-from tests.hosts.test_lightning import Plain, SCHEDULE, loader
+from tests.hosts.test_lightning import Plain, loader
 from l2l_prune.integrations.lightning import PruningCallback
 
 class Watch(pl.Callback):
     def on_before_zero_grad(self, trainer, module, optimizer):
-        seen.append(module.net.head.weight_mask.clone())
+        self.seen.append(module.net.head.weight_mask.clone())
 
-def fit(seed, schedule, broadcast=False, **options):
+def fit(schedule, broadcast=False, **options):
     pl.seed_everything(0)
     callbacks = [PruningCallback(schedule, **options), Watch()]
+    callbacks[1].seen = []
     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=2,
         strategy=DDPStrategy(broadcast_buffers=broadcast), logger=False, callbacks=callbacks,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False)
-    global seen
-    seen = []
-    module = Plain()
-    trainer.fit(module, loader())
-    return trainer.global_rank, seen, callbacks[0].pruner
+    trainer.fit(Plain(), loader())
+    return trainer.global_rank, callbacks[1].seen, callbacks[0].pruner
 
 per_task = DSDSchedule(0.5, pretrain=0, prune=12, retrain=0).per_task()
 masks = lambda: TaskMasks(torch.Generator().manual_seed(0))
-rank, tasks, _ = fit(0, per_task, task_masks=masks())
-import os
+rank, tasks, _ = fit(per_task, task_masks=masks())
 own = int(os.environ.get("LOCAL_RANK", 0))
 criterion = random(torch.Generator().manual_seed(own))
-_, _, pruner = fit(0, DSDSchedule(0.5, pretrain=2, prune=10, retrain=0), criterion=criterion)
+_, _, pruner = fit(DSDSchedule(0.5, pretrain=2, prune=10, retrain=0), criterion=criterion)
 refused = ""
 try:
-    fit(0, per_task, broadcast=True, task_masks=masks())
+    fit(per_task, broadcast=True, task_masks=masks())
 except ValueError as error:
     refused = str(error)
 torch.save((tasks, pruner.masks, refused), f"{folder}/{{rank}}.pt")
@@ -570,14 +568,8 @@ torch.save((tasks, pruner.masks, refused), f"{folder}/{{rank}}.pt")
 @pytest.mark.process
 @pytest.mark.slow
 def test_ddp_gives_ranks_task_masks_of_their_own_and_one_choice_of_weights(tmp_path):
-    from pathlib import Path
-
-    script = tmp_path / "script.py"
-    root = str(Path(__file__).parents[2])
-    script.write_text(TASKS.format(root=root, folder=str(tmp_path)))
-    subprocess.run([sys.executable, "-W", "ignore", str(script)], check=True, timeout=300)
-    (tasks, chosen, refused), (other_tasks, other_chosen, other_refused) = (
-        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)
+    (tasks, chosen, refused), (other_tasks, other_chosen, other_refused) = of_both_ranks(
+        TASKS, tmp_path
     )
     pairs = list(zip(tasks, other_tasks, strict=True))
     assert sum(not torch.equal(a, b) for a, b in pairs) > len(pairs) / 2

@@ -193,6 +193,7 @@ def matching(
         ValueError: If there is none, or two are of one replicate.
     """
     found: dict[Replicate, FinishedRun] = {}
+    known: set[str] = set()
     for run in runs:
         config = run.identity | {
             "seed": run.seed,
@@ -200,6 +201,7 @@ def matching(
             "rate": run.rate,
             "iterations": run.iterations,
         }
+        known |= config.keys()
         if any(config.get(name, ...) != value for name, value in wanted.items()):
             continue
         if run.replicate in found:
@@ -209,7 +211,6 @@ def matching(
             )
         found[run.replicate] = run
     if not found:
-        known = {"seed", "name", "rate", "iterations"}.union(*(run.identity for run in runs))
         unknown = sorted(wanted.keys() - known)
         why = f": runs have no setting {', '.join(unknown)}" if unknown else ""
         raise ValueError(f"no run is {_in_words(wanted)}{why}")

@@ -97,8 +97,8 @@ def _explored(runs: Sequence[FinishedRun]) -> list[str]:
     problems = grouped(runs, lambda run: run.shared_settings)
     compared = 0
     for same in problems.values():
-        of_seed = grouped(same, lambda run: run.replicate)
-        rivals = [_Rival(m, mine, of_seed) for m, mine in by_method(same).items()]
+        of_replicate = grouped(same, lambda run: run.replicate)
+        rivals = [_Rival(m, mine, of_replicate) for m, mine in by_method(same).items()]
         rivals = [rival for rival in rivals if rival.pairs and not rival.runs[0].baseline]
         if not rivals:
             continue
@@ -141,10 +141,13 @@ class _Rival:
     """A method beside the dense runs of its setting."""
 
     def __init__(
-        self, method: str, runs: list[FinishedRun], of_seed: Mapping[Replicate, list[FinishedRun]]
+        self,
+        method: str,
+        runs: list[FinishedRun],
+        of_replicate: Mapping[Replicate, list[FinishedRun]],
     ) -> None:
         self.method, self.runs = method, runs
-        self.pairs = [(r, d) for r in runs if (d := dense_partner(r, of_seed[r.replicate]))]
+        self.pairs = [(r, d) for r in runs if (d := dense_partner(r, of_replicate[r.replicate]))]
 
     @property
     def difference(self) -> OverSeeds:

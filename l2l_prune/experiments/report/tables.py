@@ -74,9 +74,11 @@ def difference_table(runs: list[FinishedRun]) -> str:
     rows = []
     for mine in grouped(runs, lambda run: run.shared_settings).values():
         equal = at_equal_training_score(mine)
-        of_seed = grouped(mine, lambda run: run.replicate)
+        of_replicate = grouped(mine, lambda run: run.replicate)
         for method, same in by_method(mine).items():
-            pairs = [(r, dense) for r in same if (dense := dense_partner(r, of_seed[r.replicate]))]
+            pairs = [
+                (r, dense) for r in same if (dense := dense_partner(r, of_replicate[r.replicate]))
+            ]
             if same[0].baseline or (same[0].dense and not pairs):
                 continue  # what others are compared with
             row = {"minus dense": method, "backbone": same[0].size}
@@ -139,13 +141,13 @@ def at_equal_training_score(runs: list[FinishedRun]) -> dict[str, OverSeeds]:
         without dense runs of two or more lengths.
     """
     differences = {}
-    of_seed = grouped(runs, lambda run: run.replicate)
+    of_replicate = grouped(runs, lambda run: run.replicate)
     for method, same in by_method(runs).items():
         if same[0].dense and same[0].regularisers == same[0].usual_regularisers:
             continue
         found = []
         for run in same:
-            dense = _dense_beside(run, of_seed[run.replicate])
+            dense = _dense_beside(run, of_replicate[run.replicate])
             lengths = grouped(dense, lambda dense: dense.iterations).values()
             curve = [d for of_length in lengths if (d := _closest(run, of_length))]
             train, test = _point(run)

@@ -336,8 +336,8 @@ def _verdict(comparisons: Sequence[Comparison], runs: Runs, replicates: int) -> 
 def _answer(judged: Sequence[Judged]) -> str:
     """The first sentence: the strongest result that was shown."""
     shown = [one for one in judged if one.verdict not in ("not shown", "worse")]
-    gains = [one for one in shown if not one.comparison.margin and not _other_size(one)]
-    alike = [one for one in gains if not _other_length(one)]
+    gains = [one for one in shown if not one.comparison.margin and not _differs(one, "channels")]
+    alike = [one for one in gains if not _differs(one, "iterations")]
     if alike:
         best = max(alike, key=lambda one: one.difference.mean)
         return f"Yes: {_title(best)} is {amount(best.difference)}, and that is significant."
@@ -347,7 +347,7 @@ def _answer(judged: Sequence[Judged]) -> str:
             f"In the same time, not at the same length. {_title(best)} is "
             f"{amount(best.difference)}, and that is significant."
         )
-    small = [one for one in shown if one.comparison.margin or _other_size(one)]
+    small = [one for one in shown if one.comparison.margin or _differs(one, "channels")]
     if small:
         best = small[0]
         words = f"{_title(best)}: {amount(best.difference)}, {best.verdict}"
@@ -368,14 +368,10 @@ def _title(judged: Judged) -> str:
     return f"{shorter.title} ({where})" if where else shorter.title
 
 
-def _other_length(judged: Judged) -> bool:
+def _differs(judged: Judged, setting: str) -> bool:
+    """Whether the two sides have different values of a setting."""
     treatment, control = judged.comparison.treatment, judged.comparison.control
-    return bool(treatment.get("iterations") != control.get("iterations"))
-
-
-def _other_size(judged: Judged) -> bool:
-    treatment, control = judged.comparison.treatment, judged.comparison.control
-    return bool(treatment.get("channels") != control.get("channels"))
+    return bool(treatment.get(setting) != control.get(setting))
 
 
 def _in_words(judged: Judged, runs: Sequence[FinishedRun]) -> str:

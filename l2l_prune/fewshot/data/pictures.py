@@ -44,8 +44,8 @@ class DamagedPicture(ValueError):
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file name ends like a picture's."""
-    return os.path.splitext(name)[1].lower() in ENDINGS
+    """Whether a file name ends like a picture's, and is not hidden."""
+    return os.path.splitext(name)[1].lower() in ENDINGS and not name.startswith(".")
 
 
 def read_picture(
@@ -150,11 +150,8 @@ def picture_files(folder: str | os.PathLike[str]) -> list[Path]:
     Raises:
         FileNotFoundError: If the folder does not exist, or has no pictures.
     """
-    paths = sorted(
-        path
-        for path in Path(folder).rglob("*")
-        if is_picture(path.name) and not path.name.startswith(".") and path.is_file()
-    )
+    found = Path(folder).rglob("*")
+    paths = sorted(path for path in found if is_picture(path.name) and path.is_file())
     if not paths:
         raise FileNotFoundError(f"there are no pictures ({', '.join(ENDINGS)}) under {folder}")
     return paths
