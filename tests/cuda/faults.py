@@ -23,6 +23,7 @@ from l2l_prune.metalearners import sparse_maml
 from l2l_prune.methods import drop_grad, mgaug, regrowth, rewinding, task_dropout
 from l2l_prune.reptile import batched, compiled, learner, reptile
 from tests.cuda import (
+    hosts_checks,
     moving_checks,
     pruner_checks,
     ranks_checks,
@@ -405,13 +406,25 @@ PLANTED: list[tuple[Check, Fault]] = [
             after(lambda self: bool(self.parameters[0].isnan().any())),
         ),
     ),
+    (hosts_checks.with_learn2learn, NOT_RAISED),
+    (hosts_checks.with_learn2learn, ALL_TRUE),
+    (hosts_checks.with_higher, ALL_TRUE),
+    (hosts_checks.with_lightning, NOT_LEVELLED),
+    (hosts_checks.with_lightning, ALL_TRUE),
     (
         ranks_checks.two_ranks,
         Fault("each rank chooses", plan.MaskChoice, "masks", a_choice_of_each_rank),
     ),
 ]
 
-MODULES = pruner_checks, reptile_checks, moving_checks, waiting_checks, ranks_checks
+MODULES = (
+    pruner_checks,
+    reptile_checks,
+    moving_checks,
+    waiting_checks,
+    hosts_checks,
+    ranks_checks,
+)
 CHECKS: list[Check] = [
     function
     for module in MODULES
