@@ -76,6 +76,19 @@ def check_holds(optimizer: Optimizer, weights: Iterable[Tensor | None]) -> None:
         )
 
 
+def check_by_entry(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose state does not hold a number for each entry of a weight.
+
+    Raises:
+        ValueError: Naming its class.
+    """
+    if isinstance(optimizer, LBFGS) or type(optimizer).__name__ == "Adafactor":
+        raise ValueError(
+            f"the state of {type(optimizer).__name__} is not held entry by entry, so channels "
+            "cannot be cut out of it: use another optimizer, SGD or AdamW for instance"
+        )
+
+
 def clear_momentum(optimizer: Optimizer, parameter: Tensor, mask: Tensor) -> None:
     """Zero momentum (every first-moment-like state) of the pruned entries.
 

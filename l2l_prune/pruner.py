@@ -156,15 +156,20 @@ class Pruner(ScheduledPruner):
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Boolean mask of each selected tensor by its dense name; True stays."""
-        return self._named(self._held.values)
+        """Boolean mask of each selected tensor by its dense name, a copy; True stays."""
+        return self._named(mask.clone() for mask in self._held.values)
 
     @property
     def learner_masks(self) -> dict[str, Tensor]:
         """The masks under which a learner made now adapts; none where nothing is pruned."""
         if self._tasks.lent is not None:
             return self._named(self._tasks.lent)
-        return self.masks if self.sparse else {}
+        return self._named(self._held.values) if self.sparse else {}
+
+    @property
+    def in_masked_task(self) -> bool:
+        """Whether a task runs that has masks of its own."""
+        return self._tasks.lent is not None
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -218,12 +223,13 @@ class Pruner(ScheduledPruner):
         Raises:
             RuntimeError: In a dense segment, or after :meth:`finalize`, or if the masks differ
                 between the ranks of ``group``.
+            TypeError: If these are not tensors by name; nothing is changed then.
             ValueError: If a name, shape or count does not fit; nothing is changed then.
         """
         self._check_usable()
         if not self.sparse:
             raise RuntimeError("there are no masks to replace in a dense segment")
-        with ranks.failing_together(self.group, next(iter(self.masks.values())).device):
+        with ranks.failing_together(self.group, self._held.values[0].device):
             new = updated(self.masks, masks)
             self._choice.check(new, self._position, "the new")
         ranks.check_same(new, self._iteration, self.group)
@@ -242,12 +248,13 @@ class Pruner(ScheduledPruner):
 
         Raises:
             RuntimeError: Within another such block, or after :meth:`finalize`.
-            ValueError: If a name, shape or type of ``masks`` does not fit.
+            TypeError: If ``masks`` are not tensors by name.
+            ValueError: If a name, shape or dtype of ``masks`` does not fit.
         """
         self._check_usable()
         given = None if masks is None else list(updated(self.masks, masks).values())
         with self._tasks.block(self._position, self._held, given) as held:
-            yield self._named(held)
+            yield self._named(mask.clone() for mask in held)
 
     def more_task_masks(self, tasks: int) -> list[dict[str, Tensor]]:
         """Draw masks for more tasks in a :meth:`task_masks` block, for learners made together."""

@@ -102,7 +102,8 @@ class ScheduledPruner(ServesLearners, ABC):
         self._check_usable(thoroughly=self.mask_due)
         self._step_pre_hooks.call(self)
         following = self.schedule.index(self._iteration + 1)
-        self._end_iteration(following if following != self._position else None)
+        with torch.inference_mode(False), torch.no_grad():  # what is made here is trained later
+            self._end_iteration(following if following != self._position else None)
         self._position = following
         self._iteration += 1
         self._step_hooks.call(self)

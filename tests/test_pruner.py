@@ -606,3 +606,51 @@ def test_the_old_name_of_release_state_works_with_a_warning(net):
         pruner = Pruner(net, SCHEDULE, regrow_state="keep")
     assert seen[0].filename == __file__
     assert not pruner._optimizers._match
+
+
+def test_masks_that_are_handed_out_are_copies(net):
+    optimizer = torch.optim.Adam(net.parameters())
+    pruner = Pruner(net, DSDSchedule(0.5, pretrain=0, prune=2, retrain=1), optimizer)
+    held = net.fc.weight_mask.clone()
+    masks = pruner.masks
+    masks["fc.weight"].zero_()
+    with pruner.task_masks() as lent:
+        lent["fc.weight"].zero_()
+    assert torch.equal(pruner.masks["fc.weight"], held.bool())
+    masks = pruner.masks
+    masks["fc.weight"].logical_not_()
+    pruner.replace_masks(masks)
+    assert torch.equal(net.fc.weight_mask, (~held.bool()).float())
+    assert torch.equal(pruner.state_dict()["regrown"]["fc.weight"], ~held.bool())
+
+
+def test_masks_are_where_the_model_is(net):
+    pruner = Pruner(net, SCHEDULE)
+    net.to("meta")
+    assert {mask.device.type for mask in pruner.masks.values()} == {"meta"}
+
+
+def test_a_step_that_divides_by_zero_leaves_no_nan_under_the_mask():
+    layer = torch.nn.Linear(8, 1, bias=False)
+    optimizer = torch.optim.RMSprop(layer.parameters(), lr=0.01, eps=0.0)
+    pruner = Pruner(layer, DSDSchedule(0.5, pretrain=0, prune=9, retrain=1), optimizer)
+    layer(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    pruner.step()
+    (mask,) = pruner.masks.values()
+    assert (layer.weight_orig[~mask] == 0).all()
+    assert layer.weight_orig.isfinite().all()
+
+
+def test_finalized_pruners_still_name_their_weights(net):
+    pruner = Pruner(net, SCHEDULE)
+    pruner.finalize()
+    assert pruner.weights["fc.weight"] is net.fc.weight
+
+
+def test_a_step_in_inference_mode_leaves_ordinary_tensors(net):
+    pruner = Pruner(net, DSDSchedule(0.5, pretrain=1, prune=9, retrain=1))
+    with torch.inference_mode():
+        pruner.step()
+    net(torch.zeros(2, 1, 6, 6)).sum().backward()
+    assert (net.fc.weight_orig.grad[~pruner.masks["fc.weight"]] == 0).all()

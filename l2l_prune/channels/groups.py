@@ -151,7 +151,7 @@ def find_channels(model: nn.Module, example_inputs: Any, skip: Sequence[Rule] = 
             skipped = (("skipped", "skip= leaves it out"),)
             fixed.update(zip(roots[axis].tolist(), skipped * len(roots[axis]), strict=True))
     fixed.setdefault(0, ("whole", "it is joined with a tensor of fixed size"))
-    _refuse_tied(model, makers, roots, fixed)
+    _refuse_tied(model, roots, fixed)
     _refuse(makers, roots, fixed)
     channels = _grouped(labels, makers, roots, fixed, modules)
     if not channels.groups:
@@ -223,10 +223,7 @@ def _refuse(
 
 
 def _refuse_tied(
-    model: nn.Module,
-    makers: dict[Axis, LayerTensor],
-    roots: dict[Axis, Tensor],
-    fixed: dict[int, tuple[str, str]],
+    model: nn.Module, roots: dict[Axis, Tensor], fixed: dict[int, tuple[str, str]]
 ) -> None:
     shared = tied(model)
     for axis, ids in roots.items():

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from l2l_prune import optimizer_state
-from l2l_prune._basics import ranks
+from l2l_prune._basics import checks, ranks
 from l2l_prune._basics.precision import skips_step
 from l2l_prune.channels.groups import (
     Importance,
@@ -110,7 +110,8 @@ class ChannelPruner(ScheduledPruner):
         ImportError: If torch-pruning is missing.
         TypeError: If an argument has the wrong type.
         ValueError: If the network cannot be shrunk, a name matches nothing, a segment would leave
-            a layer no channel, or ``model`` is learn2learn's Meta-SGD, whose rates would not fit.
+            a layer no channel, ``model`` is learn2learn's Meta-SGD, whose rates would not fit, or
+            an optimizer's state cannot be cut (L-BFGS, Adafactor).
 
     Examples:
         >>> from l2l_prune import DSDSchedule
@@ -139,6 +140,8 @@ class ChannelPruner(ScheduledPruner):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(model, schedule)
+        if group is not None:
+            checks.of_type("group", group, dist.ProcessGroup, "a torch.distributed ProcessGroup")
         self._group = group
         self._importance = importance_function(importance)
         self._needs_gradients = importance == "taylor"
@@ -158,6 +161,7 @@ class ChannelPruner(ScheduledPruner):
         self._copies: WeakKeyDictionary[nn.Module, SmallCopy] = WeakKeyDictionary()
         self._optimizers = optimizer_state.as_optimizers(optimizer)
         for given in self._optimizers:
+            optimizer_state.check_by_entry(given)
             optimizer_state.check_holds(given, [cut.get() for cut in cuts.values()])
         self._more_states: Callable[[], States] = tuple
         self._kept: Tensor | None = None
@@ -335,6 +339,14 @@ class ChannelPruner(ScheduledPruner):
             raise RuntimeError("the ChannelPruner was finalized: make a new one to prune again")
         if self._tasks.inside:
             raise RuntimeError("this cannot be done within task_masks(): leave that block first")
+        here = {id(module) for module in self.model.modules()}
+        for slot in self._channels.slots:
+            if id(slot.module) not in here:
+                raise RuntimeError(
+                    f"{slot.axis.path} was replaced after the ChannelPruner was made, so that the "
+                    "new one would keep all its channels: finalize the ChannelPruner before you "
+                    "replace modules, and make a new one"
+                )
 
     def _watch(self) -> None:
         hook = self._raising_hook(self.model)
@@ -357,10 +369,11 @@ class ChannelPruner(ScheduledPruner):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles: torch copies an optimizer without its hooks."""
-        return {**self.__dict__, "_handles": [], "_copies": WeakKeyDictionary()}
+        return {**self.__dict__, "_handles": [], "_copies": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._copies = WeakKeyDictionary()
         if not self._finalized:
             self._watch()
 

@@ -13,11 +13,7 @@ from l2l_prune.masking.prunable import LayerTensor
 
 
 class HeldMasks:
-    """The masks of all pruned tensors: all ones until others are :meth:`set`.
-
-    Attributes:
-        values: The boolean mask of each tensor, as it was set; True stays.
-    """
+    """The masks of all pruned tensors: all ones until others are :meth:`set`."""
 
     def __init__(
         self, model: nn.Module, tensors: Sequence[LayerTensor], *, dense_keys: bool
@@ -25,24 +21,32 @@ class HeldMasks:
         for tensor in tensors:
             masked_layer.attach(tensor.module, tensor.name, dense_keys=dense_keys)
         self._model, self._tensors = model, tensors
-        self.values: list[Tensor] = []
+        self._values: list[Tensor] = []
         self._seen: list[tuple[Tensor, int]] = []  # buffers as last checked, with their versions
 
+    @property
+    def values(self) -> list[Tensor]:
+        """The boolean mask of each tensor, as it was set, where its weight is; True stays."""
+        pairs = zip(self._values, self.originals(), strict=False)  # none before the first set()
+        self._values = [m if weight is None else m.to(weight.device) for m, weight in pairs]
+        return self._values
+
     def originals(self) -> list[Tensor]:
-        """The stored parameter (``weight_orig``) of each tensor."""
-        return [masked_layer.held_tensors(t.module, t.name)[0] for t in self._tensors]
+        """The stored parameter of each tensor: ``weight_orig``, or ``weight`` without a mask."""
+        return [masked_layer.stored_tensor(t.module, t.name) for t in self._tensors]
 
     def set(self, masks: list[Tensor]) -> None:
         """Put other masks in place; the weights that they prune become 0."""
         for tensor, mask in zip(self._tensors, masks, strict=True):
             masked_layer.set_mask(tensor.module, tensor.name, mask)
-        self.values = masks
+        self._values = masks
         self._remember_buffers()
 
     def project(self) -> None:
         """Set the pruned weights to exactly 0."""
-        held = [masked_layer.held_tensors(t.module, t.name) for t in self._tensors]
-        torch._foreach_mul_([original for original, _ in held], [mask for _, mask in held])
+        for tensor in self._tensors:
+            original, mask = masked_layer.held_tensors(tensor.module, tensor.name)
+            original.masked_fill_(mask == 0, 0)  # also where a step has made it NaN
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -99,13 +103,13 @@ class HeldMasks:
         ``thoroughly``, even buffers that show no sign of a write are compared: DDP's broadcasts
         leave none. ``iteration`` is for the message.
         """
+        values = self.values
         for position, tensor in enumerate(self._tensors):
             buffer = _buffer(tensor)
             seen, version = self._seen[position]
             if not thoroughly and buffer is seen and buffer._version == version:
                 continue
-            self.values[position] = self.values[position].to(buffer.device)
-            if not torch.equal(buffer.bool(), self.values[position]):
+            if not torch.equal(buffer.bool(), values[position]):
                 raise RuntimeError(
                     f"the mask of {tensor.full_name} is not the one of this Pruner at iteration "
                     f"{iteration}: load Pruner.state_dict() together with the model's, and "

@@ -203,12 +203,16 @@ class Movement:
         """Go on from :meth:`state_dict`.
 
         Raises:
-            ValueError: If it belongs to other parameters.
+            ValueError: If it is no such state or belongs to other parameters; nothing is changed
+                then.
         """
-        shapes = [tuple(p.shape) for p in self._parameters]
-        if [tuple(total.shape) for total in state["sums"]] != shapes:
+        try:
+            given, seen = [tuple(total.shape) for total in state["sums"]], int(state["seen"])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError("this is not a Movement state dict of this version") from None
+        if given != [tuple(p.shape) for p in self._parameters]:
             raise ValueError("the checkpoint's movement scores are of other parameters")
-        self._seen = state["seen"]
+        self._seen = seen
         self._sums = [total.clone() for total in state["sums"]]
 
 

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from l2l_prune._basics.checks import describe
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
@@ -44,8 +45,10 @@ def select(
         At least one tensor; each can be pruned.
 
     Raises:
-        ValueError: If a name matches nothing, nothing is left to prune, or a chosen tensor
-            cannot be pruned correctly (already pruned, tied, parametrized, frozen, ...).
+        TypeError: If a rule is of another kind.
+        ValueError: If a name matches nothing, a name or type in ``only`` chooses nothing, nothing
+            is left to prune, or a chosen tensor cannot be pruned correctly (already pruned, tied,
+            parametrized, frozen, ...).
     """
     if layers not in ("all", "authors"):
         raise ValueError(f'layers must be "all" or "authors", got {layers!r}')
@@ -68,6 +71,13 @@ def select(
         candidates.remove(first)
     only_rules, skip_rules = read_rules("only", only, model), read_rules("skip", skip, model)
     check_names(candidates, [r for r in (*only_rules, *skip_rules) if isinstance(r, str)])
+    for rule in only_rules:
+        if isinstance(rule, (str, type)) and not any(matches(c, [rule]) for c in candidates):
+            raise ValueError(
+                f"there is nothing to prune for only={describe(rule)}: what it matches has no "
+                "parameter of two or more dimensions; name the tensor itself to prune it all the "
+                "same"
+            )
     chosen = [
         c
         for c in candidates
@@ -233,7 +243,10 @@ def read_rules(argument: str, rules: Rule | Iterable[Rule] | None, model: nn.Mod
                 f"{argument} takes names, module types or predicates, got a {describe(rule)} "
                 f"itself: give its name {name!r}"
             )
-        if not (isinstance(rule, (str, type)) or callable(rule)):
+        known = isinstance(rule, str) or callable(rule)
+        if isinstance(rule, type) and not issubclass(rule, nn.Module):  # int, or a mixin
+            known = any(isinstance(module, rule) for module in model.modules())
+        if not known:
             raise TypeError(
                 f"{argument} takes names, module types or predicates, got {describe(rule)}"
             )
@@ -262,6 +275,8 @@ def _is_weight(tensor: LayerTensor) -> bool:
     if weights:
         return tensor.name in weights
     weight = tensor.module._parameters[tensor.name]
+    if isinstance(weight, UninitializedParameter):  # has no dimensions yet
+        return not isinstance(tensor.module, nn.modules.batchnorm._NormBase)
     return weight is not None and weight.dim() > 1
 
 

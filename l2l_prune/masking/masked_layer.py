@@ -197,6 +197,12 @@ def held_tensors(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     return original, cast(Tensor, module._buffers[f"{name}_mask"])
 
 
+def stored_tensor(module: nn.Module, name: str) -> Tensor:
+    """The stored parameter, whether there is a mask on it or not."""
+    parameters = module._parameters
+    return cast(Tensor, parameters[f"{name}_orig" if name in held_names(module) else name])
+
+
 def _marked(mask: Tensor) -> Tensor:
     """Mark a mask as holding only ones and zeros, which is true until it is written to.
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l2l_prune._basics import checks
+
 
 def mask_table(masks: Mapping[str, Tensor], model: nn.Module) -> str:
     """Shape, kept / total and sparsity of each masked tensor, of all of them and of the model."""
@@ -30,10 +32,13 @@ def updated(masks: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> dict[
     """``masks``, with those in ``changed`` in place of the old ones.
 
     Raises:
+        TypeError: If ``changed`` does not give tensors by name.
         ValueError: If a name is unknown, or a mask is not boolean or does not fit; names it.
     """
     new = dict(masks)
+    checks.of_type("masks", changed, Mapping, "a dict of boolean tensors by name")  # type: ignore[type-abstract]
     for name, mask in changed.items():
+        checks.of_type(f"the mask of {name}", mask, Tensor, "a boolean tensor")
         if name not in new:
             raise ValueError(f"{name!r} is not one of the pruned tensors: {', '.join(new)}")
         if mask.dtype != torch.bool or mask.shape != new[name].shape:

@@ -92,6 +92,16 @@ def check_prunable(tensor: LayerTensor) -> None:
             "is not a parameter of its module (weight_norm or spectral_norm?): "
             f"remove that reparametrization first, or {advice}"
         )
+    elif taken := [n for n in (f"{name}_orig", f"{name}_mask") if hasattr(module, n)]:
+        problem = (
+            f"needs the names {name}_orig and {name}_mask, but its module has an attribute "
+            f"{taken[0]} of its own: rename that, or {advice}"
+        )
+    elif getattr(module, "sparse", False) and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        problem = (
+            "gets sparse gradients (sparse=True), which a mask would make dense: make it with "
+            f"sparse=False, or {advice}"
+        )
     elif isinstance(weight, UninitializedParameter):
         problem = "is not initialized yet: run one forward pass before pruning"
     elif not isinstance(weight, nn.Parameter):

@@ -21,6 +21,11 @@ class ServesLearners:
         """The masks under which a learner made now adapts; none where nothing is pruned."""
         return {}
 
+    @property
+    def in_masked_task(self) -> bool:
+        """Whether a task runs that has masks of its own."""
+        return False
+
     @contextmanager
     def task_masks(self, masks: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
         """Run one task, with masks of its own if it has any (:meth:`Pruner.task_masks`)."""

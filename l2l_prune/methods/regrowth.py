@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -70,6 +71,13 @@ class Regrowth:
             )
         if generator is not None:
             checks.of_type("generator", generator, torch.Generator, "a torch.Generator")
+        phases = [s.iterations for s in pruner.schedule.segments if s.held and s.iterations]
+        if phases and max(phases) <= self._interval:
+            warnings.warn(
+                f"no mask will move: interval={self._interval}, but the longest sparse phase has "
+                f"{max(phases)} iterations",
+                stacklevel=2,
+            )
         self._loss = loss
         self._generator = generator or torch.Generator().manual_seed(0)
         pruner.register_step_hook(self._after_step)
@@ -79,8 +87,15 @@ class Regrowth:
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._generator.set_state(state["generator"])
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it is not such a state; nothing is changed then.
+        """
+        try:
+            self._generator.set_state(state["generator"].cpu())
+        except (AttributeError, KeyError, RuntimeError, TypeError):
+            raise ValueError("this is not a Regrowth state dict of this version") from None
 
     @torch.no_grad()
     def _after_step(self, pruner: Pruner) -> None:

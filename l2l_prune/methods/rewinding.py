@@ -78,10 +78,13 @@ class Rewind:
         """Go on from :meth:`state_dict`.
 
         Raises:
-            ValueError: If it belongs to another model.
+            ValueError: If it is no such state or belongs to another model; nothing is changed then.
         """
-        shapes = [tuple(p.shape) for p in self._pruner.model.parameters()]
-        if [tuple(value.shape) for value in state["values"]] not in ([], shapes):
+        try:
+            given = [tuple(value.shape) for value in state["values"]]
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError("this is not a Rewind state dict of this version") from None
+        if given not in ([], [tuple(p.shape) for p in self._pruner.model.parameters()]):
             raise ValueError("the state holds the values of another model: its shapes differ")
         self._values = [value.clone() for value in state["values"]]
 

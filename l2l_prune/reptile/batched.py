@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, optim
 from torch.func import functional_call, vmap
 
+from l2l_prune._basics import checks
 from l2l_prune.reptile.adapt_only import AdaptOnly
 from l2l_prune.reptile.learner import copied_state
 from l2l_prune.reptile.reptile import PrunedReptile
@@ -46,8 +47,10 @@ class BatchedLearners:
         buffers: Buffers by name, likewise.
 
     Raises:
-        ValueError: If channels are cut out (``structured``), the inner optimizer does not step
-            on each weight by itself, or ``adapt_only`` chooses channels or unknown layers.
+        TypeError: If an argument has the wrong type.
+        ValueError: If ``tasks`` is < 1, channels are cut out (``structured``), the inner optimizer
+            does not step on each weight by itself, or ``adapt_only`` chooses channels or unknown
+            layers.
 
     Examples:
         >>> from l2l_prune import DSDSchedule
@@ -62,6 +65,8 @@ class BatchedLearners:
     def __init__(
         self, reptile: PrunedReptile, tasks: int, adapt_only: AdaptOnly | None = None
     ) -> None:
+        checks.of_type("reptile", reptile, PrunedReptile, "a PrunedReptile")
+        checks.whole_number("tasks", tasks, least=1)
         if reptile.structured:
             raise ValueError("structured learners adapt one at a time: set tasks_at_once=1")
         self._reptile, self._learner = reptile, reptile.clone(adapt_only)
@@ -85,6 +90,7 @@ class BatchedLearners:
         self.weights = {  # the model's: the learner's are under its task's mask already
             name: stacked(weight).requires_grad_(p.requires_grad) for (name, p), weight in own
         }
+        self._tasks = tasks
         self._masks = self._all_masks(tasks)
         trained = [p for p in self.weights.values() if p.requires_grad]
         self._optimizer = reptile.inner_optimizer(trained, lr=reptile.inner_lr)
@@ -139,8 +145,21 @@ class BatchedLearners:
         """One inner step of every learner.
 
         Args:
-            losses: One per task, ``[tasks]``.
+            losses: One per task, ``[tasks]``, from :meth:`each`.
+
+        Raises:
+            RuntimeError: If the losses do not depend on the learners.
+            TypeError: If they are not a tensor.
+            ValueError: If there is not one for each task.
         """
+        checks.of_type("losses", losses, Tensor, "a tensor")
+        if losses.shape != (self._tasks,):
+            raise ValueError(
+                f"losses must hold one number for each of the {self._tasks} tasks, got the shape "
+                f"{tuple(losses.shape)}"
+            )
+        if not losses.requires_grad:
+            raise RuntimeError("the losses do not depend on the learners: compute them with each()")
         self._optimizer.zero_grad()
         losses.sum().backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from l2l_prune import optimizer_state
 from l2l_prune._basics import checks
+from l2l_prune._basics.arguments import is_plain
 from l2l_prune._basics.losses import check_loss
 from l2l_prune.masking.masked_layer import plain_copy
 from l2l_prune.scheduled import ScheduledPruner
@@ -74,6 +75,16 @@ class Learner(nn.Module):
         """
         self.workspace.adapt(loss)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Learner:
+        """Move or cast this learner alone, under its mask."""
+        workspace = self.workspace
+        before = [parameter.data for parameter in workspace.parameters]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        pairs = zip(workspace.parameters, before, strict=True)
+        if any(parameter.data_ptr() != old.data_ptr() for parameter, old in pairs):
+            workspace.move(fn)
+        return self
+
     def release(self, reptile: nn.Module, iteration: int) -> Workspace:
         """Give the working copy back (called by :meth:`~l2l_prune.PrunedReptile.collect`)."""
         workspace = self.workspace
@@ -131,7 +142,7 @@ class Workspace:
         self._by_name = dict(self.module.named_parameters())
         self._trained = {name: p.requires_grad for name, p in self._by_name.items()}
         self._narrowed = False  # whether not all of them adapt now
-        self.partly: list[tuple[Tensor, Tensor, Tensor]] = []  # weights, what adapts, the start
+        self.partly: list[tuple[Tensor, Tensor, Tensor]] = []  # weight, what adapts, the start
         self._first_step: RemovableHandle | None = None
         if hook := pruner.first_step_hook(self.module):
             self._first_step = self.optimizer.register_step_pre_hook(hook)
@@ -151,24 +162,34 @@ class Workspace:
         for name, buffer in self.module.named_buffers():
             buffer.copy_(sources[name])
         for mine, theirs in zip(self.module.modules(), model.modules(), strict=True):
-            mine.training = theirs.training
+            _take_over_settings(mine, theirs)
         if self._first_step and self._pruner.first_step_hook(self.module) is None:
             self._first_step.remove()
             self._first_step = None
-        masks = self._pruner.learner_masks
-        held = self._pruner.masks if self._pruner.sparse else {}
-        self._masks_of_a_task = any(mask is not held.get(name) for name, mask in masks.items())
-        self.masks = {
-            name: torch.empty_like(self._by_name[name].data).copy_(mask)
-            for name, mask in masks.items()
-        }
-        self._masked = [self._by_name[name].data for name in self.masks]
+        self._masks_of_a_task = self._pruner.in_masked_task
+        self._put_on(self._pruner.learner_masks)
         self.project()  # the model's own weights are not pruned by a task's masks
         self._adapt_all()
         # Some optimizers (Adagrad in older torch) make their state when they are made.
         _restore_state(self.optimizer, self.parameters, state if any(state) else self._fresh)
         self._grow = self._pruner.cut_for_task(self.module, self.optimizer)
         self.before_last = [p.detach().clone() for p in self.parameters] if self._foml else []
+
+    def _put_on(self, masks: Mapping[str, Tensor]) -> None:
+        self.masks = {
+            name: torch.empty_like(self._by_name[name].data).copy_(mask)
+            for name, mask in masks.items()
+        }
+        self._masked = [self._by_name[name].data for name in self.masks]
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Take along what belongs to the module, which was moved or cast by itself."""
+        self.origin = None  # it serves no other task
+        self._put_on(self.masks)
+        self.before_last = [fn(tensor) for tensor in self.before_last]
+        self.partly = [(weight, fn(adapts), fn(start)) for weight, adapts, start in self.partly]
+        for state in self.optimizer.state.values():
+            move_state(state, fn)
 
     def end(self) -> None:
         """The task is over: pruned weights are 0, and all shapes are full again."""
@@ -188,7 +209,7 @@ class Workspace:
         for name, parameter in self._by_name.items():
             parameter.requires_grad_(self._trained[name] and name in chosen)
         self.partly = [
-            (self._by_name[name].data, keep, self._by_name[name].detach().clone())
+            (self._by_name[name], keep, self._by_name[name].detach().clone())
             for name, keep in chosen.items()
             if keep is not None
         ]
@@ -226,7 +247,7 @@ class Workspace:
         self.optimizer.step()
         self.project()
         for weight, adapts, start in self.partly:  # decay and momentum would move the others too
-            torch.where(adapts, weight, start, out=weight)
+            torch.where(adapts, weight.data, start, out=weight.data)
 
     def about_to_step(self) -> None:
         """Save what first-order MAML subtracts."""
@@ -304,6 +325,21 @@ def _copy_states(sources: list[dict[str, Any]], targets: list[dict[str, Any]]) -
                 target[key] = value.clone() if isinstance(value, Tensor) else value
     if old:
         torch._foreach_copy_(old, new)
+
+
+def move_state(state: dict[str, Any], fn: Callable[[Tensor], Tensor]) -> None:
+    """Apply the function of a move or cast to one parameter's state; Adam's step count stays."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.dim():
+            state[key] = fn(value)
+
+
+def _take_over_settings(mine: nn.Module, theirs: nn.Module) -> None:
+    """Follow plain attributes that were changed: training mode, dropout's ``p``, a flag, ..."""
+    held = vars(mine)
+    for name, value in vars(theirs).items():
+        if held.get(name, held) is not value and not isinstance(value, list) and is_plain(value):
+            held[name] = value
 
 
 def copied_state(state: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:

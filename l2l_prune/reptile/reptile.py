@@ -21,7 +21,14 @@ from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.task_masks import TaskMasks
 from l2l_prune.pruner import Pruner
 from l2l_prune.reptile.adapt_only import AdaptOnly, chosen_parameters
-from l2l_prune.reptile.learner import Learner, OptimizerFactory, Workspace, adam, copied_state
+from l2l_prune.reptile.learner import (
+    Learner,
+    OptimizerFactory,
+    Workspace,
+    adam,
+    copied_state,
+    move_state,
+)
 from l2l_prune.scheduled import ScheduledPruner
 from l2l_prune.schedules.schedule import Schedule
 
@@ -246,10 +253,12 @@ class PrunedReptile(nn.Module):
         """Add the adapted weights of ``learner`` to this meta-iteration, and use the learner up.
 
         Raises:
-            RuntimeError: If the learner belongs to another PrunedReptile, was collected before, or
-                was cloned before the last :meth:`step`; or after :meth:`finalize`.
+            RuntimeError: If the learner belongs to another PrunedReptile, was collected before,
+                was cloned before the last :meth:`step`, or was cast or moved by itself; or after
+                :meth:`finalize`.
         """
         self._check_usable()
+        self._check_kinds(learner)
         workspace = self._taken_back(learner)
         if self._collects_moves:
             start = workspace.before_last if self.foml else self.module.parameters()
@@ -285,6 +294,7 @@ class PrunedReptile(nn.Module):
                 :meth:`finalize`; or if the ranks of ``group`` are at different iterations, or
                 masks differ between them.
             ValueError: If weights are NaN or infinite when a mask is due; nothing is changed then.
+                :meth:`forget_tasks` drops the tasks that made them so.
         """
         self._check_usable()
         if not self._tasks:
@@ -304,10 +314,7 @@ class PrunedReptile(nn.Module):
             if observed:
                 self._show_gradients(mean)
                 self._step_pre_hooks.call(self, (), {})
-            if self._collects_moves:
-                torch._foreach_add_([p.detach() for p in parameters], mean, alpha=self.meta_lr)
-            else:
-                torch._foreach_lerp_([p.detach() for p in parameters], mean, self.meta_lr)
+            self._move_weights(mean)
             self.pruner.step()
         except Exception:
             if self.iteration == iteration:  # otherwise a hook failed after the step
@@ -332,6 +339,10 @@ class PrunedReptile(nn.Module):
             A handle; its ``remove()`` takes the hook off.
         """
         return self._step_pre_hooks.register(hook)
+
+    def forget_tasks(self) -> None:
+        """Drop the tasks collected since the last :meth:`step`, for instance if one diverged."""
+        self._collected, self._tasks = [], 0
 
     def forget_inner_state(self) -> None:
         """Start the inner optimizer's carried state afresh."""
@@ -379,10 +390,18 @@ class PrunedReptile(nn.Module):
         self._workspaces.clear()
         self._collected = [fn(total) for total in self._collected]
         for state in self._inner_state:
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.dim():  # Adam's step count stays
-                    state[key] = fn(value)
+            move_state(state, fn)
         return self
+
+    def _move_weights(self, means: list[Tensor]) -> None:
+        """Algorithm 2's interpolation; a mean of copies would move frozen weights by rounding."""
+        pairs = list(zip(self.module.parameters(), means, strict=True))
+        weights = [parameter.detach() for parameter, _ in pairs if parameter.requires_grad]
+        means = [mean for parameter, mean in pairs if parameter.requires_grad]
+        if self._collects_moves:
+            torch._foreach_add_(weights, means, alpha=self.meta_lr)
+        else:
+            torch._foreach_lerp_(weights, means, self.meta_lr)
 
     def _show_gradients(self, means: list[Tensor]) -> None:
         """Reptile's meta-gradient as ``grad``: Nichol et al., 2018, Section 2."""
@@ -393,6 +412,18 @@ class PrunedReptile(nn.Module):
     def _collects_moves(self) -> bool:
         """Whether learners give differences, so that weights none has moved stay bit for bit."""
         return self.foml or self.pruner.segment.per_task
+
+    def _check_kinds(self, learner: Learner) -> None:
+        """Refuse to add up tensors of another dtype or device than the model's."""
+        if not isinstance(learner, Learner) or learner.workspace.origin is not None:
+            return
+        for mine, own in zip(learner.workspace.parameters, self.module.parameters(), strict=True):
+            if (mine.dtype, mine.device) != (own.dtype, own.device):
+                raise RuntimeError(
+                    f"this learner was cast or moved ({mine.dtype} on {mine.device}, the model is "
+                    f"{own.dtype} on {own.device}) and cannot be collected: cast or move the "
+                    "PrunedReptile instead"
+                )
 
     def _taken_back(self, learner: Learner) -> Workspace:
         if not isinstance(learner, Learner):
@@ -408,7 +439,8 @@ class PrunedReptile(nn.Module):
         if modules != self._seen_modules:
             self._seen_modules, self._inner_state = modules, []  # which belongs to other modules
         trained = [parameter.requires_grad for parameter in self.module.parameters()]
-        origin = (modules, trained, self.inner_lr)
+        buffers = {name: buffer.shape for name, buffer in self.module.named_buffers()}
+        origin = (modules, trained, buffers, self.inner_lr, torch.is_inference_mode_enabled())
         while self._workspaces:
             workspace = self._workspaces.pop()
             if workspace.origin == origin:

@@ -44,7 +44,8 @@ class DSDSchedule(Schedule):
         keep: Explicit counts ``k_l`` by layer name or pattern; overrides ``sparsity``.
 
     Raises:
-        TypeError: If a number of iterations is not an integer.
+        TypeError: If a number of iterations is not an integer, or there is neither ``sparsity`` nor
+            ``keep``.
         ValueError: If a value is out of range, or there are no iterations at all.
 
     Examples:
@@ -53,7 +54,7 @@ class DSDSchedule(Schedule):
     """
 
     segments: tuple[Segment, ...] = field(init=False, repr=False, compare=False)
-    sparsity: Sparsity = 0.0
+    sparsity: Sparsity = None  # type: ignore[assignment] # may be left out for keep
     _: KW_ONLY
     pretrain: int
     prune: int
@@ -171,14 +172,14 @@ class IHTSchedule(Schedule):
         prune: Sparse meta-iterations in each round, >= 0.
         retrain: Dense meta-iterations in each round, >= 0.
         rounds: Number of rounds, >= 1 (``t`` in Algorithm 1).
-        initial_sparsity: If given, the sparsity of the first round, growing linearly over the
-            rounds to ``sparsity`` in the last, as the authors' program does (it starts at 0.1).
-            By default every round prunes ``sparsity`` (the paper's constant ``k_l``).
+        initial_sparsity: If given, the sparsity of the first round, at most ``sparsity``: it grows
+            linearly over the rounds to ``sparsity`` in the last, as the authors' program does (it
+            starts at 0.1). By default every round prunes ``sparsity`` (the paper's ``k_l``).
         keep: Explicit counts ``k_l`` by layer name or pattern; overrides ``sparsity``.
 
     Raises:
-        TypeError: If a number of iterations is not an integer, or ``initial_sparsity`` comes
-            with a per-layer mapping.
+        TypeError: If a number of iterations is not an integer, there is neither ``sparsity`` nor
+            ``keep``, or ``initial_sparsity`` comes with a per-layer mapping.
         ValueError: If a value is out of range, or there are no iterations at all.
 
     Examples:
@@ -188,7 +189,7 @@ class IHTSchedule(Schedule):
     """
 
     segments: tuple[Segment, ...] = field(init=False, repr=False, compare=False)
-    sparsity: Sparsity = 0.0
+    sparsity: Sparsity = None  # type: ignore[assignment] # may be left out for keep
     _: KW_ONLY
     pretrain: int
     prune: int
@@ -224,6 +225,8 @@ class IHTSchedule(Schedule):
             raise TypeError("initial_sparsity needs one sparsity for all layers, not a mapping")
         first = fraction("initial_sparsity", self.initial_sparsity)
         last = float(self.sparsity)  # type: ignore[arg-type]
+        if first > last:
+            raise ValueError(f"initial_sparsity={first} is more than sparsity={last}")
         steps = max(self.rounds - 1, 1)
         rates = [first + (last - first) * number / steps for number in range(self.rounds)]
         return [*rates[:-1], last]
@@ -332,6 +335,10 @@ class IHTSchedule(Schedule):
 def _freeze_fields(schedule: DSDSchedule | IHTSchedule, *counts: str) -> None:
     for name in counts:
         set_field(schedule, name, whole_number(name, getattr(schedule, name)))
+    if schedule.sparsity is None:
+        if schedule.keep is None:
+            raise TypeError("sparsity must be a number in [0, 1), or give keep= instead; got None")
+        set_field(schedule, "sparsity", 0.0)
     set_field(schedule, "sparsity", frozen_sparsity("sparsity", schedule.sparsity))
     set_field(schedule, "keep", frozen_counts("keep", schedule.keep))
 

@@ -68,6 +68,7 @@ def export(
     Raises:
         ImportError: If safetensors is missing (extra ``ship``).
         OSError: If a file cannot be written.
+        RuntimeError: If the learner was collected: export the PrunedReptile then.
         TypeError: If an argument has the wrong type, or the state holds anything but tensors.
         ValueError: If numbers are not finite in half precision, or a tensor's type cannot be
             written.
@@ -122,7 +123,8 @@ def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
             library, which are made again from their arguments.
 
     Returns:
-        ``model``, or the new network, in the mode (training or evaluation) of the exported one.
+        ``model``, or the new network; each of its layers is in the mode (training or evaluation) of
+        the exported one.
 
     Raises:
         OSError: If a file cannot be read.
@@ -146,12 +148,18 @@ def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
     for module, name, value in sizes:
         setattr(module, name, value)
     _fill(model, state)
-    return model.train(network["training"])
+    model.train(network["training"])
+    for path, module in model.named_modules():
+        if path in network.get("other_mode", ()):  # frozen normalisation, say
+            module.training = not model.training
+    return model
 
 
 def network_of(learner: nn.Module | Exported) -> nn.Module:
     """The network of a learner, a meta-learner or an export of channels; else the module itself."""
-    if isinstance(learner, (PrunedReptile, Learner, Exported)):
+    if isinstance(learner, Learner):
+        return learner.workspace.module
+    if isinstance(learner, (PrunedReptile, Exported)):
         return learner.module
     return checks.of_type("learner", learner, nn.Module, "a torch.nn.Module")
 
@@ -197,11 +205,12 @@ def _keys(name: str, how: str) -> dict[str, bool]:
 
 
 def _describe(network: nn.Module) -> dict[str, Any]:
-    known = _class_path(network) in map(_path, _NETWORKS)
+    known, training = _class_path(network) in map(_path, _NETWORKS), network.training
     return {
         "class": _class_path(network),
         "arguments": getattr(network, "made_with", None) if known else None,
         "training": network.training,
+        "other_mode": [path for path, m in network.named_modules() if m.training != training],
         "settings": {path: found for path, found in _settings(network) if found},
     }
 

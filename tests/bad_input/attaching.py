@@ -106,8 +106,22 @@ def scripted():
     return torch.jit.script(nn.Linear(3, 3))
 
 
-def refused(name, words, make, error=ValueError):
-    return Case(name, lambda s: Pruner(s.net, NOW), error, words, alone(make))
+def refused(name, words, make, error=ValueError, **options):
+    return Case(name, lambda s: Pruner(s.net, NOW, **options), error, words, alone(make))
+
+
+def with_a_mask_of_its_own():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight_mask = None
+    return net
+
+
+def sparse_embedding():
+    return nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 3))
+
+
+def lazy_norm():
+    return nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
 
 
 MODELS = [
@@ -158,6 +172,9 @@ MODELS = [
         r"0\.weight .*share memory",
         lambda: with_weight(lambda weight: weight[:1, :1].expand(4, 4)),
     ),
+    refused("sparse gradients", "gets sparse gradients.*sparse=False", sparse_embedding, only="*"),
+    refused("a name that masks need", "weight_mask of its own: rename", with_a_mask_of_its_own),
+    refused("lazy, only everything", "0.weight is not initialized", lazy_norm, only="*"),
     refused("made in inference mode", "weight .*inference_mode", inference),
     Case(
         "two Pruners", lambda s: Pruner(s.net, NOW), ValueError, "conv1.weight is already", attached
@@ -181,7 +198,22 @@ def flat(weight):
     return weight.flatten()
 
 
+def replacing(name, words, masks, error=ValueError):
+    return Case(name, lambda s: s.pruner.replace_masks(masks), error, words, attached)
+
+
 ARGUMENTS = [
+    replacing("masks in a list", "masks must be a dict .*list", [torch.ones(3, 16)], TypeError),
+    replacing("a mask in words", "the mask of fc.weight .*'all'", {"fc.weight": "all"}, TypeError),
+    replacing("a mask of an unknown layer", "'head' is not one of", {"head": torch.ones(1)}),
+    replacing("a mask of numbers", "fc.weight must be boolean", {"fc.weight": torch.ones(3, 16)}),
+    Case(
+        "masks of a task in words",
+        lambda s: s.pruner.task_masks("fc").__enter__(),
+        TypeError,
+        "masks must be a dict .*'fc'",
+        attached,
+    ),
     option("layers by number", 'layers must be "all" or "authors", got 3', layers=3),
     option(
         "only by a wrong name", r"no prunable layer is called 'conv9'.*conv1.weight", only="conv9"
@@ -189,6 +221,10 @@ ARGUMENTS = [
     option("skip by a wrong name", r"no prunable layer is called 'head'", skip=["conv1", "head"]),
     option("only by a number", "only takes names.*got 3", TypeError, only=3),
     option("skip by a mixture", "skip takes names.*got 3", TypeError, skip=["fc", 3]),
+    option("skip by a class that is no module", "skip takes names.*class int", TypeError, skip=int),
+    option(
+        "only by a norm", "nothing to prune for only=the class BatchNorm2d", only=nn.BatchNorm2d
+    ),
     option("only nothing", "nothing to prune.*only=", only=[]),
     option("skip everything", "nothing to prune.*skip=.*conv1.weight", skip="*"),
     Case(

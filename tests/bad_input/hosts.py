@@ -55,6 +55,16 @@ def positions(*kept):
     return {"conv1": torch.tensor(kept)}
 
 
+def lbfgs(scene):
+    return torch.optim.LBFGS(scene.net.parameters())
+
+
+def replaced(folder):
+    scene = channels(folder)
+    scene["net"].conv1 = nn.Conv2d(1, 4, 3)
+    return scene
+
+
 CHANNELS = [
     Case(
         "channels of no model",
@@ -78,6 +88,8 @@ CHANNELS = [
     cut("every type skipped", "no channels", skip=[nn.Conv2d, nn.Linear]),
     cut("every channel skipped", "no channels", skip="*"),
     cut("channels and another's optimizer", "optimizer holds none", choose=lambda s: s.other),
+    cut("a group by name", "group .*'world'", TypeError, group="world"),
+    cut("channels and L-BFGS", "state of LBFGS is not held entry by entry", choose=lbfgs),
     cut("importance of too few", "conv1 .*4 scores", importance=lambda group: torch.ones(2)),
     Case(
         "taylor before a backward",
@@ -129,6 +141,7 @@ CHANNELS = [
         "full.*conv1.weight",
         lambda s: {**s, "full": {**s["full"], "conv1.weight": torch.ones(2)}},
     ),
+    Case("a layer replaced", lambda s: s.pruner.step(), RuntimeError, "conv1 was repl", replaced),
     Case("channels after the end", lambda s: s.pruner.step(), RuntimeError, "finalized", finished),
 ]
 

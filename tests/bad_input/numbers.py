@@ -58,6 +58,7 @@ SCHEDULES = [
     Case("no rounds", lambda s: iht(rounds=0), ValueError, "rounds .*0"),
     Case("rounds in words", lambda s: iht(rounds="4"), TypeError, "rounds .*'4'"),
     Case("a ramp from 1", lambda s: iht(initial_sparsity=1), ValueError, "initial_sparsity .*1"),
+    Case("a falling ramp", lambda s: iht(initial_sparsity=0.9), ValueError, "0.9 is more than"),
     Case("sparse in words", lambda s: Segment(3, sparse="no"), TypeError, "sparse .*'no'"),
     Case("a phase that is no name", lambda s: Segment(3, phase=2), TypeError, "phase .*2"),
     Case("a round before 1", lambda s: Segment(3, round=-1), ValueError, "round .*-1"),

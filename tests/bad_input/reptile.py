@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from l2l_prune import DSDSchedule, PrunedReptile, Pruner
 from l2l_prune.channels.pruner import Structured
+from l2l_prune.reptile.batched import BatchedLearners
 from tests.bad_input.attaching import NOW, small
 from tests.bad_input.case import Case
 from tests.conftest import SmallNet
@@ -218,4 +219,28 @@ LEARNERS = [
     ),
 ]
 
-CASES = OPTIONS + INNER + LEARNERS
+
+def batched(name, words, act, error=ValueError):
+    return Case(f"learners at once, {name}", act, error, words, small_reptile)
+
+
+def small_reptile(folder):
+    return {"reptile": PrunedReptile(SmallNet(), NOW)}
+
+
+BATCHED = [
+    batched("of no Reptile", "reptile must be a", lambda s: BatchedLearners(3, 2), TypeError),
+    batched("none of them", "tasks must be >= 1, got 0", lambda s: BatchedLearners(s.reptile, 0)),
+    batched(
+        "one loss for two",
+        r"one number for each of the 2 tasks, got the shape \(\)",
+        lambda s: BatchedLearners(s.reptile, 2).adapt(torch.ones((), requires_grad=True)),
+    ),
+    batched(
+        "losses of nothing",
+        "do not depend on the learners",
+        lambda s: BatchedLearners(s.reptile, 2).adapt(torch.ones(2)),
+        RuntimeError,
+    ),
+]
+CASES = OPTIONS + INNER + LEARNERS + BATCHED

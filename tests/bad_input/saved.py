@@ -7,6 +7,9 @@ import torch
 from l2l_prune import DSDSchedule, PrunedReptile, Pruner
 from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.running.checkpoint import load_checkpoint, save_checkpoint
+from l2l_prune.masking.criteria import Movement
+from l2l_prune.methods.regrowth import Regrowth
+from l2l_prune.methods.rewinding import Rewind
 from tests.bad_input.attaching import NOW, attached, finalized
 from tests.bad_input.case import Case
 from tests.conftest import SmallNet
@@ -129,6 +132,34 @@ REPTILE = [
     ),
 ]
 
+
+def part(make):
+    def scene(folder):
+        pruner = Pruner(SmallNet(), DSDSchedule(0.5, pretrain=1, prune=9, retrain=1))
+        return {"part": make(pruner), "pruner": pruner}
+
+    return scene
+
+
+PARTS = [
+    Case(
+        f"{words} state of a {name}",
+        lambda s, state=state: s.part.load_state_dict(state),
+        ValueError,
+        f"not a {name} state dict",
+        part(make),
+    )
+    for name, make in {
+        "Regrowth": lambda pruner: Regrowth(pruner, interval=2),
+        "Rewind": Rewind,
+        "Movement": lambda pruner: Movement(pruner.model.parameters()),
+    }.items()
+    for words, state in {
+        "no": None,
+        "an empty": {},
+        "a model's": {"values": 3, "sums": [1]},
+    }.items()
+]
 CONFIG = make_config("reptile", "dsd")
 
 
@@ -166,4 +197,4 @@ FILES = [
     ),
 ]
 
-CASES = PRUNER + REPTILE + FILES
+CASES = PRUNER + REPTILE + PARTS + FILES

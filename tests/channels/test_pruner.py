@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import functools
+import pickle
 from typing import ClassVar
 
 import pytest
@@ -747,3 +748,34 @@ def test_groups_of_transposed_convolutions_are_scored_by_their_own_weights(impor
     )
     ChannelPruner(depthwise, schedule, example_inputs=x, importance=importance)
     assert depthwise(x).shape == (2, 2, 5, 5)
+
+
+def trained_channels(make=OPTIMIZERS["adam"]):
+    torch.manual_seed(0)
+    net = Conv4(5, 8).double()
+    optimizer = make(net.parameters())
+    return net, optimizer, ChannelPruner(net, SCHEDULE, optimizer, example_inputs=IMAGES[:1])
+
+
+def test_a_step_in_inference_mode_leaves_a_network_that_can_be_trained():
+    net, optimizer, pruner = trained_channels()
+    for _ in range(SCHEDULE.iterations):
+        optimizer.zero_grad()
+        F.cross_entropy(net(IMAGES), LABELS).backward()
+        optimizer.step()
+        with torch.inference_mode():
+            pruner.step()
+
+
+def test_pickled_with_its_model_it_goes_on():
+    net, optimizer, pruner = trained_channels()
+    pruner.step()
+    twin, other, copied = pickle.loads(pickle.dumps((net, optimizer, pruner)))
+    for model, steps, held in ((net, optimizer, pruner), (twin, other, copied)):
+        for _ in range(5):
+            steps.zero_grad()
+            F.cross_entropy(model(IMAGES), LABELS).backward()
+            steps.step()
+            held.step()
+    assert copied.iteration == pruner.iteration == 6
+    assert all(map(torch.equal, net.state_dict().values(), twin.state_dict().values()))

@@ -332,3 +332,9 @@ def test_misuse(net):
         with pytest.raises(ValueError, match=words):
             pruner.replace_masks(bad)
         assert all(map(torch.equal, pruner.masks.values(), masks.values()))
+
+
+def test_an_interval_that_no_phase_reaches_is_told():
+    pruner = Pruner(nn.Linear(4, 4), SCHEDULE)
+    with pytest.warns(UserWarning, match="no mask will move: interval=10, .* has 10 iterations"):
+        Regrowth(pruner, interval=10)

@@ -579,3 +579,110 @@ def test_working_copies_follow_what_is_frozen_replaced_or_slowed_down():
     assert type(reptile.clone().module[1]) is nn.Tanh
     net.append(nn.Linear(2, 2))
     assert moves(reptile, x)["3.weight"] > 0
+
+
+class Scaled(nn.Module):
+    """With a plain attribute, dropout, and a buffer that may be made later."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.dropout, self.scale = nn.Linear(4, 3), nn.Dropout(0.0), 1.0
+        self.blocks = (self.layer, 2)
+
+    def forward(self, x):
+        return self.dropout(self.blocks[0](x)) * self.scale
+
+
+def test_working_copies_follow_plain_attributes_and_buffers():
+    torch.manual_seed(0)
+    net, x = Scaled(), torch.ones(2, 4)
+    reptile = PrunedReptile(net, Schedule((Segment(99),)))
+    learner = reptile.clone()
+    reptile.discard(learner)
+    net.scale = 3.0
+    torch.testing.assert_close(reptile.clone()(x), 3 * net.layer(x))
+    net.scale, net.dropout.p = 1.0, 1.0
+    assert (reptile.clone()(x) == 0).all()
+    reptile.discard(reptile.clone())
+    net.register_buffer("seen", torch.zeros(2))
+    learner = reptile.clone()
+    assert learner.module.seen.shape == (2,)
+    reptile.discard(learner)
+    net.seen = torch.ones(5)
+    learner = reptile.clone()
+    assert torch.equal(learner.module.seen, torch.ones(5))
+    assert learner.module.blocks[0] is learner.module.layer is not net.layer
+
+
+def test_learners_made_in_inference_mode_leave_no_trace(net):
+    reptile = PrunedReptile(net, DSDSchedule(0.5, pretrain=0, prune=9, retrain=1))
+    with torch.inference_mode():
+        learner = reptile.clone()
+        learner(torch.zeros(1, 1, 6, 6))
+        reptile.discard(learner)
+    iterate(reptile, 0)
+
+
+@pytest.mark.parametrize(
+    "change", [nn.Module.double, lambda m: m.to(memory_format=torch.channels_last)]
+)
+def test_a_learner_that_is_cast_by_itself_stays_under_its_mask(net, change):
+    reptile = PrunedReptile(net, DSDSchedule(0.5, pretrain=0, prune=9, retrain=1))
+    learner = reptile.clone()
+    change(learner)
+    dtype = learner.module.fc.weight.dtype
+    adapt(learner, task(0, dtype))
+    for name, mask in reptile.pruner.masks.items():
+        weight = learner.module.get_parameter(name)
+        assert (weight[~mask] == 0).all()
+        assert (weight[mask] != 0).all()
+    if dtype == torch.float64:
+        with pytest.raises(RuntimeError, match=r"was cast or moved .*float64"):
+            reptile.collect(learner)
+        reptile.discard(learner)
+    else:
+        reptile.collect(learner)
+        reptile.step()
+    twin = PrunedReptile(SmallNet(), reptile.schedule)
+    twin.load_state_dict(reptile.state_dict())
+    iterate(reptile, 1)
+    iterate(twin, 1)
+    assert all(map(torch.equal, reptile.parameters(), twin.parameters()))
+
+
+def test_a_learner_that_is_moved_to_where_it_is_stays_as_it_was(net):
+    reptile = PrunedReptile(net, SCHEDULE)
+    learner = reptile.clone()
+    held = learner.workspace
+    adapt(learner.to("cpu"), task(0))
+    reptile.collect(learner)
+    assert reptile.clone().workspace is held
+
+
+def test_frozen_weights_stay_bit_for_bit_whatever_the_number_of_tasks():
+    torch.manual_seed(0)
+    net = SmallNet()
+    net.conv1.requires_grad_(False)
+    before = copy.deepcopy(net.conv1.state_dict())
+    reptile = PrunedReptile(net, SCHEDULE, skip="conv1")
+    for iteration in range(5):
+        iterate(reptile, iteration, tasks=7)
+    assert all(torch.equal(before[key], value) for key, value in net.conv1.state_dict().items())
+
+
+def test_a_task_that_diverged_can_be_dropped(net):
+    reptile = PrunedReptile(net, DSDSchedule(0.5, pretrain=1, prune=1, retrain=1))
+    learner = reptile.clone()
+    with torch.no_grad():
+        learner.module.fc.weight.fill_(float("nan"))
+    reptile.collect(learner)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=r"fc\.weight"):
+        reptile.step()
+    reptile.forget_tasks()
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    with pytest.raises(RuntimeError, match="without a task"):
+        reptile.step()
+    reptile.forget_inner_state()
+    iterate(reptile, 0)
+    assert all(weight.isfinite().all() for weight in net.parameters())

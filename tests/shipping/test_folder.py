@@ -336,3 +336,23 @@ def test_what_cannot_be_exported(tmp_path):
     with pytest.raises(ValueError, match=r"wave has the type torch\.complex64"):
         export(net, out)
     assert not out.exists()
+
+
+def test_each_layer_comes_back_in_its_mode(tmp_path):
+    net = Conv4(5, 8).train()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    export(net, tmp_path)
+    for found in (load(tmp_path), load(tmp_path, Conv4(5, 8).eval())):
+        modes = {name: module.training for name, module in found.named_modules()}
+        assert modes == {name: module.training for name, module in net.named_modules()}
+
+
+def test_a_learner_that_was_collected_is_not_exported(tmp_path):
+    reptile = PrunedReptile(SmallNet(), sparse(0.5))
+    learner = reptile.clone()
+    export(learner, tmp_path / "one")
+    reptile.collect(learner)
+    with pytest.raises(RuntimeError, match="was collected"):
+        export(learner, tmp_path / "two")
