@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from l2l_prune import PrunedReptile, Pruner, optimizer_state
 from l2l_prune import pruner as mask_pruner
+from l2l_prune.channels import plan as channel_plan
 from l2l_prune.channels import pruner as channel_pruner
 from l2l_prune.channels import surgery
 from l2l_prune.masking import attached, criteria, masked_layer, patterns, plan, topk
@@ -332,6 +333,10 @@ PLANTED: list[tuple[Check, Fault]] = [
     (
         reptile_checks.with_channels,
         Fault("second moments stay", optimizer_state, "level_state", nothing),
+    ),
+    (
+        reptile_checks.channels_at_usual_precision,
+        Fault("no room for rounding", channel_plan, "_close", lambda _: lambda these, those: False),
     ),
     (
         reptile_checks.with_channels_in_reptile,

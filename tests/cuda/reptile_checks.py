@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from l2l_prune import (
@@ -19,6 +20,7 @@ from l2l_prune import (
     TaskMasks,
 )
 from l2l_prune.channels.pruner import ChannelPruner, Structured
+from l2l_prune.fewshot.models import Conv4
 from l2l_prune.masking.criteria import snip
 from l2l_prune.metalearners.sparse_maml import SparseMAML
 from l2l_prune.reptile.batched import BatchedLearners
@@ -56,7 +58,9 @@ def iterate(reptile, iteration, device, step=plainly):
 def reptile_trace(reptile, device):
     state = reptile.state_dict()
     extra = state.pop("_extra_state")
-    return on_device(device, state, reptile.pruner.masks, extra["inner_state"], extra["pruner"])
+    kept = extra["pruner"].pop("kept", None)  # positions, on the CPU wherever the weights are
+    trace = on_device(device, state, reptile.pruner.masks, extra["inner_state"], extra["pruner"])
+    return trace | {f"kept {name}": places for name, places in (kept or {}).items()}
 
 
 def reptile_on(device, **options):
@@ -242,6 +246,32 @@ def with_channels(place: Place) -> None:
 
     for make, importance in ((sgd, "l2"), (adam, "l1"), (adam, "taylor")):
         place.compare(functools.partial(run, make=make, importance=importance))
+
+
+class Counted(nn.Module):
+    """Its output changes with the number of channels, where no tensor shows it."""
+
+    def forward(self, x):
+        return x * x.shape[1]
+
+
+def channels_at_usual_precision(place: Place) -> None:
+    """The trial cuts at construction run in TF32 on a GPU, and must not take that for a fault."""
+    pytest.importorskip("torch_pruning")
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        with place.fault():
+            for size, pooling in ((28, "stride"), (84, "max")):
+                net = Conv4(5, 64, 3, size, pooling).to(place.device)
+                x = torch.rand(1, 3, size, size, device=place.device)
+                pruner = ChannelPruner(net, SCHEDULE, example_inputs=x)
+                assert len(pruner.channels) == 4
+                wrong = nn.Sequential(nn.Conv2d(3, 64, 3), Counted(), nn.Conv2d(64, 5, 3))
+                with pytest.raises(ValueError, match="output changes"):
+                    ChannelPruner(wrong.to(place.device), SCHEDULE, example_inputs=x)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def with_channels_in_reptile(place: Place) -> None:

@@ -79,13 +79,13 @@ def steps_of_a_pruner(place: Place) -> None:
             optimizer.register_step_pre_hook(movement.observe)
             pruner = Pruner(net, SCHEDULE, optimizer, criterion=movement)
             Rewind(pruner, to=1)
-            Regrowth(pruner, interval=10)
+            Regrowth(pruner, interval=2)
             for number in range(SCHEDULE.iterations):
                 optimizer.zero_grad()
                 loss_of(net, number, place.device).backward()
                 with no_waiting(place):
                     optimizer.step()
-                with unless(pruner.mask_due, place):
+                with unless(pruner.mask_due or number == 3, place):  # one exchange of weights
                     pruner.step()
 
 
