@@ -336,7 +336,9 @@ PLANTED: list[tuple[Check, Fault]] = [
     ),
     (
         reptile_checks.channels_at_usual_precision,
-        Fault("no room for rounding", channel_plan, "_close", lambda _: lambda these, those: False),
+        Fault(
+            "no room for rounding", channel_plan, "_step_of_rounding", lambda _: lambda result: 0.0
+        ),
     ),
     (
         reptile_checks.with_channels_in_reptile,
