@@ -161,6 +161,10 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
             f"{path} sets unknown options: {', '.join(unknown)}; the options are "
             f"{', '.join(sorted(map(str, known)))}"
         )
+    flags = {p.name for p in context.command.params if getattr(p, "is_flag", False)}
+    for key, value in values.items():
+        if isinstance(value, bool) and key not in flags:  # which counts as 1
+            raise typer.BadParameter(f"{path}: {key} must not be {str(value).lower()}")
     several = {p.name for p in context.command.params if getattr(p, "multiple", False)}
     context.default_map = {
         key: [value] if key in several and isinstance(value, str) else value

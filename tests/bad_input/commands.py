@@ -112,6 +112,7 @@ CASES = [
     config("config with a table", "run.toml sets unknown options: run", "[run]\nways = 5"),
     config("config with words for a number", "--iterations", 'iterations = "many"'),
     config("config with a list for a number", "--ways", "ways = [2, 3]"),
+    config("config with true for a number", "iterations must not be true", "iterations = true"),
     config("config with half a seed", "--seeds", "seeds = 1.5"),
     config("config with a yes for a number", "ways must be >= 2", "ways = true"),
     config("config with a word for yes", "--transductive", 'transductive = "maybe"'),

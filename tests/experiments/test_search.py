@@ -32,7 +32,7 @@ from l2l_prune.experiments.running.run_folder import Outcome
 from l2l_prune.experiments.running.storage import run_name
 from l2l_prune.experiments.running.sweep import expand
 from l2l_prune.experiments.search import study, tune
-from l2l_prune.experiments.search.choice import Space, _taking_part
+from l2l_prune.experiments.search.choice import Space, _search, _taking_part
 from l2l_prune.experiments.search.costs import Budget, cost_of, dense_width, end_network, quantity
 from l2l_prune.experiments.search.halving import Candidate, Runs, Standing, race, rungs, same_search
 from l2l_prune.experiments.search.sensitivity import LEARN_MORE, Sensitivity, measure
@@ -195,6 +195,22 @@ def test_hours_count_over_restarts(tmp_path):
     assert not (tmp_path / "runs").exists()
     with pytest.raises(ValueError, match="hours"):
         Runs(tmp_path / "runs", QUIET, hours=0, **options)
+
+
+@pytest.mark.parametrize("text", ["{", "3", "{}", '{"seconds": "long"}', '{"seconds": -1}', ""])
+def test_a_damaged_clock_is_named(tmp_path, text):
+    clock = tmp_path / "clock.json"
+    clock.write_text(text)
+    with pytest.raises(ValueError, match=r"clock\.json is damaged .*delete it"):
+        Runs(tmp_path / "runs", QUIET, jobs=1, hours=1, clock=clock)
+
+
+@pytest.mark.parametrize("text", ["{broken\n", "null\n", '{"a": 1}\n'])
+def test_a_damaged_journal_is_named(tmp_path, text):
+    pytest.importorskip("optuna")
+    (tmp_path / "optuna.journal").write_text(text)
+    with pytest.raises(ValueError, match=r"optuna\.journal is damaged .*delete it"):
+        _search(None, None, tmp_path, length=1, races=1, seed=0)
 
 
 def never_ends(config, folder, logger, tell):

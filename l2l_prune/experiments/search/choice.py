@@ -359,7 +359,14 @@ def _search(
     from optuna.storages.journal import JournalFileBackend
     from optuna.trial import TrialState
 
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(out / "optuna.journal")))
+    file = out / "optuna.journal"
+    try:
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(file)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}): delete it, and candidates are drawn anew; runs that "
+            "have finished are kept"
+        ) from None
     journal = optuna.create_study(
         storage=storage, study_name="tune", direction="maximize", load_if_exists=True
     )

@@ -113,7 +113,14 @@ class Runs:
         self._hours = hours
         self._most = None if hours is None else 3600 * hours
         self._clock, self._started = clock, time.monotonic()
-        self._before = float(json.loads(clock.read_text())["seconds"]) if clock.exists() else 0.0
+        self._before = 0.0
+        if clock.exists():
+            try:
+                self._before = checks.number("seconds", json.loads(clock.read_text())["seconds"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{clock} is damaged ({error}): delete it, and the time is counted from now"
+                ) from None
         self.failed: dict[str, str] = {}
 
     def beside(self, folder: Path) -> Runs:

@@ -151,7 +151,7 @@ def picture_files(folder: str | os.PathLike[str]) -> list[Path]:
         FileNotFoundError: If the folder does not exist, or has no pictures.
     """
     found = Path(folder).rglob("*")
-    paths = sorted(path for path in found if is_picture(path.name) and path.is_file())
+    paths = sorted(path for path in found if is_picture(path.name) and not path.is_dir())
     if not paths:
         raise FileNotFoundError(f"there are no pictures ({', '.join(ENDINGS)}) under {folder}")
     return paths

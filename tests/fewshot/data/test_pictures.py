@@ -47,5 +47,9 @@ def test_what_cannot_be_read(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"text")
     with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
         load_pictures(tmp_path)
+    (tmp_path / "broken.png").unlink()
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(FileNotFoundError, match=r"link\.png"):
+        load_pictures(tmp_path)
     with pytest.raises(ValueError, match="size must be >= 1"):
         load_pictures(tmp_path, 0)
