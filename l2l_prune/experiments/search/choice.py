@@ -362,14 +362,14 @@ def _search(
     file = out / "optuna.journal"
     try:
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(file)))
+        journal = optuna.create_study(
+            storage=storage, study_name="tune", direction="maximize", load_if_exists=True
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file} is damaged ({error}): delete it, and candidates are drawn anew; runs that "
             "have finished are kept"
         ) from None
-    journal = optuna.create_study(
-        storage=storage, study_name="tune", direction="maximize", load_if_exists=True
-    )
     seen: dict[str, Standing] = {}
     for number in range(races):
         if runs.over(SEARCHING):
