@@ -22,6 +22,7 @@ from torch import Tensor
 
 from l2l_prune._basics import checks
 from l2l_prune._basics.files import replace_file
+from l2l_prune.fewshot.data.benchmarks import SPLITS
 from l2l_prune.fewshot.data.cache import Images, cache_folder, locked, map_images, write_images
 from l2l_prune.fewshot.data.pictures import (
     DamagedPicture,
@@ -32,7 +33,6 @@ from l2l_prune.fewshot.data.pictures import (
 )
 from l2l_prune.fewshot.data.sources import WHOLE, Source, Survey, find_source
 
-SPLITS = ("train", "validation", "test")
 _FORMAT = 1
 _BATCH = 16  # pictures that a thread takes at once
 _NAMED = 10  # files or classes that a message names

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from l2l_prune._basics.files import replace_file
+from l2l_prune.fewshot.data.benchmarks import SPLITS
 from l2l_prune.fewshot.data.folder import Bar, split_classes
 from l2l_prune.fewshot.data.pictures import (
     DamagedPicture,
@@ -170,7 +171,7 @@ def split_lines(source: Source, seed: int | None) -> list[str]:
     """
     survey = source.survey()
     given = seed is None and WHOLE not in survey.counts
-    names = list(survey.counts) if given else ["train", "validation", "test"]
+    names = list(survey.counts) if given else list(SPLITS)
     lines = []
     for split in names:
         classes = [shown(name) for name in split_classes(source, survey, split, seed)]
