@@ -26,7 +26,7 @@ def export_onnx(learner: nn.Module | Exported, path: Path | str, example: Tensor
 
     Batch normalisation in training mode, in which Reptile's learners are scored, is written as the
     batch's mean and variance: torch's own ONNX for it computes something else in ONNX Runtime.
-    Dropout is left out.
+    Dropout is left out. A network on a GPU is copied to the CPU for this.
 
     Args:
         learner: As for :func:`~l2l_prune.shipping.export`.
@@ -41,7 +41,7 @@ def export_onnx(learner: nn.Module | Exported, path: Path | str, example: Tensor
         TypeError: If an argument has the wrong type.
         ValueError: If the network cannot be written, or gives other outputs there.
     """
-    net = _prepared(learner, example)
+    net, example = _prepared(learner, example)
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 - torch.onnx needs it
@@ -57,7 +57,7 @@ def export_onnx(learner: nn.Module | Exported, path: Path | str, example: Tensor
     (given,) = session.get_inputs()
 
     def runtime(x: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {given.name: x.cpu().numpy()})[0])
+        return torch.from_numpy(session.run(None, {given.name: x.numpy()})[0])
 
     found = _difference(net, runtime, example, "ONNX Runtime")
     with replace_file(Path(path)) as temporary:
@@ -68,7 +68,8 @@ def export_onnx(learner: nn.Module | Exported, path: Path | str, example: Tensor
 def export_program(learner: nn.Module | Exported, path: Path | str, example: Tensor) -> float:
     """Write a network with ``torch.export`` for any batch size, and check its outputs.
 
-    ``torch.export.load`` reads it without this library; load only files that you trust.
+    ``torch.export.load`` reads it without this library; load only files that you trust. A network
+    on a GPU is copied to the CPU for this.
 
     Args:
         learner: As for :func:`~l2l_prune.shipping.export`.
@@ -82,7 +83,7 @@ def export_program(learner: nn.Module | Exported, path: Path | str, example: Ten
         TypeError: If an argument has the wrong type.
         ValueError: If the network cannot be written, or gives other outputs there.
     """
-    net = _prepared(learner, example)
+    net, example = _prepared(learner, example)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -111,8 +112,9 @@ class _BatchStatistics(nn.Module):
         return x if self.weight is None else x * self.weight.view(shape) + self.bias.view(shape)
 
 
-def _prepared(learner: nn.Module | Exported, example: Tensor) -> nn.Module:
-    net = plain_copy(network_of(learner))
+def _prepared(learner: nn.Module | Exported, example: Tensor) -> tuple[nn.Module, Tensor]:
+    """A copy that other runtimes can compute, on the CPU: a GPU rounds to TF32."""
+    net = plain_copy(network_of(learner)).cpu()
     checks.of_type("example", example, Tensor, "a tensor")
     if example.dim() < 2 or len(example) < 2:
         raise ValueError(
@@ -127,9 +129,9 @@ def _prepared(learner: nn.Module | Exported, example: Tensor) -> nn.Module:
         ):
             parent, _, name = path.rpartition(".")
             if not path:
-                return _BatchStatistics(module)
+                return _BatchStatistics(module), example.cpu()
             setattr(net.get_submodule(parent), name, _BatchStatistics(module))
-    return net
+    return net, example.cpu()
 
 
 def _exported(net: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
@@ -147,7 +149,7 @@ def _difference(
 ) -> float:
     largest = 0.0
     for x in (example, torch.cat([example, example.flip(0)[:1] / 2])):
-        expected, found = net(x).cpu(), other(x).cpu()
+        expected, found = net(x), other(x)
         difference = float((found - expected).abs().max())
         if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
             raise ValueError(

@@ -23,12 +23,15 @@ from l2l_prune.masking import attached, criteria, masked_layer, patterns, plan, 
 from l2l_prune.metalearners import sparse_maml
 from l2l_prune.methods import drop_grad, mgaug, regrowth, rewinding, task_dropout
 from l2l_prune.reptile import batched, compiled, learner, reptile
+from l2l_prune.shipping import costs, folder, formats
 from tests.cuda import (
     hosts_checks,
+    metalearner_checks,
     moving_checks,
     pruner_checks,
     ranks_checks,
     reptile_checks,
+    shipping_checks,
     waiting_checks,
 )
 from tests.cuda.place import Place
@@ -170,6 +173,10 @@ def without_masks(original):
         original(*given[:-1], {})
 
     return update
+
+
+def all_ones(original):
+    return lambda net: {name: torch.ones_like(value) for name, value in original(net).items()}
 
 
 def masks_dropped(self):
@@ -413,10 +420,23 @@ PLANTED: list[tuple[Check, Fault]] = [
             after(lambda self: bool(self.parameters[0].isnan().any())),
         ),
     ),
+    (
+        shipping_checks.exports,
+        Fault("nothing may differ", formats, "_TOLERANCE", lambda _: 0.0),
+    ),
+    (shipping_checks.exports, Fault("all masks on", folder, "dense_state_dict", all_ones)),
+    (
+        shipping_checks.costs_of_adapting,
+        Fault("a step is left out", costs._Way, "_adapt", lambda _: costs._Way._step),
+    ),
     (hosts_checks.with_learn2learn, NOT_RAISED),
     (hosts_checks.with_learn2learn, ALL_TRUE),
     (hosts_checks.with_higher, ALL_TRUE),
     (hosts_checks.with_lightning, NOT_LEVELLED),
+    (metalearner_checks.with_cavia, ALL_TRUE),
+    (metalearner_checks.with_metaoptnet, ALL_TRUE),
+    (metalearner_checks.with_fields, ALL_TRUE),
+    (metalearner_checks.with_fields, NOT_RAISED),
     (hosts_checks.with_lightning, ALL_TRUE),
     (
         ranks_checks.two_ranks,
@@ -430,6 +450,8 @@ MODULES = (
     moving_checks,
     waiting_checks,
     hosts_checks,
+    metalearner_checks,
+    shipping_checks,
     ranks_checks,
 )
 CHECKS: list[Check] = [

@@ -15,8 +15,8 @@ TASKS = 2
 PER_TASK = Schedule((Segment(2), Segment(4, sparse=True, sparsity=0.5, masks="task")))
 
 
-def train(device, net, host, adapted, schedule=SCHEDULE):
-    """A trace of meta-steps; ``adapted(number)`` is a learner after its support set."""
+def train(device, net, host, task_loss, schedule=SCHEDULE):
+    """A trace of meta-steps; ``task_loss(number)`` is that of a task's query set."""
     optimizer = torch.optim.Adam(host.parameters(), lr=0.01)
     drawn = TaskMasks(torch.Generator().manual_seed(0)) if schedule is PER_TASK else None
     pruner = Pruner(host, schedule, optimizer, task_masks=drawn)
@@ -26,7 +26,7 @@ def train(device, net, host, adapted, schedule=SCHEDULE):
         for task in range(TASKS):
             number = 10 * iteration + task
             with pruner.task_masks():
-                loss_of(adapted(number), number + 5, device).backward()
+                task_loss(number).backward()
         optimizer.step()
         pruner.step()
         values = net.state_dict(), pruner.masks, state_of(optimizer)
@@ -42,12 +42,12 @@ def with_learn2learn(place: Place) -> None:
         net = network().to(device)
         host = algorithm(net, lr=0.1).to(device)
 
-        def adapted(number):
+        def task_loss(number):
             learner = host.clone()
             learner.adapt(loss_of(learner, number, device))
-            return learner
+            return loss_of(learner, number + 5, device)
 
-        return train(device, net, host, adapted, schedule)
+        return train(device, net, host, task_loss, schedule)
 
     for algorithm in (l2l.algorithms.MAML, l2l.algorithms.MetaSGD):
         for schedule in (SCHEDULE, PER_TASK):
@@ -61,12 +61,12 @@ def with_higher(place: Place) -> None:
         net = network().to(device)
         inner = torch.optim.SGD(net.parameters(), lr=0.1)
 
-        def adapted(number):
+        def task_loss(number):
             with higher.innerloop_ctx(net, inner, copy_initial_weights=False) as (learner, steps):
                 steps.step(loss_of(learner, number, device))
-                return learner
+                return loss_of(learner, number + 5, device)
 
-        return train(device, net, net, adapted)
+        return train(device, net, net, task_loss)
 
     place.compare(run)
 
