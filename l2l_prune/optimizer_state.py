@@ -229,6 +229,7 @@ def _bias_correction(optimizer: Optimizer, parameter: Tensor) -> Tensor | float:
     step = optimizer.state.get(parameter, {}).get("step")
     for group in optimizer.param_groups:
         if step is not None and "betas" in group and any(p is parameter for p in group["params"]):
-            # On the same device as the count: a copy to another would wait for the device.
-            return torch.as_tensor(1 - group["betas"][1] ** (step + 1))
+            # A tensor where the count is one: a copy to another device would wait for it.
+            correction: Tensor | float = 1 - group["betas"][1] ** (step + 1)
+            return correction
     return 1.0

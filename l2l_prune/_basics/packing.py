@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 ALL, BITMASK, INDICES = "all", "bitmask", "indices"
 WAYS = (ALL, BITMASK, INDICES)
+NO_PLACES = torch.empty(0, dtype=torch.uint8, device="cpu")
+_EIGHT = torch.arange(8, dtype=torch.uint8, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,10 @@ def pack(tensor: Tensor) -> Packed:
     }
     how = min(WAYS, key=lambda way: sizes[way])
     if how == ALL:
-        return Packed(ALL, values, torch.empty(0, dtype=torch.uint8))
+        return Packed(ALL, values, NO_PLACES)
     if how == BITMASK:
         return Packed(BITMASK, kept, _bits_as_bytes(there))
-    shifts = 8 * torch.arange(_index_size(len(values)))
+    shifts = 8 * torch.arange(_index_size(len(values)), device="cpu")
     return Packed(INDICES, kept, (there.nonzero() >> shifts & 255).to(torch.uint8))
 
 
@@ -75,11 +77,12 @@ def unpack(packed: Packed, numel: int) -> Tensor:
         places = _bytes_as_bits(packed.places.flatten()).nonzero().squeeze(1)
     else:
         width = _index_size(numel)
-        places = (packed.places.view(count, width).long() << 8 * torch.arange(width)).sum(1)
+        shifts = 8 * torch.arange(width, device="cpu")
+        places = (packed.places.view(count, width).long() << shifts).sum(1)
     rising = bool((places[1:] > places[:-1]).all())
     if len(places) != count or not rising or (count and int(places[-1]) >= numel):
         raise ValueError(f"the places of {count} values do not fit a tensor of {numel}")
-    values = torch.zeros(numel, dtype=packed.values.dtype)
+    values = torch.zeros(numel, dtype=packed.values.dtype, device="cpu")
     values[places] = packed.values
     return values
 
@@ -94,7 +97,7 @@ def as_bytes(tensor: Tensor) -> bytes:
 def from_bytes(data: bytes, dtype: torch.dtype) -> Tensor:
     """Numbers of a type from the bytes of :func:`as_bytes`, ``[n]``."""
     if not data:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     return torch.frombuffer(bytearray(data), dtype=dtype)
 
 
@@ -110,8 +113,8 @@ def _index_size(numel: int) -> int:
 def _bits_as_bytes(bits: Tensor) -> Tensor:
     """Eight flags a byte, the first in its lowest bit."""
     padded = nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).view(-1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return (padded << _EIGHT).sum(1, dtype=torch.uint8)
 
 
 def _bytes_as_bits(packed: Tensor) -> Tensor:
-    return (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten()
+    return (packed[:, None] >> _EIGHT & 1).flatten()

@@ -87,6 +87,10 @@ class Channels:
         """How many channels there are in all groups."""
         return sum(group.channels for group in self.groups)
 
+    def all(self) -> Tensor:
+        """All channels, as which of them stay: boolean, on the CPU as everything about channels."""
+        return torch.ones(self.count, dtype=torch.bool, device="cpu")
+
     def on(self, copy: nn.Module) -> Channels:
         """The same of a copy of the network."""
         slots = [Slot(copy.get_submodule(s.axis.path), s.axis, s.units) for s in self.slots]
@@ -94,7 +98,7 @@ class Channels:
 
     def without(self, groups: Sequence[ChannelGroup], why: str) -> Channels:
         """The same, except that these groups stay whole."""
-        stay = torch.zeros(self.count + 1, dtype=torch.bool)  # the last is for -1
+        stay = torch.zeros(self.count + 1, dtype=torch.bool, device="cpu")  # the last is for -1
         for group in groups:
             stay[list(group.units)] = True
         number = (~stay).cumsum(0) - 1
@@ -195,10 +199,10 @@ def _grouped(
         why = next((fixed[root][1] for root in roots[axis].tolist() if root in fixed), "")
         if why and maker.path not in shrunk:
             whole[maker.path] = why
-    slots = [
-        Slot(modules[axis.path], axis, torch.tensor([unit.get(r, -1) for r in ids.tolist()]))
-        for axis, ids in roots.items()
-    ]
+    slots = []
+    for axis, ids in roots.items():
+        numbers = torch.tensor([unit.get(root, -1) for root in ids.tolist()], device="cpu")
+        slots.append(Slot(modules[axis.path], axis, numbers))
     held = tuple(slot for slot in slots if bool((slot.units >= 0).any()))
     return Channels(tuple(groups), held, whole)
 
@@ -383,10 +387,10 @@ def importance_group(channels: Channels, group: ChannelGroup, kept: Tensor) -> A
     from torch_pruning._helpers import GroupItem
     from torch_pruning.dependency import Dependency, Group, Node
 
-    number = torch.full((len(kept) + 1,), -1)
+    number = torch.full((len(kept) + 1,), -1, device="cpu")
     here = torch.zeros_like(kept)
     here[list(group.units)] = kept[list(group.units)]
-    number[:-1][here] = torch.arange(int(here.sum()))
+    number[:-1][here] = torch.arange(int(here.sum()), device="cpu")
     source = Group()
     for slot in scored_slots(channels, group):
         there = slot.units[(slot.units < 0) | kept[slot.units]]

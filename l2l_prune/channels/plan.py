@@ -76,10 +76,10 @@ def choose_channels(
     Raises:
         ValueError: If there are no scores, or they do not fit; names the layer.
     """
-    there = torch.ones(channels.count, dtype=torch.bool) if before is None else before
+    there = channels.all() if before is None else before
     chosen = torch.zeros_like(there)
     for group, keep in zip(channels.groups, counts, strict=True):
-        own = torch.tensor(group.units)
+        own = torch.tensor(group.units, device="cpu")
         present = own[there[own]]
         if keep >= len(present):  # channels that come back are taken in order
             absent = own[~there[own]]
@@ -163,9 +163,9 @@ class _Trial:
     def failing(self, channels: Channels, counts: Sequence[int]) -> list[ChannelGroup]:
         """The groups that cannot be cut, narrowed down as far as possible."""
         chosen = torch.Generator().manual_seed(0)
-        some, others = (torch.ones(channels.count, dtype=torch.bool) for _ in range(2))
+        some, others = channels.all(), channels.all()
         for group, count in zip(channels.groups, counts, strict=True):
-            order = group.first + torch.randperm(group.channels, generator=chosen)
+            order = torch.randperm(group.channels, generator=chosen, device="cpu") + group.first
             some[order[count:]] = False
             others[order[: group.channels - count]] = False
         surgery = Surgery(self._twin, channels.on(self._twin))
@@ -235,9 +235,9 @@ def _randomize(model: nn.Module) -> None:
         if not (isinstance(tensor, nn.Parameter) or statistic) or not tensor.is_floating_point():
             continue
         if tensor.dim() < 2:
-            value = torch.rand(tensor.shape, generator=chosen) + 0.5
+            value = torch.rand(tensor.shape, generator=chosen, device="cpu") + 0.5
         else:
-            value = torch.randn(tensor.shape, generator=chosen)
+            value = torch.randn(tensor.shape, generator=chosen, device="cpu")
             value *= (tensor.shape[0] / max(tensor.numel(), 1)) ** 0.5
         tensor.copy_(value)
 

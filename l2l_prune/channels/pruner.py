@@ -150,7 +150,7 @@ class ChannelPruner(ScheduledPruner):
         channels = find_channels(model, example_inputs, rules)
         self._channels = try_cuts(model, channels, example_inputs, schedule)
         self._surgery = Surgery(model, self._channels)
-        cuts = self._surgery.plan(torch.ones(self._channels.count, dtype=torch.bool))
+        cuts = self._surgery.plan(self._channels.all())
         self._shapes = {name: cut.get().shape for name, cut in cuts.items()}
         self._example_inputs = example_inputs
         self._full_size = count_operations(model, example_inputs)
@@ -305,7 +305,7 @@ class ChannelPruner(ScheduledPruner):
         self._position = self.schedule.index(self._iteration)
         self.released = {}
         if kept is not None:
-            chosen = torch.zeros(self._channels.count, dtype=torch.bool)
+            chosen = ~self._channels.all()
             for group in self._channels.groups:
                 chosen[group.first + kept[group.name].cpu()] = True
             self._shrink(chosen)
@@ -392,8 +392,7 @@ class ChannelPruner(ScheduledPruner):
 
     def _by_name(self) -> dict[str, Tensor]:
         """Positions of the channels that are present now, by group."""
-        everything = torch.ones(self._channels.count, dtype=torch.bool)
-        kept = everything if self._kept is None else self._kept
+        kept = self._channels.all() if self._kept is None else self._kept
         groups = self._channels.groups
         return {g.name: kept[list(g.units)].nonzero().squeeze(1) for g in groups}
 

@@ -170,7 +170,7 @@ class Surgery:
         """
         for name, cut in cuts.items():
             cut.set(cut.put(cut.get().detach(), whole[name]))
-        self._tell_sizes(torch.ones(self.channels.count, dtype=torch.bool))
+        self._tell_sizes(self.channels.all())
 
     def _of_heads(self, group: ChannelGroup) -> list[tuple[nn.Module, str, int, ChannelGroup]]:
         """Attributes of attention layers that hold the number or the width of their heads."""

@@ -86,9 +86,9 @@ class TaskChannels(TaskDraws):
         self._begun = True
         generator = self._seeds.begin(self._segments[self._position].share)
         if generator is not None:
-            self.kept = torch.zeros(self._channels.count, dtype=torch.bool)
+            self.kept = ~self._channels.all()
             for group, count in zip(self._channels.groups, counts, strict=True):
-                order = torch.randperm(group.channels, generator=generator)
+                order = torch.randperm(group.channels, generator=generator, device="cpu")
                 self.kept[group.first + order[:count]] = True
                 self._told[group.name] = self.kept[list(group.units)]
         return self.kept

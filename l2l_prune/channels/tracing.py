@@ -71,7 +71,7 @@ class Labels:
 
     axes: dict[Axis, Tensor] = field(default_factory=dict)
     attended: list[Tensor] = field(default_factory=list)
-    _same: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
+    _same: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long, device="cpu"))
     _fixed: list[tuple[Tensor, str, str]] = field(default_factory=list)
     _grids: list[Tensor] = field(default_factory=list)
 
@@ -79,7 +79,7 @@ class Labels:
         """The labels along an axis, made on first use."""
         if axis not in self.axes:
             start = len(self._same)
-            self.axes[axis] = torch.arange(start, start + size)
+            self.axes[axis] = torch.arange(start, start + size, device="cpu")
             self._same = torch.cat([self._same, self.axes[axis]])
         return self.axes[axis]
 

@@ -248,8 +248,10 @@ def estimate_smoothness(
         parts = torch.autograd.grad(slope, tensors, allow_unused=True)
         return math.hypot(*(float(part.norm()) for part in parts if part is not None))
 
+    drawn: Any = {} if generator is None else {"generator": generator, "device": generator.device}
+
     def step(length: float) -> Tensor:
-        direction = torch.randn(start.shape, generator=generator, dtype=start.dtype)
+        direction = torch.randn(start.shape, **drawn, dtype=start.dtype)
         moved: Tensor = length * direction / direction.norm()
         return moved.to(start.device)
 
@@ -257,7 +259,7 @@ def estimate_smoothness(
     lipschitz = smoothness = 0.0
     try:
         for number in range(samples):
-            a = start + step(float(torch.rand(1, generator=generator)) * radius / 2)
+            a = start + step(float(torch.rand(1, **drawn)) * radius / 2)
             direction = step(1.0)
             b = a + radius / 2 * direction
             ga, gb = gradient(a), gradient(b)

@@ -60,7 +60,8 @@ def random(generator: torch.Generator) -> Criterion:
     checks.of_type("generator", generator, torch.Generator, "a torch.Generator")
 
     def scores(weight: Tensor) -> Tensor:
-        return torch.rand(weight.shape, generator=generator).to(weight.device)
+        drawn = torch.rand(weight.shape, generator=generator, device=generator.device)
+        return drawn.to(weight.device)
 
     return scores
 
@@ -126,7 +127,7 @@ def grasp(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Criterion
                     "pruned model, and leave out tensors that it does not use with skip="
                 )
             flows = (widened(g) * widened(g.detach()) for g in gradients if g is not None)
-            flow = sum((part.sum() for part in flows), torch.zeros(()))
+            flow = sum((part.sum() for part in flows), weight.new_zeros(()))
             (product,) = torch.autograd.grad(flow, weight, allow_unused=True)
         if product is None:  # a loss that is linear in this weight
             product = torch.zeros_like(weight)

@@ -102,7 +102,8 @@ class TaskSeeds:
     def begin(self, share: float) -> torch.Generator | None:
         """The next task's generator, or ``None`` if the task is not in the share that is masked."""
         if self._seed is None:
-            self._seed = int(torch.randint(2**62, (), generator=self._generator))
+            drawn: Any = {"generator": self._generator, "device": self._generator.device}
+            self._seed = int(torch.randint(2**62, (), **drawn))
         rank = 0 if self._group is None else dist.get_rank(self._group)
         seed = self._seed + (rank << 20) + self.tasks
         self.tasks += 1

@@ -20,7 +20,7 @@ Called with gradients off."""
 
 def uniform(weight: Tensor, generator: torch.Generator) -> Tensor:
     """All masks are equally likely."""
-    return torch.rand(weight.shape, generator=generator)
+    return torch.rand(weight.shape, generator=generator, device=generator.device)
 
 
 def magnitude(temperature: float) -> TaskScores:

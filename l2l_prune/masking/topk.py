@@ -86,11 +86,11 @@ def _bisected_threshold(flat: Tensor, keep: int) -> float:
     bits = _BITS[flat.dtype]
 
     def place(value: float) -> int:  # a number's rank among all numbers of the dtype
-        number = int(torch.tensor(abs(value), dtype=flat.dtype).view(bits))
+        number = int(torch.tensor(abs(value), dtype=flat.dtype, device="cpu").view(bits))
         return -number if value < 0 else number
 
     def value(place: int) -> float:
-        number = float(torch.tensor(abs(place), dtype=bits).view(flat.dtype))
+        number = float(torch.tensor(abs(place), dtype=bits, device="cpu").view(flat.dtype))
         return -number if place < 0 else number
 
     low, high = (place(float(end)) for end in flat.aminmax())

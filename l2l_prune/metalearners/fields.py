@@ -116,9 +116,10 @@ class FourierFeatureMLP(nn.Module):
         checks.whole_number("in_features", in_features, least=1)
         checks.whole_number("features", features, least=1)
         checks.number("scale", scale, above=0)
-        drawn = scale * torch.randn(in_features, features, generator=generator)
-        self.register_buffer("frequencies", drawn)
+        drawn_on = None if generator is None else generator.device
+        drawn = torch.randn(in_features, features, generator=generator, device=drawn_on)
         layers = _linear_layers(2 * features, out_features, width, depth)
+        self.register_buffer("frequencies", scale * drawn.to(layers[0].weight.device))
         self.layers = nn.ModuleList(layers)
         for layer in layers:
             _uniform(layer.weight, math.sqrt(6 / layer.in_features), generator)
@@ -144,8 +145,9 @@ def _linear_layers(in_features: int, out_features: int, width: int, depth: int) 
 
 
 def _uniform(tensor: Tensor, bound: float, generator: torch.Generator | None) -> None:
+    drawn = torch.empty_like(tensor, device=None if generator is None else generator.device)
     with torch.no_grad():
-        tensor.uniform_(-bound, bound, generator=generator)
+        tensor.copy_(drawn.uniform_(-bound, bound, generator=generator))
 
 
 def coordinates(height: int, width: int) -> Tensor:
@@ -190,7 +192,8 @@ class ImageSignals:
         if not bool(((scaled >= 0) & (scaled <= 1)).all()):  # also refuses NaN
             raise ValueError("images must be uint8, or real numbers in [0, 1]")
         self._size = tuple(images.shape[2:])
-        self.coordinates = coordinates(*self._size).to(images.device)
+        with torch.device(images.device):
+            self.coordinates = coordinates(*self._size)
         self.values = scaled.flatten(2).transpose(1, 2).contiguous()
 
     def __len__(self) -> int:
@@ -208,7 +211,9 @@ class ImageSignals:
         """
         if not 1 <= signals <= len(self):
             raise ValueError(f"signals must be in [1, {len(self)}], got {signals}")
-        return self.values[torch.randperm(len(self), generator=generator)[:signals]]
+        drawn_on = "cpu" if generator is None else generator.device
+        order = torch.randperm(len(self), generator=generator, device=drawn_on)
+        return self.values[order[:signals].to(self.values.device)]
 
     def pictures(self, values: Tensor) -> Tensor:
         """Values ``[..., H * W, C]`` as pictures ``[..., C, H, W]``, clamped to [0, 1]."""

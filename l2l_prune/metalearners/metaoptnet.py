@@ -135,7 +135,8 @@ def svm_dual(kernel: Tensor, labels: Tensor, C: float = SVM_C) -> Tensor:
 def ridge_scores(support: Tensor, labels: Tensor, query: Tensor, ridge: float = RIDGE) -> Tensor:
     """Scores of ridge regression on one-hot labels, in closed form; arguments as above."""
     target = F.one_hot(labels).to(support.dtype)
-    kernel = support @ support.t() + ridge * torch.eye(len(support)).to(support)
+    one = torch.eye(len(support), dtype=support.dtype, device=support.device)
+    kernel = support @ support.t() + ridge * one
     dual: Tensor = torch.linalg.solve(kernel, 2 * target)
     return query @ support.t() @ dual
 

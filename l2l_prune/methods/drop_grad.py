@@ -94,8 +94,9 @@ class DropGrad:
         self._generator.set_state(state["generator"].cpu())
 
     def _drawn(self, shape: torch.Size) -> Tensor:
+        drawn: Any = {"generator": self._generator, "device": self._generator.device}
         if self._noise == "bernoulli":
-            kept = torch.rand(shape, generator=self._generator) >= self._rate
+            kept = torch.rand(shape, **drawn) >= self._rate
             return kept / (1 - self._rate)
         spread: float = (self._rate / (1 - self._rate)) ** 0.5
-        return 1 + spread * torch.randn(shape, generator=self._generator)
+        return 1 + spread * torch.randn(shape, **drawn)

@@ -130,7 +130,8 @@ class MGAug:
         before = {name: _gradient(w) for name, w in weights.items()} if catfish else {}
         yield {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
         gradients = self._meta_gradients(before) if catfish else {}
-        others = torch.rand(self._networks - 1, generator=generator, dtype=torch.float64)
+        drawn: Any = {"generator": generator, "device": "cpu", "dtype": torch.float64}
+        others = torch.rand(self._networks - 1, **drawn)
         for rate in [self._rate, *(self._rate * others).tolist()]:
             if self._channels is not None:
                 yield self._narrowed(self._channels, rate)
@@ -193,7 +194,7 @@ class MGAug:
         return found
 
     def _narrowed(self, channels: Channels, rate: float) -> dict[str, Tensor]:
-        kept = torch.ones(channels.count + 1, dtype=torch.bool)  # the last is for -1
+        kept = torch.ones(channels.count + 1, dtype=torch.bool, device="cpu")  # the last is for -1
         for group in channels.groups:
             kept[group.first + max(1, kept_count(group.channels, rate)) : group.units.stop] = False
         masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in self._pruner.weights.items()}

@@ -121,9 +121,10 @@ class Regrowth:
 
     def _growth_scores(self) -> dict[str, Tensor]:
         group, weights = self._pruner.group, self._pruner.weights
+        drawn: Any = {"generator": self._generator, "device": self._generator.device}
         if self._loss is None:
             random = {
-                name: torch.rand(weight.shape, generator=self._generator).to(weight.device)
+                name: torch.rand(weight.shape, **drawn).to(weight.device)
                 for name, weight in weights.items()
             }
             ranks.take_first(list(random.values()), group)

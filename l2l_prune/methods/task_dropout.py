@@ -64,7 +64,8 @@ class TaskDropout(nn.Dropout):
         shape = input.shape[1:]
         if self.channels:
             shape = torch.Size([shape[0], *(1 for _ in shape[1:])])
-        kept = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) >= self.p
+        generator = torch.Generator().manual_seed(seed)
+        kept = torch.rand(shape, generator=generator, device="cpu") >= self.p
         return input * (kept / (1 - self.p)).to(input)
 
     @staticmethod
@@ -84,7 +85,7 @@ class TaskDropout(nn.Dropout):
             raise ValueError("the model has no TaskDropout: call TaskDropout.replace_in(model)")
         check_generator(generator)
         for layer in layers:
-            seed = int(torch.randint(2**62, (), generator=generator))
+            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
             layer.seed = layer.seed.clone().fill_(seed)  # learn2learn's clones share the old one
 
     @staticmethod

@@ -86,7 +86,7 @@ def _of_channels(
                 f"adapt_only cannot choose channels of {name}, a {type(layer).__name__}, which "
                 "does not hold its output channels first; give None for the whole layer"
             )
-        keep = torch.zeros(count, dtype=torch.bool)
+        keep = torch.zeros(count, dtype=torch.bool, device="cpu")
         for channel in channels:
             index = checks.whole_number(f"adapt_only[{name!r}]", channel)
             if index >= count:

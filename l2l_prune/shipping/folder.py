@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from l2l_prune._basics import checks
 from l2l_prune._basics.arguments import is_plain
 from l2l_prune._basics.files import replace_file
-from l2l_prune._basics.packing import ALL, WAYS, Packed, pack, unpack
+from l2l_prune._basics.packing import ALL, NO_PLACES, WAYS, Packed, pack, unpack
 from l2l_prune._basics.tensor_files import DamagedFile
 from l2l_prune.channels.pruner import Exported
 from l2l_prune.fewshot.evaluation import Mean
@@ -270,7 +270,7 @@ def _read_tensors(place: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     for name, entry in manifest["tensors"].items():
         shape, how = torch.Size(entry["shape"]), entry["stored"]
         try:
-            places = torch.empty(0, dtype=torch.uint8) if how == ALL else stored[f"{name}#{how}"]
+            places = NO_PLACES if how == ALL else stored[f"{name}#{how}"]
             packed = Packed(WAYS[WAYS.index(how)], stored[name].flatten(), places)
             values = unpack(packed, shape.numel())
             state[name] = values.view(shape).to(_DTYPES[entry["dtype"]])

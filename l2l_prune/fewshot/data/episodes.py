@@ -91,7 +91,8 @@ class EpisodeSampler:
                 f"shots + queries = {shots + queries}, but class {int(classes[smallest])} has only "
                 f"{int(sizes[smallest])} examples"
             )
-        self._images = images
+        self._images, labels = images, labels.cpu()  # where episodes are drawn
+        sizes = sizes.cpu()
         self.ways, self.shots, self.queries = ways, shots, queries
         self._sizes = sizes
         self._first = sizes.cumsum(0) - sizes  # of each class in the order below
@@ -104,14 +105,15 @@ class EpisodeSampler:
 
     def sample(self) -> Episode:
         """Draw one episode."""
-        classes = torch.randperm(len(self._sizes), generator=self._generator)[: self.ways]
+        drawn: Any = {"generator": self._generator, "device": self._generator.device}
+        classes = torch.randperm(len(self._sizes), **drawn)[: self.ways].cpu()
         # The smallest random keys choose examples without replacement, in all classes at once.
-        keys = torch.rand(self.ways, int(self._sizes.max()), generator=self._generator)
-        keys[torch.arange(keys.shape[1]) >= self._sizes[classes][:, None]] = 2.0
+        keys = torch.rand(self.ways, int(self._sizes.max()), **drawn).cpu()
+        keys[torch.arange(keys.shape[1], device="cpu") >= self._sizes[classes][:, None]] = 2.0
         members = keys.argsort(dim=1)[:, : self.shots + self.queries]
         chosen = self._order[self._first[classes][:, None] + members]
         support, query = chosen[:, : self.shots], chosen[:, self.shots :]
-        labels = torch.arange(self.ways)
+        labels = torch.arange(self.ways, device="cpu")
         return Episode(
             self._gather(support),
             self._mistaken(labels.repeat_interleave(self.shots)),
@@ -139,12 +141,13 @@ class EpisodeSampler:
             raise ValueError("this is not a state dict of an EpisodeSampler") from None
 
     def _mistaken(self, labels: Tensor) -> Tensor:
-        if not self._label_noise:
-            return labels
-        wrong = torch.rand(len(labels), generator=self._generator) < self._label_noise
-        others = torch.randint(1, self.ways, (len(labels),), generator=self._generator)
-        return torch.where(wrong, (labels + others) % self.ways, labels)
+        if self._label_noise:
+            drawn: Any = {"generator": self._generator, "device": self._generator.device}
+            wrong = torch.rand(len(labels), **drawn).cpu() < self._label_noise
+            others = torch.randint(1, self.ways, (len(labels),), **drawn).cpu()
+            labels = torch.where(wrong, (labels + others) % self.ways, labels)
+        return labels.to(self._images.device)
 
     def _gather(self, indices: Tensor) -> Tensor:
-        images = self._images[indices.flatten()]
+        images = self._images[indices.flatten().to(self._images.device)]
         return images.float().div_(255) if images.dtype == torch.uint8 else images.float()

@@ -24,6 +24,7 @@ from l2l_prune._basics import checks
 from l2l_prune._basics.files import replace_file
 from l2l_prune.fewshot.data.benchmarks import SPLITS
 from l2l_prune.fewshot.data.cache import Images, cache_folder, locked, map_images, write_images
+from l2l_prune.fewshot.data.glyphs import shuffled
 from l2l_prune.fewshot.data.pictures import (
     DamagedPicture,
     Picture,
@@ -174,7 +175,7 @@ def split_classes(
             )
         return sorted(survey.counts[split], key=survey.classes.index)
     classes = survey.classes
-    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed or 0))
+    order = shuffled(len(classes), seed or 0)
     half, quarter = len(classes) // 2, len(classes) // 4
     bounds = {"train": (0, half), "validation": (half, half + quarter)}
     start, stop = bounds.get(split, (half + quarter, len(classes)))
@@ -241,7 +242,7 @@ def _some_rows(everything: Images, survey: Survey, chosen: list[str], name: str)
     with locked(place):
         found = map_images(place)
         if found is None:
-            wanted = torch.tensor([survey.classes.index(name) for name in chosen])
+            wanted = torch.tensor([survey.classes.index(name) for name in chosen], device="cpu")
             rows = torch.isin(everything.labels, wanted).nonzero().flatten().tolist()
             pixels, labels = everything.images.numpy(), everything.labels.numpy()
             write_images(place, ((pixels[row], int(labels[row])) for row in rows))

@@ -89,12 +89,12 @@ class Glyphs(Dataset[tuple[Tensor, int]]):
                 raise ValueError(
                     f"max_classes must be in [1, {len(chosen)}] for this split, got {max_classes}"
                 )
-            order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
+            order = shuffled(len(chosen), seed)
             chosen = sorted(chosen[int(i)] for i in order[:max_classes])
         self.classes = [glyphs.characters[i] for i in chosen]
         self.scripts = [glyphs.scripts[i] for i in chosen]
         self.images = torch.from_numpy(glyphs.images[chosen]).reshape(-1, 1, size, size)
-        self.labels = torch.arange(len(chosen)).repeat_interleave(INSTANCES)
+        self.labels = torch.arange(len(chosen), device="cpu").repeat_interleave(INSTANCES)
         self.transform = transform
         self.target_transform = target_transform
 
@@ -122,7 +122,8 @@ def contact_sheet(data: Glyphs, path: str | os.PathLike[str], classes: int = 24)
     """
     from PIL import Image
 
-    rows = torch.linspace(0, len(data.classes) - 1, min(classes, len(data.classes))).long()
+    count = min(classes, len(data.classes))
+    rows = torch.linspace(0, len(data.classes) - 1, count, device="cpu").long()
     side = data.images.shape[-1]
     images = data.images.view(-1, INSTANCES, side, side)[rows]
     sheet = images.permute(0, 2, 1, 3).reshape(len(rows) * side, INSTANCES * side)
@@ -137,9 +138,14 @@ def _split(glyphs: Rendered, split: str, split_by: str, seed: int) -> list[int]:
     return random_split(len(glyphs.characters), split, seed)
 
 
+def shuffled(count: int, seed: int) -> Tensor:
+    """The numbers below ``count`` in random order, on the CPU."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
+
+
 def random_split(count: int, split: str, seed: int) -> list[int]:
     """Which of ``count`` items are in a split of a random order."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = shuffled(count, seed)
     low, high = (round(count * edge) for edge in RANDOM_SPLITS[split])
     return sorted(order[low:high].tolist())
 

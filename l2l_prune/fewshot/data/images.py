@@ -86,7 +86,8 @@ def load_images(
     if name == "pictures":
         side = 64 if image_size is None else image_size
         images = load_pictures(folder, side, split=split, seed=split_seed or 0)
-        return _some_classes(Images(images, torch.arange(len(images))), max_classes, seed)
+        numbers = torch.arange(len(images), device="cpu")
+        return _some_classes(Images(images, numbers), max_classes, seed)
     if name == "folder":
         own = load_folder(
             folder,
@@ -213,6 +214,7 @@ def _some_classes(data: Images, max_classes: int | None, seed: int) -> Images:
     checks.whole_number("max_classes", max_classes)
     if not 1 <= max_classes <= len(classes):
         raise ValueError(f"max_classes must be in [1, {len(classes)}], got {max_classes}")
-    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(classes), generator=generator, device="cpu")
     chosen = torch.isin(data.labels, classes[order[:max_classes]])
     return Images(data.images[chosen], data.labels[chosen])

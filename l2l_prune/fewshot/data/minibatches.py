@@ -44,7 +44,8 @@ def minibatches(
     checks.whole_number("batch_size", batch_size, least=1)
     checks.whole_number("steps", steps)
     passes = -(-batch_size * steps // len(x))
-    order = [torch.randperm(len(x), generator=generator) for _ in range(passes)]
+    drawn_on = "cpu" if generator is None else generator.device
+    order = [torch.randperm(len(x), generator=generator, device=drawn_on) for _ in range(passes)]
     if order:
         dealt = torch.cat(order)[: batch_size * steps].to(x.device)
         for batch in dealt.view(steps, batch_size):

@@ -173,7 +173,7 @@ def _jitter(faces: Tensor, generator: torch.Generator, size: int = SIZE) -> Tens
     """Rotate, shear, scale, shift, bend and sometimes thicken uint8 ``[n, canvas, canvas]``."""
 
     def uniform(*shape: int, low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=generator)
+        return low + (high - low) * torch.rand(*shape, generator=generator, device="cpu")
 
     n, sampled = len(faces), _OVERSAMPLED * size
     angle = torch.deg2rad(uniform(n, low=-12, high=12))
@@ -184,9 +184,9 @@ def _jitter(faces: Tensor, generator: torch.Generator, size: int = SIZE) -> Tens
     rows = [torch.stack([cosine, shear - sine, shift[:, 0]], 1)]
     rows.append(torch.stack([sine, cosine, shift[:, 1]], 1))
     grid = F.affine_grid(torch.stack(rows, 1), [n, 1, sampled, sampled], align_corners=False)
-    mesh = 0.05 * torch.randn(n, 2, 4, 4, generator=generator)
+    mesh = 0.05 * torch.randn(n, 2, 4, 4, generator=generator, device="cpu")
     bend = F.interpolate(mesh, size=(sampled, sampled), mode="bicubic", align_corners=True)
-    thick = torch.rand(n, generator=generator) < 0.25
+    thick = torch.rand(n, generator=generator, device="cpu") < 0.25
     images = faces[:, None].float()
     reach = _scaled(_THICKER, size)
     images[thick] = F.max_pool2d(images[thick], 2 * reach + 1, stride=1, padding=reach)

@@ -33,7 +33,8 @@ class SineTasks:
 
     def sample(self) -> Episode:
         """One task: inputs and targets float32 ``[shots, 1]`` and ``[queries, 1]``."""
-        amplitude, phase = torch.rand(2, generator=self._generator).tolist()
-        x = 10 * torch.rand(self.shots + self.queries, 1, generator=self._generator) - 5
+        amplitude, phase = torch.rand(2, generator=self._generator, device="cpu").tolist()
+        count = self.shots + self.queries
+        x = 10 * torch.rand(count, 1, generator=self._generator, device="cpu") - 5
         y = (0.1 + 4.9 * amplitude) * torch.sin(x - math.pi * phase)
         return Episode(x[: self.shots], y[: self.shots], x[self.shots :], y[self.shots :])

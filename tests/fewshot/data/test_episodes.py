@@ -147,3 +147,10 @@ def test_label_noise_replaces_labels_by_other_classes_of_the_task():
     assert torch.equal(clean.sample().support_x, plain.sample().support_x)
     with pytest.raises(ValueError, match="label_noise"):
         EpisodeSampler(images, labels, label_noise=0.5, ways=1, shots=1, queries=1)
+
+
+def test_episodes_are_where_the_images_are():
+    """The "meta" device stands in for a GPU; episodes are drawn on the CPU all the same."""
+    images, labels = torch.zeros(20, 1, 4, 4, device="meta"), torch.arange(4).repeat(5)
+    sampler = EpisodeSampler(images, labels, ways=3, shots=1, queries=2, label_noise=0.5)
+    assert {tensor.device.type for tensor in sampler.sample()} == {"meta"}
