@@ -49,6 +49,11 @@ class MaskedOptimizers:
         self._match = match
         self._handles: list[RemovableHandle] = []
 
+    @property
+    def may_divide_by_zero(self) -> bool:
+        """Whether a step may make pruned weights, whose gradients are 0, NaN."""
+        return any(group.get("eps") == 0 for held in self.all for group in held.param_groups)
+
     def watch(self) -> None:
         """From now on, look at the gradients before the first step after each release."""
         for optimizer in self.all:

@@ -278,7 +278,7 @@ class Pruner(ScheduledPruner):
     def project(self) -> None:
         """Set the pruned weights to exactly 0 (:meth:`step` does it; harmless to repeat)."""
         if self.sparse:
-            self._held.project()
+            self._held.project(nan_too=self._optimizers.may_divide_by_zero)
 
     # ---- saving and resuming ----------------------------------------------------------------
 

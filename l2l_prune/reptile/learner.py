@@ -19,6 +19,8 @@ from l2l_prune.scheduled import ScheduledPruner
 
 OptimizerFactory = Callable[..., Optimizer]
 
+_SETTINGS = frozenset({bool, int, float, str, tuple, type(None)})
+
 
 def adam(parameters: Iterable[Tensor], lr: float, weight_decay: float = 0.0) -> Optimizer:
     """The inner optimizer of Reptile's authors and of the paper: Adam without momentum.
@@ -338,7 +340,7 @@ def _take_over_settings(mine: nn.Module, theirs: nn.Module) -> None:
     """Follow plain attributes that were changed: training mode, dropout's ``p``, a flag, ..."""
     held = vars(mine)
     for name, value in vars(theirs).items():
-        if held.get(name, held) is not value and not isinstance(value, list) and is_plain(value):
+        if type(value) in _SETTINGS and held.get(name, held) is not value and is_plain(value):
             held[name] = value
 
 
