@@ -43,7 +43,7 @@ class HeldMasks:
         self._remember_buffers()
 
     def project(self, *, nan_too: bool = False) -> None:
-        """Set the pruned weights to exactly 0; with ``nan_too``, slower, also those that are NaN."""
+        """Set the pruned weights to exactly 0; with ``nan_too``, which is slower, also NaN."""
         held = [masked_layer.held_tensors(t.module, t.name) for t in self._tensors]
         if nan_too:
             for original, mask in held:
