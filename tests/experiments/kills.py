@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from l2l_prune.channels.pruner import ChannelPruner
-from l2l_prune.experiments.algorithms.outer_optimizer import WithOuterOptimizer
+from l2l_prune.experiments.algorithms.outer_optimizer import Classifier, WithOuterOptimizer
 from l2l_prune.experiments.algorithms.reptile import Reptile
 from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.report.report import write_report
@@ -45,7 +45,7 @@ PHASES = {
         *(ChannelPruner._choose, ChannelPruner._shrink, ChannelPruner._grow),
     ),
     "checkpoint": (save_checkpoint,),
-    "evaluation": (Reptile.evaluate, WithOuterOptimizer.evaluate),
+    "evaluation": (Reptile.evaluate, Classifier.evaluate),
     "results": (write_results,),
     "report": (write_report,),
 }
@@ -163,6 +163,7 @@ def kill_and_compare(name, kills, seed, folder):
     END = whole = folder / f"{name}-whole"
     whole.mkdir()
     total, windows = attempt(config, whole)
+    assert all(windows[phase] for phase in PHASES if phase != "masks"), windows
     expected = ends(whole)
     draw = random.Random(f"{name} {seed}")
     phases = [phase for phase in windows if windows[phase]]
