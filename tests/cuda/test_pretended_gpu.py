@@ -203,7 +203,9 @@ def test_waiting_is_noticed(monkeypatch):
     with allowed_to_wait():
         pruner.step()
         pruner.step()
-    monkeypatch.setattr(held_masks.HeldMasks, "project", lambda self: self.values[0].sum().item())
+    monkeypatch.setattr(
+        held_masks.HeldMasks, "project", lambda self, **_: self.values[0].sum().item()
+    )
     with pytest.raises((DataDependentOutputException, RuntimeError), match="local_scalar"):
         pruner.step()
 
