@@ -230,7 +230,7 @@ class Pruner(ScheduledPruner):
         if not self.sparse:
             raise RuntimeError("there are no masks to replace in a dense segment")
         with ranks.failing_together(self.group, self._held.values[0].device):
-            new = updated(self.masks, masks)
+            new = updated(self._named(self._held.values), masks)
             self._choice.check(new, self._position, "the new")
         ranks.check_same(new, self._iteration, self.group)
         self._put_masks(list(new.values()))
@@ -252,7 +252,8 @@ class Pruner(ScheduledPruner):
             ValueError: If a name, shape or dtype of ``masks`` does not fit.
         """
         self._check_usable()
-        given = None if masks is None else list(updated(self.masks, masks).values())
+        own = self._named(self._held.values)
+        given = None if masks is None else list(updated(own, masks).values())
         with self._tasks.block(self._position, self._held, given) as held:
             yield self._named(mask.clone() for mask in held)
 
@@ -293,7 +294,7 @@ class Pruner(ScheduledPruner):
             "schedule": self.schedule.to_dict(),
             "pattern": str(self._pattern),
             "iteration": self._iteration,
-            "masks": {name: mask.clone() for name, mask in self.masks.items()},
+            "masks": self.masks,
             "regrown": {name: mask.clone() for name, mask in self._optimizers.released.items()},
         }
 

@@ -37,29 +37,13 @@ from l2l_prune.metalearners.fields import FieldMAML, FourierFeatureMLP, ImageSig
 from l2l_prune.metalearners.sparse_maml import SparseMAML
 from l2l_prune.reptile.batched import BatchedLearners
 from l2l_prune.reptile.best_channels import best_channels
+from tests.cuda.place import WIDE, batch, network
+from tests.cuda.pruner_checks import LATER_LAYERS
+from tests.cuda.reptile_checks import generator
 
 DSD = DSDSchedule(0.5, pretrain=2, prune=3, retrain=3)
 PER_TASK = Schedule((Segment(1), Segment(4, sparse=True, sparsity=0.5, masks="task")))
-X = torch.randn(8, 1, 6, 6, generator=torch.Generator().manual_seed(0))
-Y = torch.arange(8) % 3
-LATER = {"only": ["3", "6"]}  # layers with 4 and 16 inputs
-
-
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3, bias=False),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Conv2d(4, 4, 3),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(16, 3),
-    )
+X, Y = batch(0, "cpu")
 
 
 def loss_of(net):
@@ -215,7 +199,7 @@ def with_episodes():
 def with_metalearners():
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 4, 3), FiLM(3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)]
-    cavia, pictures = CAVIA(nn.Sequential(*layers)), torch.rand(3, 1, 6, 6)
+    cavia, pictures = CAVIA(nn.Sequential(*layers).to(WIDE)), torch.rand(3, 1, 6, 6)
     field = FieldMAML(FourierFeatureMLP(width=8, features=4))
     net = network()
 
@@ -239,8 +223,8 @@ RUNS = {
         with_pruner, make=functools.partial(torch.optim.AdamW, fused=True)
     ),
     "global": functools.partial(with_pruner, allocation="global"),
-    "2:4": functools.partial(with_pruner, pattern=NByM(2, 4), **LATER),
-    "blocks": functools.partial(with_pruner, pattern=Block(1, 2), **LATER),
+    "2:4": functools.partial(with_pruner, pattern=NByM(2, 4), **LATER_LAYERS),
+    "blocks": functools.partial(with_pruner, pattern=Block(1, 2), **LATER_LAYERS),
     "random": functools.partial(with_pruner, criterion=lambda *_: criteria.random(generator())),
     "movement": functools.partial(with_pruner, criterion=movement),
     "grasp": functools.partial(

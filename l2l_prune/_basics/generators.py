@@ -1,6 +1,8 @@
-"""The check of a source of randomness; `checks` knows no torch."""
+"""Sources of randomness: their check, and where they draw; `checks` knows no torch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -17,3 +19,8 @@ def check_generator(generator: object) -> torch.Generator:
     if found.device.type != "cpu":
         raise TypeError(f"generator must be on the CPU, not on {found.device}")
     return found
+
+
+def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
+    """Keywords of torch's random functions: draw where the generator is, on the CPU without one."""
+    return {"generator": generator, "device": "cpu" if generator is None else generator.device}

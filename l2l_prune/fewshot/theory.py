@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from l2l_prune._basics import checks
+from l2l_prune._basics.generators import drawn_by
 from l2l_prune._basics.moved import renamed
 from l2l_prune.masking.layers import Layers, Rule, segment_counts, select
 from l2l_prune.schedules.schedule import Schedule, Segment
@@ -248,7 +249,7 @@ def estimate_smoothness(
         parts = torch.autograd.grad(slope, tensors, allow_unused=True)
         return math.hypot(*(float(part.norm()) for part in parts if part is not None))
 
-    drawn: Any = {} if generator is None else {"generator": generator, "device": generator.device}
+    drawn: Any = {} if generator is None else drawn_by(generator)
 
     def step(length: float) -> Tensor:
         direction = torch.randn(start.shape, **drawn, dtype=start.dtype)

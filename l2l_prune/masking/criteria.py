@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from l2l_prune._basics import checks
+from l2l_prune._basics.generators import drawn_by
 from l2l_prune._basics.precision import step_gradient, widened
 
 Criterion: TypeAlias = Callable[[Tensor], Tensor]
@@ -60,8 +61,7 @@ def random(generator: torch.Generator) -> Criterion:
     checks.of_type("generator", generator, torch.Generator, "a torch.Generator")
 
     def scores(weight: Tensor) -> Tensor:
-        drawn = torch.rand(weight.shape, generator=generator, device=generator.device)
-        return drawn.to(weight.device)
+        return torch.rand(weight.shape, **drawn_by(generator)).to(weight.device)
 
     return scores
 

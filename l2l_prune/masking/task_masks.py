@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from l2l_prune._basics import checks
-from l2l_prune._basics.generators import check_generator
+from l2l_prune._basics.generators import check_generator, drawn_by
 from l2l_prune.masking.allocation import Allocation, global_masks, kept_counts
 from l2l_prune.masking.attached import HeldMasks
 from l2l_prune.masking.criteria import scores_of
@@ -102,8 +102,7 @@ class TaskSeeds:
     def begin(self, share: float) -> torch.Generator | None:
         """The next task's generator, or ``None`` if the task is not in the share that is masked."""
         if self._seed is None:
-            drawn: Any = {"generator": self._generator, "device": self._generator.device}
-            self._seed = int(torch.randint(2**62, (), **drawn))
+            self._seed = int(torch.randint(2**62, (), **drawn_by(self._generator)))
         rank = 0 if self._group is None else dist.get_rank(self._group)
         seed = self._seed + (rank << 20) + self.tasks
         self.tasks += 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from l2l_prune._basics import checks
+from l2l_prune._basics.generators import drawn_by
 from l2l_prune._basics.losses import check_loss
 from l2l_prune._basics.precision import widened
 
@@ -20,7 +21,7 @@ Called with gradients off."""
 
 def uniform(weight: Tensor, generator: torch.Generator) -> Tensor:
     """All masks are equally likely."""
-    return torch.rand(weight.shape, generator=generator, device=generator.device)
+    return torch.rand(weight.shape, **drawn_by(generator))
 
 
 def magnitude(temperature: float) -> TaskScores:

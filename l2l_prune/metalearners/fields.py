@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from l2l_prune._basics import checks
 from l2l_prune._basics.arguments import keeps_arguments
+from l2l_prune._basics.generators import drawn_by
 
 
 @keeps_arguments
@@ -211,9 +212,8 @@ class ImageSignals:
         """
         if not 1 <= signals <= len(self):
             raise ValueError(f"signals must be in [1, {len(self)}], got {signals}")
-        drawn_on = "cpu" if generator is None else generator.device
-        order = torch.randperm(len(self), generator=generator, device=drawn_on)
-        return self.values[order[:signals].to(self.values.device)]
+        order = torch.randperm(len(self), **drawn_by(generator))[:signals]
+        return self.values[order.to(self.values.device)]
 
     def pictures(self, values: Tensor) -> Tensor:
         """Values ``[..., H * W, C]`` as pictures ``[..., C, H, W]``, clamped to [0, 1]."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from l2l_prune._basics import checks
+from l2l_prune._basics.generators import drawn_by
 from l2l_prune._basics.losses import inner_gradients
 
 
@@ -74,9 +75,8 @@ class SparseMAML(nn.Module):
         if next(model.parameters(), None) is None:
             raise ValueError("the model has no parameters to adapt")
         self.module, self.first_order = model, first_order
-        drawn_on = "cpu" if generator is None else generator.device
         self.scores = nn.ParameterList(
-            nn.Parameter(torch.rand(p.shape, generator=generator, device=drawn_on).sub_(rate).to(p))
+            nn.Parameter(torch.rand(p.shape, **drawn_by(generator)).sub_(rate).to(p))
             for p in model.parameters()
         )
         self._adapted: dict[str, Tensor] | None = None

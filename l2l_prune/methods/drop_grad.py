@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from l2l_prune._basics import checks
-from l2l_prune._basics.generators import check_generator
+from l2l_prune._basics.generators import check_generator, drawn_by
 from l2l_prune.reptile.learner import Learner
 
 Noise = Literal["gaussian", "bernoulli"]
@@ -94,7 +94,7 @@ class DropGrad:
         self._generator.set_state(state["generator"].cpu())
 
     def _drawn(self, shape: torch.Size) -> Tensor:
-        drawn: Any = {"generator": self._generator, "device": self._generator.device}
+        drawn = drawn_by(self._generator)
         if self._noise == "bernoulli":
             kept = torch.rand(shape, **drawn) >= self._rate
             return kept / (1 - self._rate)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from l2l_prune._basics import checks
-from l2l_prune._basics.generators import check_generator
+from l2l_prune._basics.generators import check_generator, drawn_by
 from l2l_prune._basics.precision import widened
 from l2l_prune.channels.groups import Channels, find_channels
 from l2l_prune.masking.masked_layer import plain_copy
@@ -130,8 +130,7 @@ class MGAug:
         before = {name: _gradient(w) for name, w in weights.items()} if catfish else {}
         yield {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
         gradients = self._meta_gradients(before) if catfish else {}
-        drawn: Any = {"generator": generator, "device": "cpu", "dtype": torch.float64}
-        others = torch.rand(self._networks - 1, **drawn)
+        others = torch.rand(self._networks - 1, **drawn_by(generator), dtype=torch.float64)
         for rate in [self._rate, *(self._rate * others).tolist()]:
             if self._channels is not None:
                 yield self._narrowed(self._channels, rate)

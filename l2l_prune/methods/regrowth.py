@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from l2l_prune._basics import checks, ranks
+from l2l_prune._basics.generators import drawn_by
 from l2l_prune._basics.losses import check_loss
 from l2l_prune.masking.topk import top_mask
 from l2l_prune.pruner import Pruner
@@ -104,10 +105,10 @@ class Regrowth:
         if not pruner.sparse or done <= 0 or done % self._interval or pruner.iteration >= stop:
             return
         fraction = self._fraction / 2 * (1 + math.cos(math.pi * done / (stop - start)))
-        scores = self._growth_scores()
+        scores, masks = self._growth_scores(), pruner.masks
         pruner.replace_masks(
             {
-                name: exchanged(weight, pruner.masks[name], scores[name], fraction)
+                name: exchanged(weight, masks[name], scores[name], fraction)
                 for name, weight in pruner.weights.items()
             }
         )
@@ -121,10 +122,9 @@ class Regrowth:
 
     def _growth_scores(self) -> dict[str, Tensor]:
         group, weights = self._pruner.group, self._pruner.weights
-        drawn: Any = {"generator": self._generator, "device": self._generator.device}
         if self._loss is None:
             random = {
-                name: torch.rand(weight.shape, **drawn).to(weight.device)
+                name: torch.rand(weight.shape, **drawn_by(self._generator)).to(weight.device)
                 for name, weight in weights.items()
             }
             ranks.take_first(list(random.values()), group)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from l2l_prune._basics import checks
-from l2l_prune._basics.generators import check_generator
+from l2l_prune._basics.generators import check_generator, drawn_by
 
 
 class TaskDropout(nn.Dropout):
@@ -65,7 +65,7 @@ class TaskDropout(nn.Dropout):
         if self.channels:
             shape = torch.Size([shape[0], *(1 for _ in shape[1:])])
         generator = torch.Generator().manual_seed(seed)
-        kept = torch.rand(shape, generator=generator, device="cpu") >= self.p
+        kept = torch.rand(shape, **drawn_by(generator)) >= self.p
         return input * (kept / (1 - self.p)).to(input)
 
     @staticmethod
@@ -85,7 +85,7 @@ class TaskDropout(nn.Dropout):
             raise ValueError("the model has no TaskDropout: call TaskDropout.replace_in(model)")
         check_generator(generator)
         for layer in layers:
-            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+            seed = int(torch.randint(2**62, (), **drawn_by(generator)))
             layer.seed = layer.seed.clone().fill_(seed)  # learn2learn's clones share the old one
 
     @staticmethod

@@ -34,6 +34,17 @@ def train(device, net, host, task_loss, schedule=SCHEDULE):
     return trace
 
 
+def after_adapting(host, device):
+    """``task_loss`` of a wrapper that clones and adapts, after a step on the support set."""
+
+    def task_loss(number):
+        learner = host.clone()
+        learner.adapt(loss_of(learner, number, device))
+        return loss_of(learner, number + 5, device)
+
+    return task_loss
+
+
 def with_learn2learn(place: Place) -> None:
     """Second-order MAML and Meta-SGD, with the schedule's masks and with masks for each task."""
     l2l = pytest.importorskip("learn2learn")
@@ -41,13 +52,7 @@ def with_learn2learn(place: Place) -> None:
     def run(device, algorithm, schedule):
         net = network().to(device)
         host = algorithm(net, lr=0.1).to(device)
-
-        def task_loss(number):
-            learner = host.clone()
-            learner.adapt(loss_of(learner, number, device))
-            return loss_of(learner, number + 5, device)
-
-        return train(device, net, host, task_loss, schedule)
+        return train(device, net, host, after_adapting(host, device), schedule)
 
     for algorithm in (l2l.algorithms.MAML, l2l.algorithms.MetaSGD):
         for schedule in (SCHEDULE, PER_TASK):

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from l2l_prune.metalearners.cavia import CAVIA, FiLM
 from l2l_prune.metalearners.fields import FieldMAML, Siren, coordinates
 from l2l_prune.metalearners.metaoptnet import MetaOptNet
-from tests.cuda.hosts_checks import PER_TASK, train
-from tests.cuda.place import SCHEDULE, WIDE, Place, batch, loss_of
+from tests.cuda.hosts_checks import PER_TASK, after_adapting, train
+from tests.cuda.place import SCHEDULE, WIDE, Place, batch
 
 
 def with_cavia(place: Place) -> None:
@@ -22,13 +22,7 @@ def with_cavia(place: Place) -> None:
         layers = [nn.Conv2d(1, 4, 3), FiLM(3, 4), nn.LeakyReLU(), nn.Flatten(), nn.Linear(64, 3)]
         net = nn.Sequential(*layers).to(device, WIDE)
         host = CAVIA(net, lr=0.5).to(device)
-
-        def task_loss(number):
-            learner = host.clone()
-            learner.adapt(loss_of(learner, number, device))
-            return loss_of(learner, number + 5, device)
-
-        return train(device, net, host, task_loss, schedule)
+        return train(device, net, host, after_adapting(host, device), schedule)
 
     for schedule in (SCHEDULE, PER_TASK):
         place.compare(functools.partial(run, schedule=schedule))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from l2l_prune._basics import checks
+from l2l_prune._basics.generators import drawn_by
 
 
 class Episode(NamedTuple):
@@ -105,7 +106,7 @@ class EpisodeSampler:
 
     def sample(self) -> Episode:
         """Draw one episode."""
-        drawn: Any = {"generator": self._generator, "device": self._generator.device}
+        drawn = drawn_by(self._generator)
         classes = torch.randperm(len(self._sizes), **drawn)[: self.ways].cpu()
         # The smallest random keys choose examples without replacement, in all classes at once.
         keys = torch.rand(self.ways, int(self._sizes.max()), **drawn).cpu()
@@ -142,7 +143,7 @@ class EpisodeSampler:
 
     def _mistaken(self, labels: Tensor) -> Tensor:
         if self._label_noise:
-            drawn: Any = {"generator": self._generator, "device": self._generator.device}
+            drawn = drawn_by(self._generator)
             wrong = torch.rand(len(labels), **drawn).cpu() < self._label_noise
             others = torch.randint(1, self.ways, (len(labels),), **drawn).cpu()
             labels = torch.where(wrong, (labels + others) % self.ways, labels)

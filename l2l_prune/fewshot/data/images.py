@@ -17,7 +17,7 @@ from l2l_prune.fewshot.data.benchmarks import (
 )
 from l2l_prune.fewshot.data.cache import Images
 from l2l_prune.fewshot.data.folder import load_folder, load_source
-from l2l_prune.fewshot.data.glyphs import Glyphs
+from l2l_prune.fewshot.data.glyphs import Glyphs, shuffled
 from l2l_prune.fewshot.data.pictures import load_pictures, picture_files, shown
 from l2l_prune.fewshot.data.rendering import SIZE
 from l2l_prune.fewshot.data.sources import Source, find_tables
@@ -214,7 +214,5 @@ def _some_classes(data: Images, max_classes: int | None, seed: int) -> Images:
     checks.whole_number("max_classes", max_classes)
     if not 1 <= max_classes <= len(classes):
         raise ValueError(f"max_classes must be in [1, {len(classes)}], got {max_classes}")
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(classes), generator=generator, device="cpu")
-    chosen = torch.isin(data.labels, classes[order[:max_classes]])
+    chosen = torch.isin(data.labels, classes[shuffled(len(classes), seed)[:max_classes]])
     return Images(data.images[chosen], data.labels[chosen])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from l2l_prune._basics import checks
+from l2l_prune._basics.generators import drawn_by
 
 
 def minibatches(
@@ -44,8 +45,7 @@ def minibatches(
     checks.whole_number("batch_size", batch_size, least=1)
     checks.whole_number("steps", steps)
     passes = -(-batch_size * steps // len(x))
-    drawn_on = "cpu" if generator is None else generator.device
-    order = [torch.randperm(len(x), generator=generator, device=drawn_on) for _ in range(passes)]
+    order = [torch.randperm(len(x), **drawn_by(generator)) for _ in range(passes)]
     if order:
         dealt = torch.cat(order)[: batch_size * steps].to(x.device)
         for batch in dealt.view(steps, batch_size):
