@@ -1,4 +1,4 @@
-"""Sources of randomness: their check, and where they draw; `checks` knows no torch."""
+"""Sources of randomness: their check, their state, where they draw; `checks` knows no torch."""
 
 from __future__ import annotations
 
@@ -19,6 +19,20 @@ def check_generator(generator: object) -> torch.Generator:
     if found.device.type != "cpu":
         raise TypeError(f"generator must be on the CPU, not on {found.device}")
     return found
+
+
+def restore(generator: torch.Generator, state: Any, owner: str) -> None:
+    """Go on from the state dict ``state``, which holds ``"generator"``; ``owner`` is for messages.
+
+    Raises:
+        ValueError: If it is no such state; nothing is changed then.
+    """
+    try:
+        generator.set_state(state["generator"].cpu())
+    except (AttributeError, KeyError, RuntimeError, TypeError):
+        raise ValueError(
+            f"this is not {owner} state dict: give what its state_dict() returned"
+        ) from None
 
 
 def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from l2l_prune._basics import checks
-from l2l_prune._basics.generators import check_generator, drawn_by
+from l2l_prune._basics.generators import check_generator, drawn_by, restore
 from l2l_prune.reptile.learner import Learner
 
 Noise = Literal["gaussian", "bernoulli"]
@@ -90,8 +90,12 @@ class DropGrad:
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._generator.set_state(state["generator"].cpu())
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it is not such a state; nothing is changed then.
+        """
+        restore(self._generator, state, "a DropGrad")
 
     def _drawn(self, shape: torch.Size) -> Tensor:
         drawn = drawn_by(self._generator)

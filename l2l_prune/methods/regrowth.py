@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from l2l_prune._basics import checks, ranks
-from l2l_prune._basics.generators import drawn_by
+from l2l_prune._basics.generators import drawn_by, restore
 from l2l_prune._basics.losses import check_loss
 from l2l_prune.masking.topk import top_mask
 from l2l_prune.pruner import Pruner
@@ -93,10 +93,7 @@ class Regrowth:
         Raises:
             ValueError: If it is not such a state; nothing is changed then.
         """
-        try:
-            self._generator.set_state(state["generator"].cpu())
-        except (AttributeError, KeyError, RuntimeError, TypeError):
-            raise ValueError("this is not a Regrowth state dict of this version") from None
+        restore(self._generator, state, "a Regrowth")
 
     @torch.no_grad()
     def _after_step(self, pruner: Pruner) -> None:

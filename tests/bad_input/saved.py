@@ -8,6 +8,7 @@ from l2l_prune import DSDSchedule, PrunedReptile, Pruner
 from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.running.checkpoint import load_checkpoint, save_checkpoint
 from l2l_prune.masking.criteria import Movement
+from l2l_prune.methods.drop_grad import DropGrad
 from l2l_prune.methods.regrowth import Regrowth
 from l2l_prune.methods.rewinding import Rewind
 from tests.bad_input.attaching import NOW, attached, finalized
@@ -151,6 +152,7 @@ PARTS = [
     )
     for name, make in {
         "Regrowth": lambda pruner: Regrowth(pruner, interval=2),
+        "DropGrad": lambda pruner: DropGrad(0.1, torch.Generator()),
         "Rewind": Rewind,
         "Movement": lambda pruner: Movement(pruner.model.parameters()),
     }.items()

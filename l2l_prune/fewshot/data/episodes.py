@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from l2l_prune._basics import checks
-from l2l_prune._basics.generators import drawn_by
+from l2l_prune._basics.generators import drawn_by, restore
 
 
 class Episode(NamedTuple):
@@ -136,10 +136,7 @@ class EpisodeSampler:
         Raises:
             ValueError: If ``state`` is not such a state.
         """
-        try:
-            self._generator.set_state(state["generator"])
-        except (KeyError, TypeError, RuntimeError):
-            raise ValueError("this is not a state dict of an EpisodeSampler") from None
+        restore(self._generator, state, "an EpisodeSampler")
 
     def _mistaken(self, labels: Tensor) -> Tensor:
         if self._label_noise:
