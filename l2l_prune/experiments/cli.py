@@ -323,6 +323,9 @@ def paper(
         int | None,
         typer.Option(min=2, help="Tasks behind each score.", show_default="by algorithm"),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where to train and evaluate: cpu, cuda or another device.")
+    ] = "cpu",
     out: Annotated[
         Path | None, typer.Option(help="Folder for runs and report.", show_default="runs/NAME")
     ] = None,
@@ -344,7 +347,7 @@ def paper(
     with plain_errors(out):
         base, grids = experiment(name, data or (None if data_root or download else "glyphs"))
         base |= {"scale": scale, "train_classes": train_classes, "final_tasks": eval_tasks}
-        base["data_root"] = str(data_root) if data_root else None
+        base |= {"data_root": str(data_root) if data_root else None, "device": device}
         configs = expand(base, [{**grid, "shots": shots, "seeds": seeds} for grid in grids])
         check_files(configs[0].data, **configs[0].data_options, download=download)
         _run_all(configs, out, jobs, cluster, logger)

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from l2l_prune._basics import checks
 from l2l_prune.experiments.defaults import DEFAULTS, INSTANCES, PICTURE_TASKS, PUBLISHED, measure_of
 from l2l_prune.experiments.methods import (
@@ -210,6 +212,9 @@ class RunConfig:
     bf16: bool = setting(
         False, "Run inner steps in bfloat16 (reptile only): faster where the processor supports it."
     )
+    device: str = setting(
+        "cpu", "Where to train and evaluate: cpu, cuda, cuda:1, or another device that torch knows."
+    )
     label_noise: float = setting(
         0.0,
         "Probability that a label in training is replaced by another class of its task.",
@@ -277,6 +282,7 @@ class RunConfig:
                 "algorithm reptile"
             )
         self._check_rivals()
+        self._check_device()
         self._check_ranks()
         masks = (self.criterion, self.allocation, self.rewind, self.regrow)
         if self.structured and masks != ("magnitude", "layerwise", None, None):
@@ -329,9 +335,25 @@ class RunConfig:
         if self.structured or held:
             raise ValueError("mgaug cannot be combined with structured or dropout_per=task")
 
+    def _check_device(self) -> None:
+        """Check the name alone: a GPU need not be here, but where the run will be."""
+        try:
+            kind = torch.device(self.device).type
+        except RuntimeError:
+            kind = "meta"
+        if kind == "meta":  # torch knows it, but its tensors hold no numbers
+            raise ValueError(
+                f"device must be one that torch can compute on, such as cpu or cuda, got "
+                f"{self.device!r}"
+            )
+
     def _check_ranks(self) -> None:
         if self.ranks == 1:
             return
+        if self.device != "cpu":
+            raise ValueError(
+                f"ranks share the cores of the CPU: leave ranks out, or device={self.device}"
+            )
         if self.algorithm != "reptile":
             raise ValueError("ranks works only with the algorithm reptile")
         if self.tasks % self.ranks:

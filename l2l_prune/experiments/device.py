@@ -234,7 +234,7 @@ def _only_run(folder: Path) -> FinishedRun:
 
 
 def _config(run: FinishedRun) -> RunConfig:
-    """The settings of a finished run."""
+    """The settings of a finished run, wherever it was trained: small devices have no GPU."""
     values: dict[str, Any] = same_settings.complete(run.config)
     segments: list[dict[str, Any]] = [
         {k: dict(v) if isinstance(v, list) else v for k, v in segment.items()}
@@ -242,7 +242,7 @@ def _config(run: FinishedRun) -> RunConfig:
     ]
     try:
         schedule = Schedule(tuple(Segment(**segment) for segment in segments))
-        return RunConfig(**{**values, "schedule": schedule})
+        return RunConfig(**{**values, "schedule": schedule, "device": "cpu"})
     except TypeError as error:
         raise ValueError(
             f"{run.folder / 'results.json'} was written by another version ({error})"

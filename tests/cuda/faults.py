@@ -19,12 +19,16 @@ from l2l_prune import pruner as mask_pruner
 from l2l_prune.channels import plan as channel_plan
 from l2l_prune.channels import pruner as channel_pruner
 from l2l_prune.channels import surgery
+from l2l_prune.experiments.algorithms import base
+from l2l_prune.experiments.algorithms.reptile import Reptile
+from l2l_prune.experiments.running import run
 from l2l_prune.masking import attached, criteria, masked_layer, patterns, plan, topk
 from l2l_prune.metalearners import sparse_maml
 from l2l_prune.methods import drop_grad, mgaug, regrowth, rewinding, task_dropout
 from l2l_prune.reptile import batched, compiled, learner, reptile
 from l2l_prune.shipping import costs, folder, formats
 from tests.cuda import (
+    command_checks,
     hosts_checks,
     metalearner_checks,
     moving_checks,
@@ -195,6 +199,18 @@ def zeros_put_back(original):
 
 def inner_state_dropped(self):
     self._inner_state = []
+
+
+def moved_to_meta(images):
+    return type(images)(*(tensor.to("meta") for tensor in images))
+
+
+def nothing_around(original):
+    return lambda self: contextlib.nullcontext()
+
+
+def dropout_forgotten(original):
+    return lambda self, state: original(self, {**state, "dropout": self._dropout.state})
 
 
 def all_true(module, name, mask):
@@ -438,6 +454,21 @@ PLANTED: list[tuple[Check, Fault]] = [
     (metalearner_checks.with_fields, ALL_TRUE),
     (metalearner_checks.with_fields, NOT_RAISED),
     (hosts_checks.with_lightning, ALL_TRUE),
+    (command_checks.runs_of_reptile, ALL_TRUE),
+    (command_checks.runs_of_others, ALL_TRUE),
+    (command_checks.runs_of_fields, ALL_TRUE),
+    (
+        command_checks.networks_and_images_are_there,
+        Fault("images stay where they were", run, "load_split", changed(moved_to_meta)),
+    ),
+    (
+        command_checks.runs_with_dropout,
+        Fault("it draws from torch's own", base.OwnRandomness, "drawn", nothing_around),
+    ),
+    (
+        command_checks.runs_resume,
+        Fault("it draws anew", Reptile, "load_state_dict", dropout_forgotten),
+    ),
     (
         ranks_checks.two_ranks,
         Fault("each rank chooses", plan.MaskChoice, "masks", a_choice_of_each_rank),
@@ -445,6 +476,7 @@ PLANTED: list[tuple[Check, Fault]] = [
 ]
 
 MODULES = (
+    command_checks,
     pruner_checks,
     reptile_checks,
     moving_checks,

@@ -7,10 +7,10 @@ are refused in one operation where CUDA refuses them. Unlike torch's fake tensor
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import overrides
 from torch.utils import _python_dispatch, _pytree, backend_registration
@@ -48,7 +48,7 @@ class Tensor(torch.Tensor):
         return f"<{self.inner} on the second device>"
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(cls, function, kinds, args=(), kwargs=None):
         if function == torch.Tensor.tolist:  # torch refuses it for subclasses
             return args[0].inner.tolist()
         if function == torch.Tensor.data.__get__:  # torch would return it without its numbers
@@ -62,14 +62,14 @@ class Tensor(torch.Tensor):
         return found
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, function, kinds, args=(), kwargs=None):
         return _run(function, args, kwargs or {})
 
 
 class _Numbers(overrides.TorchFunctionMode):
     """``torch.tensor(numbers, device=...)``, which torch makes without a dispatch."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function, kinds, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if function is torch.tensor and _is_second(kwargs.get("device")):
             device = kwargs.pop("device")
@@ -80,9 +80,9 @@ class _Numbers(overrides.TorchFunctionMode):
 class _Devices(_python_dispatch.TorchDispatchMode):
     """Within it, tensors can be made on the second device and moved to it."""
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if _is_second(kwargs.get("device")) or any(issubclass(each, Tensor) for each in types):
+        if _is_second(kwargs.get("device")) or any(issubclass(each, Tensor) for each in kinds):
             return _run(function, args, kwargs)
         return function(*args, **kwargs)
 
@@ -110,9 +110,20 @@ def _run(function, args, kwargs):
     return _python_dispatch.return_and_correct_aliasing(function, args, kwargs, wrapped)
 
 
-needed = pytest.mark.skipif(
-    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason="this torch has no devices in Python",
+# What torch and the library ask of a device's module; its random numbers are the CPU's.
+_MODULE = types.SimpleNamespace(
+    is_initialized=lambda: True,
+    is_available=lambda: True,
+    _is_in_bad_fork=lambda: False,
+    current_device=lambda: 0,
+    device_count=lambda: 1,
+    device=lambda device: contextlib.nullcontext(),
+    get_rng_state=lambda device: torch.empty(0),
+    set_rng_state=lambda state, device: None,
+    manual_seed=lambda seed: None,
+    manual_seed_all=lambda seed: None,
+    synchronize=lambda: None,
+    get_amp_supported_dtype=lambda: [torch.bfloat16],
 )
 
 
@@ -120,6 +131,6 @@ needed = pytest.mark.skipif(
 def devices() -> Iterator[None]:
     """Within the block torch knows :data:`DEVICE`."""
     if not hasattr(torch, DEVICE):  # once in a process
-        backend_registration._setup_privateuseone_for_python_backend(DEVICE)
+        backend_registration._setup_privateuseone_for_python_backend(DEVICE, _MODULE)
     with _Devices(), _Numbers():
         yield

@@ -1,44 +1,22 @@
-"""The checks of ``make test-cuda`` on a second device in Python: devices are not mixed."""
+"""Runs `on_second_device.py`."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
-import torch
-
-from tests.cuda import second_device
-from tests.cuda.faults import CHECKS
-from tests.cuda.place import Place
-
-LEFT_OUT = {
-    "checkpoints_of_a_pruner": "torch loads no files to a device in Python",
-    "checkpoints_of_reptile": "the same",
-    "checkpoints_of_channels": "the same",
-    "checkpoints_of_channels_in_reptile": "the same",
-    "under_autocast": "such a device has no autocast",
-    "with_lightning": "Lightning does not know the device",
-    "costs_of_adapting": "costs are measured on the CPU or on CUDA",
-    "two_ranks": "other processes do not know the device",
-    "steps_of_a_pruner": "nothing waits for this device",
-    "steps_of_channels": "the same",
-    "steps_of_reptile": "the same",
-}
-CHECKED = {check.__name__: check for check in CHECKS if check.__name__ not in LEFT_OUT}
-pytestmark = [pytest.mark.slow, second_device.needed]
+from torch.utils import backend_registration
 
 
-@pytest.mark.parametrize("name", CHECKED)
-def test_on_device(name, tmp_path):
-    with second_device.devices():
-        CHECKED[name](Place(second_device.DEVICE, tmp_path))
-
-
-def test_what_is_left_out_exists():
-    assert LEFT_OUT.keys() < {check.__name__ for check in CHECKS}
-
-
-def test_devices_are_not_mixed():
-    with second_device.devices():
-        there = torch.ones(2, device=second_device.DEVICE)
-        with pytest.raises(RuntimeError, match="second device and on"):
-            there + torch.ones(2)
-        assert (there + torch.ones(())).device == there.device
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch has no devices in Python",
+)
+def test_checks_pass_on_a_second_device():
+    checks = Path(__file__).with_name("on_second_device.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)]
+    done = subprocess.run(command, cwd=checks.parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-20_000:]

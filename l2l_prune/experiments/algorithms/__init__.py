@@ -17,6 +17,8 @@ __all__ = ["Algorithm", "build"]
 def build(config: RunConfig, image_shape: Sequence[int]) -> Algorithm:
     """The meta-learner that ``config`` names, with fresh weights from torch's generator.
 
+    It is on the run's device; its weights are drawn on the CPU, the same for all devices.
+
     Args:
         config: The settings.
         image_shape: ``(C, H, W)`` of the images.

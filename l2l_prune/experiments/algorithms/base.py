@@ -46,25 +46,39 @@ class Algorithm(ABC):
 
 
 def conv4(config: RunConfig, image_shape: Sequence[int]) -> Conv4:
-    """The network of the run's width for images of ``(C, H, W)``."""
+    """The network of the run's width for images of ``(C, H, W)``, on the run's device."""
     channels, size = image_shape[0], image_shape[-1]
     # Strides on small images and pooling on large ones, as the paper's program does (Section 5.1).
     pooling = "max" if size > 28 else "stride"
     net = Conv4(config.ways, config.channels, channels, size, pooling, config.dropout)
-    return net.to(memory_format=torch.channels_last)  # faster convolutions, the same numbers
+    # Channels-last: faster convolutions, the same numbers.
+    return net.to(config.device).to(memory_format=torch.channels_last)
 
 
 class OwnRandomness:
-    """Gives one learner its own copy of torch's global generator, from which dropout draws."""
+    """Gives one learner its own copy of torch's global generators, from which dropout draws.
 
-    def __init__(self, start: torch.Generator) -> None:
+    Args:
+        start: Where the CPU's generator starts.
+        device: The learner's. If it is not the CPU, its generator gets a seed of the CPU's each
+            time, so that :attr:`state` is the CPU's alone.
+    """
+
+    def __init__(self, start: torch.Generator, device: str) -> None:
         self.state = start.get_state()
+        self._device = torch.device(device)
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
-        """Inside, the global generator goes on from :attr:`state`; outside, it is unchanged."""
-        with torch.random.fork_rng(devices=[]):
+        """Inside, the global generators go on from :attr:`state`; outside, they are unchanged."""
+        kind = self._device.type
+        others = [] if kind == "cpu" else [self._device]
+        with torch.random.fork_rng(others, device_type="cuda" if kind == "cpu" else kind):
             torch.set_rng_state(self.state)
+            for device in others:
+                module = torch.get_device_module(device)
+                with module.device(device):
+                    module.manual_seed(int(torch.randint(2**62, ())))
             yield
             self.state = torch.get_rng_state()
 

@@ -30,7 +30,7 @@ class Field(WithOuterOptimizer):
     def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
         self._config = config
         channels, height, width = image_shape
-        self.network = _network(config, channels)
+        self.network = _network(config, channels).to(config.device)
         self._maml = FieldMAML(self.network, config.inner_lr, config.inner_steps)
         self.trained = self._maml
         self.optimizer = torch.optim.Adam(self._maml.parameters(), config.meta_lr)

@@ -62,6 +62,7 @@ class GradientBased(Adapting):
         if config.algorithm == "cavia":
             channels, size = image_shape[0], image_shape[-1]
             net: nn.Module = CaviaConv4(config.ways, config.channels, channels, size)
+            net.to(config.device)
             return net, CAVIA(net, config.inner_lr)
         net = conv4(config, image_shape)
         if config.algorithm == "sparsemaml":

@@ -39,7 +39,7 @@ class MetaOptNetLearner(Classifier):
             features: nn.Module = nn.Sequential(parts)
         else:
             features = nn.Sequential(conv4(config, image_shape).features, nn.Flatten())
-        self._model = metaoptnet.MetaOptNet(features)
+        self._model = metaoptnet.MetaOptNet(features).to(config.device)
         self._loss = metaoptnet.smoothed_cross_entropy
         self.network = self.trained = self._model
         self.optimizer = torch.optim.SGD(
@@ -50,7 +50,7 @@ class MetaOptNetLearner(Classifier):
             self.optimizer, lambda done: metaoptnet.published_lr_factor(done / total)
         )
         self._prune(self._model, config)
-        self._drop_block = OwnRandomness(stream(config.seed, "dropout"))
+        self._drop_block = OwnRandomness(stream(config.seed, "dropout"), config.device)
 
     def train(self, tasks: Sequence[Episode]) -> None:
         with self._drop_block.drawn():

@@ -32,12 +32,15 @@ from l2l_prune.reptile.learner import Learner, adam
 from l2l_prune.reptile.reptile import PrunedReptile
 
 
-def tasks_at_once(channels: int, size: int) -> int:
+def tasks_at_once(channels: int, size: int, device: str = "cpu") -> int:
     """How many evaluation tasks to adapt together, where vmap was faster in the benchmarks.
 
     This is a rule, not a measurement at run time: measurements vary, and the same run would then
-    end in different bits. Wider networks and larger images are fastest one by one.
+    end in different bits. Wider networks and larger images are fastest one by one on a CPU; a GPU
+    has time for all of them.
     """
+    if device != "cpu":
+        return 20
     if size > 28 or channels > 64:
         return 1
     return 20 if channels <= 32 else 12
@@ -49,7 +52,7 @@ class Reptile(Algorithm):
     def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
         self._config = config
         self._batches = stream(config.seed, "training minibatches")
-        self._dropout = OwnRandomness(stream(config.seed, "dropout"))
+        self._dropout = OwnRandomness(stream(config.seed, "dropout"), config.device)
         self.network = net = conv4(config, image_shape)
         if config.dropout_per == "task":
             TaskDropout.replace_in(net)
@@ -57,7 +60,7 @@ class Reptile(Algorithm):
         self._masks = Masks(config, net, self._mean_loss)
         options = self._masks.options
         if config.structured:
-            structured = Structured(torch.zeros(2, *image_shape))
+            structured = Structured(torch.zeros(2, *image_shape, device=config.device))
             options = {"structured": structured, "task_masks": options["task_masks"]}
         self._rank = dist.get_rank() if config.ranks > 1 else 0
         self._reptile = PrunedReptile(
@@ -75,7 +78,8 @@ class Reptile(Algorithm):
         self._rivals = Rivals(config, self.pruner, image_shape)
         self._step = CompiledStep(self._loss) if config.compile else self._plain_step
         alone = config.structured or config.compile or config.bf16
-        self._tasks_at_once = 1 if alone else tasks_at_once(config.channels, image_shape[-1])
+        together = tasks_at_once(config.channels, image_shape[-1], config.device)
+        self._tasks_at_once = 1 if alone else together
 
     def _loss(self, learner: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self._config.bf16):

@@ -41,7 +41,7 @@ class Rivals:
                 config.mgaug,  # type: ignore[arg-type]
                 rate=config.mgaug_rate,
                 networks=config.mgaug_networks,
-                example_inputs=torch.zeros(2, *image_shape),
+                example_inputs=torch.zeros(2, *image_shape, device=config.device),
             )
         if config.drop_grad:
             self._drop_grad = DropGrad(

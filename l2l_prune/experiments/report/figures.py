@@ -226,7 +226,8 @@ def _bounds(
 ) -> list[tuple[list[float], str, str]]:
     names = {field.name for field in dataclasses.fields(RunConfig)}
     values = {key: value for key, value in run.config.items() if key in names}
-    config = RunConfig(**{**values, "schedule": Schedule((Segment(run.iterations),))})
+    schedule = Schedule((Segment(run.iterations),))
+    config = RunConfig(**{**values, "schedule": schedule, "device": "cpu"})
     data = load_images(
         config.data, "train", max_classes=config.train_classes, **config.data_options
     )

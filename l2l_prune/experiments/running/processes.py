@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 import l2l_prune
@@ -262,10 +263,12 @@ def _submitted(
         raise ValueError(
             f"{error}: is this machine part of a cluster? Or leave --cluster out"
         ) from None
+    on_gpu = any(torch.device(config.device).type == "cuda" for config in configs)
     executor.update_parameters(
         timeout_min=3 * 24 * 60,
         cpus_per_task=max((config.ranks for config in configs), default=1),
         slurm_array_parallelism=jobs,
+        **({"gpus_per_node": 1} if on_gpu else {}),
     )
     handed = dict(zip(executor.map_array(work, configs), configs, strict=True))
     for job, config in handed.items():

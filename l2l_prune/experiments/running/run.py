@@ -147,6 +147,8 @@ def _trained(
         for done in range(state.done + 1, config.schedule.iterations + 1):
             started = time.perf_counter()
             algorithm.train([tasks.sample() for _ in range(config.tasks)])
+            if config.device != "cpu":  # else only the launching of its kernels would be timed
+                torch.get_device_module(config.device).synchronize()
             state.seconds += time.perf_counter() - started
             state.done = done
             phase, sparsity = algorithm.pruner.segment.label, algorithm.pruner.sparsity
@@ -175,13 +177,13 @@ def _trained(
         for split in ("train", config.held_out)
     )
     size = sum(int(parameter.count_nonzero()) for parameter in algorithm.network.parameters())
-    weights = algorithm.finalize().state_dict()
+    weights = {name: tensor.cpu() for name, tensor in algorithm.finalize().state_dict().items()}
     if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise FloatingPointError(
             f"training diverged: {', '.join(wrong)} of the final weights are not finite; try a "
             "lower learning rate"
         )
-    yield RunResult(config.name, train, test, state.seconds, state.curve, dict(weights), size)
+    yield RunResult(config.name, train, test, state.seconds, state.curve, weights, size)
 
 
 @dataclass
@@ -222,14 +224,25 @@ class _State:
 
 
 def load_split(config: RunConfig, split: str) -> Images:
-    """The images of ``"train"``, ``"validation"`` or ``"test"`` that a run uses."""
+    """The images of ``"train"``, ``"validation"`` or ``"test"`` that a run uses, on its device.
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
     limit = config.train_classes if split == "train" else None
     needed = config.shots + config.queries
     if split == "train":
         needed = max(needed, config.train_shots + config.train_queries)
-    return load_images(
+    images = load_images(
         config.data, split, max_classes=limit, least_images=needed, **config.data_options
     )
+    if config.device == "cpu":
+        return images
+    try:
+        return Images(*(tensor.to(config.device) for tensor in images))
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {config.device} cannot be used here: {reason}") from None
 
 
 def _training_tasks(data: Images, config: RunConfig) -> EpisodeSampler:

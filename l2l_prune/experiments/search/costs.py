@@ -102,7 +102,13 @@ def end_network(config: RunConfig, image_shape: Sequence[int]) -> nn.Module:
     schedule = Schedule((dataclasses.replace(last, iterations=1),))
     # The number of remaining weights does not depend on how they are chosen.
     counted = dataclasses.replace(
-        config, schedule=schedule, criterion="magnitude", rewind=None, regrow=None, compile=False
+        config,
+        schedule=schedule,
+        criterion="magnitude",
+        rewind=None,
+        regrow=None,
+        compile=False,
+        device="cpu",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
