@@ -332,6 +332,7 @@ OTHER = {  # of settings that are names, or nothing by default
     "allocation": "erk",
     "regrow": "random",
     "select": "best",
+    "device": "cuda",
     "dropout_per": "task",
     "drop_grad_noise": "bernoulli",
     "mgaug": "catfish",
