@@ -137,9 +137,16 @@ def peer(size: int, draw: Draw, inner_loop: Callable[[nn.Module], Adapted]) -> C
     return by_hand(net, draw, inner_loop(net))
 
 
-def compiled_by_torch(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    """The passes through ``torch.compile`` and steps of fused Adam: no tasks, copies or masks."""
-    run = torch.compile(lambda x, y: F.cross_entropy(net(x), y), dynamic=False)
+def by_torch(
+    net: nn.Module, batch: tuple[Tensor, Tensor], *, compiled: bool = False
+) -> Callable[[], None]:
+    """The passes and steps of fused Adam alone: no tasks, copies or masks."""
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(net(x), y)
+
+    if compiled:
+        run = torch.compile(run, dynamic=False)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.0, 0.999), fused=True)
 
     def iteration() -> None:
@@ -169,8 +176,11 @@ def main(rounds: int) -> None:
             "channels-last, 32 channels": functools.partial(
                 passes, conv4(size, 32), [batch] * (TASKS * STEPS)
             ),
-            "compiled passes and Adam": compiled_by_torch(conv4(size), batch),
-            "compiled passes and Adam, 32 channels": compiled_by_torch(conv4(size, 32), batch),
+            "passes and Adam": by_torch(conv4(size), batch),
+            "compiled passes and Adam": by_torch(conv4(size), batch, compiled=True),
+            "compiled passes and Adam, 32 channels": by_torch(
+                conv4(size, 32), batch, compiled=True
+            ),
             "PrunedReptile, dense": reptile(size, draw, DENSE),
             "PrunedReptile, 50% masked": reptile(size, draw, SPARSE),
             "PrunedReptile, 50% of channels": reptile(

@@ -324,7 +324,7 @@ def paper(
         typer.Option(min=2, help="Tasks behind each score.", show_default="by algorithm"),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="Where to train and evaluate: cpu, cuda or another device.")
+        str, typer.Option(help="Where to train and evaluate: cpu, cuda, or cuda:1.")
     ] = "cpu",
     out: Annotated[
         Path | None, typer.Option(help="Folder for runs and report.", show_default="runs/NAME")

@@ -213,7 +213,7 @@ class RunConfig:
         False, "Run inner steps in bfloat16 (reptile only): faster where the processor supports it."
     )
     device: str = setting(
-        "cpu", "Where to train and evaluate: cpu, cuda, cuda:1, or another device that torch knows."
+        "cpu", "Where to train and evaluate: cpu, cuda, or one GPU of several, such as cuda:1."
     )
     label_noise: float = setting(
         0.0,

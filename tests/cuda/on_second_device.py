@@ -46,3 +46,8 @@ def test_devices_are_not_mixed():
         with pytest.raises(RuntimeError, match="second device and on"):
             there + torch.ones(2)
         assert (there + torch.ones(())).device == there.device
+        assert there[torch.tensor([1])].device == there.device
+        with pytest.raises(RuntimeError, match="second device and on"):
+            torch.ones(2)[torch.ones(1, dtype=torch.long, device=second_device.DEVICE)]
+        with pytest.raises(RuntimeError, match="second device and on"):
+            there[torch.tensor([0, 1])] = torch.ones(2)

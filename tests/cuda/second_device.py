@@ -17,13 +17,8 @@ from torch.utils import _python_dispatch, _pytree, backend_registration
 
 DEVICE = "second"
 _aten = torch.ops.aten
-_MAY_MIX = {  # of `index`, only the indices: the values are checked by CUDA, too
-    _aten.copy_.default,
-    _aten._to_copy.default,
-    _aten.index.Tensor,
-    _aten.index_put_.default,
-    _aten._index_put_impl_.default,
-}
+_COPIES = (_aten.copy_.default, _aten._to_copy.default)
+_BY_INDEX = (_aten.index.Tensor, _aten.index_put_.default, _aten._index_put_impl_.default)
 
 
 class Tensor(torch.Tensor):
@@ -94,8 +89,11 @@ def _is_second(device: Any) -> bool:
 def _run(function, args, kwargs):
     tensors = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     here = [t for t in tensors if isinstance(t, Tensor)]
-    elsewhere = {t.device for t in tensors if t.dim() and not isinstance(t, Tensor)}
-    if here and elsewhere and function not in _MAY_MIX:
+    must_fit = tensors
+    if function in _BY_INDEX and isinstance(args[0], Tensor):  # indices may be on the CPU
+        must_fit = [args[0], *args[2:3]]
+    elsewhere = {t.device for t in must_fit if t.dim() and not isinstance(t, Tensor)}
+    if here and elsewhere and function not in _COPIES:
         raise RuntimeError(f"{function}: tensors on the second device and on {elsewhere}")
     plain_args, plain = _pytree.tree_map_only(Tensor, lambda t: t.inner, (args, kwargs))
     to = kwargs.get("device")
@@ -122,7 +120,7 @@ _MODULE = types.SimpleNamespace(
     set_rng_state=lambda state, device: None,
     manual_seed=lambda seed: None,
     manual_seed_all=lambda seed: None,
-    synchronize=lambda: None,
+    synchronize=lambda device: None,
     get_amp_supported_dtype=lambda: [torch.bfloat16],
 )
 

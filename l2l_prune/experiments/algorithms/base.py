@@ -78,7 +78,7 @@ class OwnRandomness:
             for device in others:
                 module = torch.get_device_module(device)
                 with module.device(device):
-                    module.manual_seed(int(torch.randint(2**62, ())))
+                    module.manual_seed(int(torch.randint(2**62, (), device="cpu")))
             yield
             self.state = torch.get_rng_state()
 

@@ -148,7 +148,7 @@ def _trained(
             started = time.perf_counter()
             algorithm.train([tasks.sample() for _ in range(config.tasks)])
             if config.device != "cpu":  # else only the launching of its kernels would be timed
-                torch.get_device_module(config.device).synchronize()
+                torch.get_device_module(config.device).synchronize(config.device)
             state.seconds += time.perf_counter() - started
             state.done = done
             phase, sparsity = algorithm.pruner.segment.label, algorithm.pruner.sparsity
