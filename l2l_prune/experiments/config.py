@@ -338,10 +338,10 @@ class RunConfig:
     def _check_device(self) -> None:
         """Check the name alone: a GPU need not be here, but where the run will be."""
         try:
-            kind = torch.device(self.device).type
+            computes = torch.device(self.device).type != "meta"  # whose tensors hold no numbers
         except RuntimeError:
-            kind = "meta"
-        if kind == "meta":  # torch knows it, but its tensors hold no numbers
+            computes = False
+        if not computes:
             raise ValueError(
                 f"device must be one that torch can compute on, such as cpu or cuda, got "
                 f"{self.device!r}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from typing import Any
 
@@ -36,12 +35,6 @@ REPTILE = {
     "MGAug": {"method": "dense", "mgaug": "width"},
     "DropGrad": {"method": "dense", "drop_grad": 0.1},
 }
-OTHERS = {
-    **dict.fromkeys(("cavia", "sparsemaml"), ""),
-    **dict.fromkeys(("maml", "fomaml", "anil", "metasgd", "protonet"), "learn2learn"),
-    "metaoptnet": "qpth",
-}
-"""With the library that each needs."""
 
 
 def config_on(device, algorithm="reptile", method="dsd", **settings):
@@ -77,11 +70,20 @@ def runs_of_reptile(place: Place) -> None:
         compare(place, **settings)
 
 
-def runs_of_others(place: Place) -> None:
-    for algorithm, host in OTHERS.items():
-        if not host or importlib.util.find_spec(host):
-            more = {"backbone": "conv4"} if algorithm == "metaoptnet" else {}
-            compare(place, algorithm=algorithm, **more)
+def runs_without_a_host(place: Place) -> None:
+    for algorithm in ("cavia", "sparsemaml"):
+        compare(place, algorithm=algorithm)
+
+
+def runs_of_learn2learn(place: Place) -> None:
+    pytest.importorskip("learn2learn")
+    for algorithm in ("maml", "fomaml", "anil", "metasgd", "protonet"):
+        compare(place, algorithm=algorithm)
+
+
+def runs_of_metaoptnet(place: Place) -> None:
+    pytest.importorskip("qpth")
+    compare(place, algorithm="metaoptnet", backbone="conv4")
 
 
 def runs_of_fields(place: Place) -> None:

@@ -455,7 +455,9 @@ PLANTED: list[tuple[Check, Fault]] = [
     (metalearner_checks.with_fields, NOT_RAISED),
     (hosts_checks.with_lightning, ALL_TRUE),
     (command_checks.runs_of_reptile, ALL_TRUE),
-    (command_checks.runs_of_others, ALL_TRUE),
+    (command_checks.runs_without_a_host, ALL_TRUE),
+    (command_checks.runs_of_learn2learn, ALL_TRUE),
+    (command_checks.runs_of_metaoptnet, ALL_TRUE),
     (command_checks.runs_of_fields, ALL_TRUE),
     (
         command_checks.networks_and_images_are_there,

@@ -100,8 +100,6 @@ def _run(function, args, kwargs):
     if _is_second(to):
         plain = {**plain, "device": "cpu"}
     found = function(*plain_args, **plain)
-    if function is _aten.copy_.default:
-        return args[0]
     if not (here if to is None else _is_second(to)):
         return found
     wrapped = _pytree.tree_map_only(torch.Tensor, Tensor, found)

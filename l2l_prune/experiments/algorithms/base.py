@@ -71,11 +71,11 @@ class OwnRandomness:
     @contextmanager
     def drawn(self) -> Iterator[None]:
         """Inside, the global generators go on from :attr:`state`; outside, they are unchanged."""
-        kind = self._device.type
-        others = [] if kind == "cpu" else [self._device]
-        with torch.random.fork_rng(others, device_type="cuda" if kind == "cpu" else kind):
+        device = self._device
+        on_cpu = device.type == "cpu"
+        with torch.random.fork_rng([] if on_cpu else [device], device_type=device.type):
             torch.set_rng_state(self.state)
-            for device in others:
+            if not on_cpu:
                 module = torch.get_device_module(device)
                 with module.device(device):
                     module.manual_seed(int(torch.randint(2**62, (), device="cpu")))

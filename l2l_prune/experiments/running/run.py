@@ -147,8 +147,8 @@ def _trained(
         for done in range(state.done + 1, config.schedule.iterations + 1):
             started = time.perf_counter()
             algorithm.train([tasks.sample() for _ in range(config.tasks)])
-            if config.device != "cpu":  # else only the launching of its kernels would be timed
-                torch.get_device_module(config.device).synchronize(config.device)
+            # Else only the launching of a GPU's kernels would be timed.
+            torch.get_device_module(config.device).synchronize(config.device)
             state.seconds += time.perf_counter() - started
             state.done = done
             phase, sparsity = algorithm.pruner.segment.label, algorithm.pruner.sparsity
@@ -236,8 +236,6 @@ def load_split(config: RunConfig, split: str) -> Images:
     images = load_images(
         config.data, split, max_classes=limit, least_images=needed, **config.data_options
     )
-    if config.device == "cpu":
-        return images
     try:
         return Images(*(tensor.to(config.device) for tensor in images))
     except (AssertionError, NotImplementedError, RuntimeError) as error:
