@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from l2l_prune import PrunedReptile
-from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.device import restored_reptile
 from l2l_prune.experiments.report.finished_runs import FinishedRun, read_folder
 from l2l_prune.experiments.running.run import load_split
@@ -46,14 +45,10 @@ def updates(reptile: PrunedReptile, images: Images, steps: int) -> Tensor:
 
 def measures(run: FinishedRun) -> dict[str, float]:
     """Of training and unseen characters."""
-    config = run.config
-    told = {}
+    config, told = run.settings_on_cpu(), {}
     for part in ("train", "test"):
-        settings = make_config(
-            "reptile", "dense", split=config["split"], train_classes=config["train_classes"]
-        )
-        images = load_split(settings, part)
-        rows = updates(restored_reptile(run, images), images, config["eval_steps"])
+        images = load_split(config, part)
+        rows = updates(restored_reptile(run, images), images, config.eval_steps)
         cosines = F.normalize(rows) @ F.normalize(rows).T
         pairs = torch.ones(TASKS, TASKS).triu(1) > 0
         told[f"cosine, {part}"] = float(cosines[pairs].mean())

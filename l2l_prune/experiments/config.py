@@ -21,7 +21,7 @@ from l2l_prune.experiments.settings import check_settings, setting, settings_of
 from l2l_prune.fewshot.data.images import DATA_SETS, OWN_SPLITS
 from l2l_prune.fewshot.evaluation import Measure
 from l2l_prune.masking.layers import Layers
-from l2l_prune.schedules.paper import Schedule
+from l2l_prune.schedules.schedule import Schedule, Segment
 
 _BY_ALGORITHM, _BY_METHOD = "by algorithm", "by method"
 MGAUG = ("reptile", "maml", "fomaml", "anil", "metasgd", "protonet")
@@ -456,6 +456,20 @@ class RunConfig:
         """Plain values; the schedule is a dict of its own."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {**values, "schedule": self.schedule.to_dict()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RunConfig:
+        """The inverse of :meth:`to_json`; settings that an older version lacked have their default.
+
+        Raises:
+            TypeError: If a setting is unknown, as those of newer versions are.
+        """
+        segments: list[dict[str, Any]] = [
+            {key: dict(held) if isinstance(held, list) else held for key, held in segment.items()}
+            for segment in values["schedule"]["segments"]
+        ]
+        schedule = Schedule(tuple(Segment(**segment) for segment in segments))
+        return cls(**{**values, "schedule": schedule})
 
 
 def make_config(algorithm: str, method: str, **settings: Any) -> RunConfig:

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +15,6 @@ from l2l_prune._basics.files import replace_file
 from l2l_prune.channels.pruner import ChannelPruner
 from l2l_prune.experiments.algorithms import build
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.experiments.report import same_settings
 from l2l_prune.experiments.report.adaptation import write_adaptation
 from l2l_prune.experiments.report.finished_runs import FinishedRun, read_folder, read_weights
 from l2l_prune.experiments.report.results import read_result
@@ -71,7 +69,7 @@ def export_run(
             that differ.
     """
     run = _only_run(folder)
-    config, data = _config(run), _unseen_images(run)
+    config, data = run.settings_on_cpu(), _unseen_images(run)
     net = restored_network(run, data)
     result = read_result(run.entry, run.folder / "results.json")
     about = {name: getattr(config, name) for name in _ABOUT}
@@ -135,10 +133,10 @@ def measure_adaptation(folder: Path) -> list[Path]:
             "measured only for such runs"
         )
     first = next(iter(runs.values()))
-    config, data = _config(first), _unseen_images(first)
+    config, data = first.settings_on_cpu(), _unseen_images(first)
     tasks = ("data", "data_root", "split", "image_size", "ways", "shots", "queries")
     for run in runs.values():
-        if other := [n for n in tasks if getattr(_config(run), n) != getattr(config, n)]:
+        if other := [n for n in tasks if getattr(run.settings_on_cpu(), n) != getattr(config, n)]:
             raise ValueError(
                 f"the runs in {folder} differ in {', '.join(other)}: give a folder of one setting"
             )
@@ -147,7 +145,7 @@ def measure_adaptation(folder: Path) -> list[Path]:
     ways, accuracies = {}, {}
     for name, run in runs.items():
         reptile = restored_reptile(run, data)
-        for part, only in {**PARTS, BEST: _best_channels(reptile, _config(run))}.items():
+        for part, only in {**PARTS, BEST: _best_channels(reptile, run.settings_on_cpu())}.items():
             way = f"{name}, {part}"
             ways[way] = Adapting(reptile, only)
             accuracies[way] = few_shot_accuracy(
@@ -171,7 +169,7 @@ def restored_network(run: FinishedRun, data: Images) -> nn.Module:
         FileNotFoundError: If the file of its weights is gone.
         ValueError: If that file is damaged, or of another network.
     """
-    config, shape = _config(run), data.images.shape[1:]
+    config, shape = run.settings_on_cpu(), data.images.shape[1:]
     state = read_weights(run.weights_file.path)
     with torch.random.fork_rng(devices=[]):
         dense = dataclasses.replace(config, schedule=Schedule((Segment(1),)), structured=False)
@@ -200,7 +198,7 @@ def restored_reptile(run: FinishedRun, data: Images) -> PrunedReptile:
         FileNotFoundError: As for :func:`restored_network`.
         ValueError: Likewise.
     """
-    config = _config(run)
+    config = run.settings_on_cpu()
     net = restored_network(run, data)
     segment = Segment(1)
     if run.segments[-1]["sparse"] and not config.structured:
@@ -233,23 +231,7 @@ def _only_run(folder: Path) -> FinishedRun:
     return found.runs[0]
 
 
-def _config(run: FinishedRun) -> RunConfig:
-    """The settings of a finished run, wherever it was trained: small devices have no GPU."""
-    values: dict[str, Any] = same_settings.complete(run.config)
-    segments: list[dict[str, Any]] = [
-        {k: dict(v) if isinstance(v, list) else v for k, v in segment.items()}
-        for segment in values["schedule"]["segments"]
-    ]
-    try:
-        schedule = Schedule(tuple(Segment(**segment) for segment in segments))
-        return RunConfig(**{**values, "schedule": schedule, "device": "cpu"})
-    except TypeError as error:
-        raise ValueError(
-            f"{run.folder / 'results.json'} was written by another version ({error})"
-        ) from None
-
-
 def _unseen_images(run: FinishedRun) -> Images:
-    config = _config(run)
+    config = run.settings_on_cpu()
     needed = config.shots + config.queries
     return load_images(config.data, config.held_out, least_images=needed, **config.data_options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from torch.nn import functional as F
 
 from l2l_prune._basics.tensor_files import load_tensors
 from l2l_prune.experiments.algorithms.base import conv4
-from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.report.finished_runs import (
     FinishedRun,
     by_method,
@@ -35,7 +33,7 @@ from l2l_prune.fewshot.theory import (
     parameter_counts,
     sparse_gap_bound,
 )
-from l2l_prune.schedules.paper import DSDSchedule, Schedule, Segment
+from l2l_prune.schedules.paper import DSDSchedule
 
 
 def overview_figure(runs: list[FinishedRun], path: Path) -> None:
@@ -224,10 +222,7 @@ def bounds_figure(runs: list[FinishedRun], path: Path) -> bool:
 def _bounds(
     run: FinishedRun, weights: Path, sparsities: np.ndarray[Any, Any]
 ) -> list[tuple[list[float], str, str]]:
-    names = {field.name for field in dataclasses.fields(RunConfig)}
-    values = {key: value for key, value in run.config.items() if key in names}
-    schedule = Schedule((Segment(run.iterations),))
-    config = RunConfig(**{**values, "schedule": schedule, "device": "cpu"})
+    config = run.settings_on_cpu()
     data = load_images(
         config.data, "train", max_classes=config.train_classes, **config.data_options
     )

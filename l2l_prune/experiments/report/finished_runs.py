@@ -17,7 +17,7 @@ from torch import Tensor
 
 from l2l_prune._basics import checks
 from l2l_prune._basics.tensor_files import DamagedFile, load_tensors
-from l2l_prune.experiments.config import file_name
+from l2l_prune.experiments.config import RunConfig, file_name
 from l2l_prune.experiments.defaults import PICTURE_TASKS, measure_of
 from l2l_prune.experiments.report import same_settings
 from l2l_prune.experiments.report.seed_statistics import OverSeeds
@@ -106,6 +106,19 @@ class FinishedRun:
         """The settings, as :meth:`RunConfig.to_json` gives them."""
         config: dict[str, Any] = self.entry["config"]
         return config
+
+    def settings_on_cpu(self) -> RunConfig:
+        """The settings to rebuild its network and tasks, wherever it was trained.
+
+        Raises:
+            ValueError: If another version wrote settings that this one does not know.
+        """
+        try:
+            return RunConfig.from_json({**self.config, "device": "cpu"})
+        except TypeError as error:
+            raise ValueError(
+                f"{self.folder / 'results.json'} was written by another version ({error})"
+            ) from None
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""Scores the Reptile runs of a folder again with more adaptation steps, and judges a plan on them.
+
+python docs/results/more_steps.py runs/study docs/results/study/more-steps.toml more-steps.csv
+
+The plan holds `steps` and stated comparisons, as for `l2l-prune report --plan`; only runs that
+they name are scored, with their last weights, on the tasks of their own final scores. The inner
+optimizer starts afresh, so scores after the runs' own 5 steps stand beside those after more. Scored
+runs are kept in the CSV: repeat a stopped command to go on.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from l2l_prune.experiments.device import restored_reptile
+from l2l_prune.experiments.options import read_toml
+from l2l_prune.experiments.report.comparisons import (
+    comparison_table,
+    judge,
+    matching,
+    read_comparisons,
+)
+from l2l_prune.experiments.report.finished_runs import FinishedRun, read_folder
+from l2l_prune.experiments.running.run import evaluation_tasks, load_split
+from l2l_prune.experiments.running.streams import stream
+from l2l_prune.fewshot.evaluation import few_shot_accuracy
+
+COLUMNS = ("replicate", "method", "channels", "steps", "test")
+
+
+def score(run: FinishedRun, steps: int) -> float:
+    """Test accuracy after so many steps."""
+    config = run.settings_on_cpu()
+    images = load_split(config, "test")
+    return few_shot_accuracy(
+        restored_reptile(run, images),
+        evaluation_tasks(images, config, "final tasks", "test"),
+        steps=steps,
+        batch_size=config.eval_batch,
+        transductive=config.transductive,
+        generator=stream(config.seed, "evaluation minibatches"),
+        tasks_at_once=12,
+    ).mean
+
+
+def main(folder: Path, plan_file: Path, table: Path) -> None:
+    """Score what is missing, then print means and verdicts."""
+    torch.set_num_threads(1)
+    plan = read_toml(plan_file)
+    comparisons = read_comparisons(plan["comparison"])
+    runs = read_folder(folder).runs
+    sides = [side for c in comparisons for side in (c.treatment, c.control)]
+    named = {id(run): run for side in sides for run in matching(side, runs).values()}
+    scores: dict[tuple[str, ...], str] = {}
+    if table.is_file():
+        with table.open() as file:
+            scores = {tuple(row[:-1]): row[-1] for row in list(csv.reader(file))[1:]}
+    else:
+        table.write_text(",".join(COLUMNS) + "\n")
+    found, scored = defaultdict(list), []
+    for run in sorted(named.values(), key=lambda run: (run.seed, run.method)):
+        for steps in plan["steps"]:
+            key = (str(run.seed), run.config["name"], str(run.config["channels"]), str(steps))
+            if key not in scores:
+                scores[key] = f"{score(run, steps):.4f}"
+                with table.open("a") as file:
+                    csv.writer(file, lineterminator="\n").writerow((*key, scores[key]))
+            found[key[1:]].append(100 * float(scores[key]))
+        entry = {**run.entry, "test": {"mean": float(scores[key])}}  # after the most steps
+        scored.append(dataclasses.replace(run, entry=entry))
+    rows = [(*key, f"{statistics.mean(values):.1f}") for key, values in found.items()]
+    print(tabulate(sorted(rows), headers=COLUMNS[1:], tablefmt="github"))
+    print(comparison_table(judge(comparisons, scored)))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
