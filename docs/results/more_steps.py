@@ -2,10 +2,10 @@
 
 python docs/results/more_steps.py runs/study docs/results/study/more-steps.toml more-steps.csv
 
-The plan holds `steps` and stated comparisons, as for `l2l-prune report --plan`; only runs that
-they name are scored, with their last weights, on the tasks of their own final scores. The inner
-optimizer starts afresh, so scores after the runs' own 5 steps stand beside those after more. Scored
-runs are kept in the CSV: repeat a stopped command to go on.
+Only runs that the plan's comparisons name are scored, with their last weights, on the tasks of
+their own final scores. The inner optimizer starts afresh, so scores after the runs' own 5 steps
+stand beside those after 50, which are judged. Scores are kept in the CSV: repeat a stopped command
+to go on.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from l2l_prune.experiments.running.run import evaluation_tasks, load_split
 from l2l_prune.experiments.running.streams import stream
 from l2l_prune.fewshot.evaluation import few_shot_accuracy
 
+STEPS = (5, 50)
 COLUMNS = ("replicate", "method", "channels", "steps", "test")
 
 
@@ -54,8 +55,7 @@ def score(run: FinishedRun, steps: int) -> float:
 def main(folder: Path, plan_file: Path, table: Path) -> None:
     """Score what is missing, then print means and verdicts."""
     torch.set_num_threads(1)
-    plan = read_toml(plan_file)
-    comparisons = read_comparisons(plan["comparison"])
+    comparisons = read_comparisons(read_toml(plan_file)["comparison"])
     runs = read_folder(folder).runs
     sides = [side for c in comparisons for side in (c.treatment, c.control)]
     named = {id(run): run for side in sides for run in matching(side, runs).values()}
@@ -67,7 +67,7 @@ def main(folder: Path, plan_file: Path, table: Path) -> None:
         table.write_text(",".join(COLUMNS) + "\n")
     found, scored = defaultdict(list), []
     for run in sorted(named.values(), key=lambda run: (run.seed, run.method)):
-        for steps in plan["steps"]:
+        for steps in STEPS:
             key = (str(run.seed), run.config["name"], str(run.config["channels"]), str(steps))
             if key not in scores:
                 scores[key] = f"{score(run, steps):.4f}"
