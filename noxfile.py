@@ -25,7 +25,7 @@ MATRIX = [
     ("3.13", "2.14.1", "2.5.5"),
 ]
 # What takes minutes, or needs no second version, stays with ``make test``.
-LEFT_OUT = {"demo", "distributed", "docs", "examples", "guides", "package", "stateful"}
+LEFT_OUT = {"docs", "examples", "guides", "package", "stateful"}
 PATHS = [
     *(str(path) for path in sorted(Path("l2l_prune").glob("*.py")) if path.stem != "__main__"),
     *(

@@ -1,4 +1,4 @@
-"""All benchmarks by one command: ``python -m benchmarks [--rounds N] [--device cuda] [PART ...]``.
+"""Most benchmarks by one command: ``python -m benchmarks [--rounds N] [--device cuda] [PART ...]``.
 
 On an idle machine; about 20 minutes on 2 cores.
 """

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks.workload import WAYS
 from l2l_prune import DSDSchedule, PrunedReptile
 from l2l_prune.channels import Structured
-from l2l_prune.experiments.device import BEST, PARTS, SHARE
+from l2l_prune.experiments.exporting import BEST, PARTS, SHARE
 from l2l_prune.experiments.report.adaptation import write_adaptation
 from l2l_prune.fewshot import (
     Conv4,

@@ -13,8 +13,8 @@ from typing_extensions import Self
 
 from l2l_prune._basics import checks
 from l2l_prune._basics.hooks import Hooks
-from l2l_prune.masking.serves_learners import ServesLearners
 from l2l_prune.schedules.schedule import Schedule, Segment
+from l2l_prune.serves_learners import ServesLearners
 
 
 class ScheduledPruner(ServesLearners, ABC):
@@ -56,7 +56,7 @@ class ScheduledPruner(ServesLearners, ABC):
 
     @property
     def phase(self) -> str:
-        """Its name: ``"pretrain"``, ``"prune"`` or ``"retrain"`` in DSD and IHT."""
+        """The segment's name; in DSD and IHT ``"pretrain"``, ``"prune"`` or ``"retrain"``."""
         return self.segment.phase
 
     @property

@@ -20,8 +20,6 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from l2l_prune.experiments.device import restored_reptile
-from l2l_prune.experiments.options import read_toml
 from l2l_prune.experiments.report.comparisons import (
     comparison_table,
     judge,
@@ -29,8 +27,10 @@ from l2l_prune.experiments.report.comparisons import (
     read_comparisons,
 )
 from l2l_prune.experiments.report.finished_runs import FinishedRun, read_folder
+from l2l_prune.experiments.restoring import restored_reptile
 from l2l_prune.experiments.running.run import evaluation_tasks, load_split
-from l2l_prune.experiments.running.streams import stream
+from l2l_prune.experiments.streams import stream
+from l2l_prune.experiments.toml_files import read_toml
 from l2l_prune.fewshot.evaluation import few_shot_accuracy
 
 STEPS = (5, 50)

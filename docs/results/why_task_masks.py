@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from l2l_prune import PrunedReptile
-from l2l_prune.experiments.device import restored_reptile
 from l2l_prune.experiments.report.finished_runs import FinishedRun, read_folder
+from l2l_prune.experiments.restoring import restored_reptile
 from l2l_prune.experiments.running.run import load_split
 from l2l_prune.fewshot import EpisodeSampler
 from l2l_prune.fewshot.data import Images

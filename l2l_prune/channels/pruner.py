@@ -34,10 +34,10 @@ from l2l_prune.channels.plan import (
 from l2l_prune.channels.surgery import Surgery
 from l2l_prune.channels.task_channels import SmallCopy, TaskChannels
 from l2l_prune.masking.layers import Rule, read_rules, refuse_learning_rates
-from l2l_prune.masking.serves_learners import States, StepPreHook
 from l2l_prune.masking.task_masks import TaskMasks
 from l2l_prune.scheduled import ScheduledPruner
 from l2l_prune.schedules.schedule import Schedule
+from l2l_prune.serves_learners import States, StepPreHook
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ except ImportError as error:  # pragma: no cover - needs an environment without 
 
 import l2l_prune
 from l2l_prune.experiments.config import Phases, RunConfig, make_config
+from l2l_prune.experiments.methods import CANDIDATES, STUDY_RATES, TUNE_RATES
 from l2l_prune.experiments.options import (
     AlgorithmOption,
     CandidatesOption,
@@ -36,10 +37,10 @@ from l2l_prune.experiments.options import (
     check_sparsity,
     chosen_logger,
     plain_errors,
-    read_toml,
 )
 from l2l_prune.experiments.paper import EXPERIMENTS, experiment
 from l2l_prune.experiments.settings import takes_settings
+from l2l_prune.experiments.toml_files import read_toml
 from l2l_prune.fewshot.data import DATA_SETS
 from l2l_prune.fewshot.data.images import check_files
 
@@ -175,8 +176,8 @@ def sweep(
 @takes_settings(Phases, RunConfig, own={"final_tasks": "--eval-tasks"})
 def tune(
     algorithm: AlgorithmOption = "reptile",
-    method: CandidatesOption = ["dsd", "iht", "rigl", "cubic"],  # noqa: B006 - typer copies it
-    rate: RatesOption = [0.3, 0.5, 0.7, 0.8, 0.9, 0.95],  # noqa: B006
+    method: CandidatesOption = list(CANDIDATES),  # noqa: B006 - typer copies it
+    rate: RatesOption = list(TUNE_RATES),  # noqa: B006
     data: DataOption = "glyphs",
     data_root: RootOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and tasks.")] = 0,
@@ -230,8 +231,8 @@ def tune(
 @takes_settings(Phases, RunConfig, own={"final_tasks": "--eval-tasks"})
 def study(
     algorithm: AlgorithmOption = "reptile",
-    method: CandidatesOption = ["dsd", "iht", "rigl", "cubic"],  # noqa: B006 - typer copies it
-    rate: RatesOption = [0.5, 0.8, 0.9],  # noqa: B006
+    method: CandidatesOption = list(CANDIDATES),  # noqa: B006 - typer copies it
+    rate: RatesOption = list(STUDY_RATES),  # noqa: B006
     width: Annotated[
         list[int] | None, typer.Option(min=1, help="Channels to study; repeat the option.")
     ] = None,
@@ -244,7 +245,8 @@ def study(
     data: DataOption = "glyphs",
     data_root: RootOption = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=99, help="Seed of the races; replicates use 100, 101, ...")
+        int,
+        typer.Option(min=0, help="Seed of the races, below 100; replicates use 100, 101, ..."),
     ] = 0,
     replicates: Annotated[
         int, typer.Option(min=2, help="Number of seeds, each with its own split of the classes.")
@@ -443,7 +445,7 @@ def report(
         if plan and not stated:
             raise ValueError(f"{plan} states no [[comparison]]")
         if adaptation:
-            from l2l_prune.experiments.device import measure_adaptation
+            from l2l_prune.experiments.exporting import measure_adaptation
 
             measure_adaptation(folder)
         for path in write_report(folder, stated):
@@ -466,7 +468,7 @@ def export(
 
     Nothing is written unless everything can be.
     """
-    from l2l_prune.experiments.device import export_run
+    from l2l_prune.experiments.exporting import export_run
 
     with plain_errors(out):
         for line in export_run(folder, out, half=half, onnx=onnx, program=program):

@@ -20,6 +20,7 @@ from l2l_prune.experiments.methods import (
 from l2l_prune.experiments.settings import check_settings, setting, settings_of
 from l2l_prune.fewshot.data.images import DATA_SETS, OWN_SPLITS
 from l2l_prune.fewshot.evaluation import Measure
+from l2l_prune.masking.allocation import ALLOCATIONS
 from l2l_prune.masking.layers import Layers
 from l2l_prune.schedules.schedule import Schedule, Segment
 
@@ -188,7 +189,7 @@ class RunConfig:
     allocation: str = setting(
         "layerwise",
         "How layers share what is pruned",
-        choices=("layerwise", "erk", "global"),
+        choices=ALLOCATIONS,
         shown="layerwise; global for metasparse",
     )
     rewind: int | None = setting(

@@ -9,6 +9,9 @@ from l2l_prune.fewshot.evaluation import ACCURACY, PSNR, Measure
 PICTURE_TASKS = ("field",)
 """Algorithms whose task is one picture: without ways and shots, and measured in PSNR."""
 
+LEARN_MORE = ("metasgd", "sparsemaml")
+"""Algorithms that learn more than the network's weights, while results hold only the weights."""
+
 
 def measure_of(algorithm: str) -> Measure:
     """What an algorithm's scores are."""

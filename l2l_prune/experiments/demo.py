@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 
 from l2l_prune.experiments.config import RunConfig, make_config
+from l2l_prune.experiments.run_result import RunResult
 from l2l_prune.experiments.running.compare_one_seed import compare_one_seed
 from l2l_prune.experiments.running.cores import free_cores
-from l2l_prune.experiments.running.run import RunResult
 from l2l_prune.fewshot.data import Glyphs
 
 _NARROW = "narrow"

@@ -146,6 +146,13 @@ METHODS: dict[str, Method] = {
 """The paper's three come first; docs/methods.md explains the others."""
 
 
+CANDIDATES = ("dsd", "iht", "rigl", "cubic")
+"""What ``tune`` and ``study`` try by default."""
+TUNE_RATES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+"""Sparsities that ``tune`` tries by default."""
+STUDY_RATES = (0.5, 0.8, 0.9)
+"""Sparsities that ``study`` tries by default."""
+
 _RAMPS = ("cubic", "cyclic", "metasparse")
 
 
@@ -172,7 +179,7 @@ def read_layer_rates(text: str) -> dict[str, float]:
 
 
 def make_schedule(
-    kind: str,
+    method: str,
     iterations: int,
     sparsity: float | dict[str, float] | None = None,
     *,
@@ -184,7 +191,7 @@ def make_schedule(
     """A schedule of ``iterations``, with the method's usual fractions where none are given.
 
     Args:
-        kind: A key of :data:`METHODS`.
+        method: A key of :data:`METHODS`.
         iterations: Total number of meta-iterations, >= 1.
         sparsity: Fraction pruned in the sparse phases (metasparse: in the last), in (0, 1); by
             default 0.5, or 0.95 for metasparse. Or fractions by layer, for methods whose sparsity
@@ -198,19 +205,19 @@ def make_schedule(
         task_share: Share of the tasks that task masks prune, in (0, 1], 1 by default.
 
     Raises:
-        ValueError: If ``kind`` is not in :data:`METHODS`, a number is out of range, or the method
+        ValueError: If ``method`` is not in :data:`METHODS`, a number is out of range, or the method
             does not take it (dense ignores all numbers but ``iterations``).
     """
-    if kind not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {kind!r}")
-    method = METHODS[kind]
-    if kind == "dense":
-        return method.make(iterations, 0.0)
-    sparsity = method.sparsity if sparsity is None else sparsity
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    row = METHODS[method]
+    if method == "dense":
+        return row.make(iterations, 0.0)
+    sparsity = row.sparsity if sparsity is None else sparsity
     if isinstance(sparsity, dict):
-        if kind in _RAMPS:
+        if method in _RAMPS:
             raise ValueError(
-                f"method {kind} takes one sparsity for all layers, because its sparsity grows"
+                f"method {method} takes one sparsity for all layers, because its sparsity grows"
             )
     elif checks.fraction("sparsity", sparsity) == 0:
         raise ValueError(f"sparsity must be in (0, 1), got {sparsity}")
@@ -221,24 +228,24 @@ def make_schedule(
         "task_share": task_share,
     }
     phases = {name: value for name, value in given.items() if value is not None}
-    if unknown := sorted(phases.keys() - set(method.takes)):
-        raise ValueError(f"method {kind} takes no {', '.join(unknown)}: leave it out")
+    if unknown := sorted(phases.keys() - set(row.takes)):
+        raise ValueError(f"method {method} takes no {', '.join(unknown)}: leave it out")
     shares = {name: phases[name] for name in phases if name in ("pretrain", "retrain")}
     checks.check_fractions(shares)
-    return method.make(iterations, sparsity, **phases)
+    return row.make(iterations, sparsity, **phases)
 
 
-def published_phases(schedule: str, data: str, channels: int) -> dict[str, Any]:
+def published_phases(method: str, data: str, channels: int) -> dict[str, Any]:
     """Arguments of :func:`make_schedule` as in Section 5.1; empty where the paper has none."""
-    if schedule == "dense":
+    if method == "dense":
         return {}
-    recipe = IHTSchedule if schedule == "iht" else DSDSchedule
+    recipe = IHTSchedule if method == "iht" else DSDSchedule
     try:
         paper = recipe.paper(data, channels=channels)
     except ValueError:  # not one of the paper's data sets or widths
         return {}
     phases: dict[str, Any] = {"sparsity": paper.sparsity}
-    if schedule == "dsd":
+    if method == "dsd":
         phases["pretrain"] = paper.pretrain / paper.iterations
         phases["retrain"] = paper.retrain / paper.iterations
     return phases

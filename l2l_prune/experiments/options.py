@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from l2l_prune.experiments.defaults import DEFAULTS
 from l2l_prune.experiments.methods import METHODS
 from l2l_prune.experiments.running.loggers import LOGGERS, check_logger
+from l2l_prune.experiments.toml_files import read_toml, with_new_names
 from l2l_prune.fewshot.data import DATA_SETS
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-OLD_NAMES = {"schedule": "method", "eval_tasks": "final_tasks"}
-"""Names of options in version 0.1, and their names today; ``--config`` files accept both."""
-
-_LARGEST_TOML = 1_000_000
 
 AlgorithmOption = Annotated[
     str, typer.Option(help=f"One of {', '.join(DEFAULTS)}.", rich_help_panel="What")
@@ -124,38 +114,16 @@ def chosen_logger(logger: str | None, tensorboard: bool) -> str | None:
     return "tensorboard" if tensorboard else logger
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("a directory or a device, not a file")
-        if path.stat().st_size > _LARGEST_TOML:
-            raise ValueError(f"more than {_LARGEST_TOML} bytes, too large for a settings file")
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-        return values
-    except (OSError, ValueError) as error:  # the latter also for text that Python refuses
-        raise ValueError(f"{path}: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deeply") from None
-
-
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Take defaults of the options from a TOML file; the command line overrides them."""
     if path is None:
         return None
     try:
-        values = read_toml(path)
+        values = {key.replace("-", "_"): value for key, value in read_toml(path).items()}
+        values = with_new_names(values)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     known = {parameter.name for parameter in context.command.params} - {"config", "help"}
-    values = {key.replace("-", "_"): value for key, value in values.items()}
-    for old, new in OLD_NAMES.items():
-        if old in values:
-            values[new] = values.pop(old)
     if unknown := sorted(values.keys() - known):
         raise typer.BadParameter(
             f"{path} sets unknown options: {', '.join(unknown)}; the options are "

@@ -8,8 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from l2l_prune._basics import checks
-from l2l_prune._basics.generators import drawn_by
+from l2l_prune._basics.generators import check_generator, drawn_by
 from l2l_prune._basics.precision import step_gradient, widened
 
 Criterion: TypeAlias = Callable[[Tensor], Tensor]
@@ -51,19 +50,25 @@ def random(generator: torch.Generator) -> Criterion:
         generator: Source of the scores, on the CPU; save its state to resume exactly.
 
     Raises:
-        TypeError: If ``generator`` is not a generator (but a seed, for instance).
+        TypeError: If ``generator`` is not a generator (but a seed, for instance) or not on
+            the CPU.
 
     Examples:
         >>> scores = random(torch.Generator().manual_seed(0))
         >>> scores(torch.zeros(2, 3)).shape
         torch.Size([2, 3])
     """
-    checks.of_type("generator", generator, torch.Generator, "a torch.Generator")
+    check_generator(generator)
 
     def scores(weight: Tensor) -> Tensor:
         return torch.rand(weight.shape, **drawn_by(generator)).to(weight.device)
 
     return scores
+
+
+def saliency(weight: Tensor, gradient: Tensor) -> Tensor:
+    """``|w * g|``, in float32 where the weight has fewer bits."""
+    return (widened(weight.detach()) * widened(gradient)).abs()
 
 
 def snip(weight: Tensor) -> Tensor:
@@ -79,7 +84,7 @@ def snip(weight: Tensor) -> Tensor:
         Lee, Ajanthan and Torr, *SNIP: Single-shot Network Pruning based on Connection
         Sensitivity*, ICLR 2019, Equation 6 (its division by the sum does not change the order).
     """
-    return (widened(weight) * _gradient(weight, "snip")).abs()
+    return saliency(weight, _gradient(weight, "snip"))
 
 
 def taylor(weight: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from l2l_prune._basics import checks
 from l2l_prune._basics.generators import drawn_by
 from l2l_prune._basics.losses import check_loss
 from l2l_prune._basics.precision import widened
+from l2l_prune.masking.criteria import saliency
 
 TaskScores: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
 """Takes one weight, the parameter itself, and this task's own generator on the CPU; returns a real
@@ -111,4 +112,4 @@ class Catfish:
                 "catfish has seen no loss for this task: call observe(loss, model.parameters()) "
                 "before each block"
             )
-        return -(widened(weight.detach()) * widened(gradient)).abs()
+        return -saliency(weight, gradient)

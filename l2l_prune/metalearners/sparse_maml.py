@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from l2l_prune._basics import checks
-from l2l_prune._basics.generators import drawn_by
+from l2l_prune._basics.generators import check_generator, drawn_by
 from l2l_prune._basics.losses import inner_gradients
 
 
@@ -72,6 +72,8 @@ class SparseMAML(nn.Module):
         checks.true_or_false("first_order", first_order)
         self.lr = checks.number("lr", lr, above=0)
         rate = checks.fraction("initial_sparsity", initial_sparsity)
+        if generator is not None:
+            check_generator(generator)
         if next(model.parameters(), None) is None:
             raise ValueError("the model has no parameters to adapt")
         self.module, self.first_order = model, first_order

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from l2l_prune._basics import checks
 from l2l_prune._basics.generators import check_generator, drawn_by
-from l2l_prune._basics.precision import widened
 from l2l_prune.channels.groups import Channels, find_channels
+from l2l_prune.masking.criteria import saliency
 from l2l_prune.masking.masked_layer import plain_copy
 from l2l_prune.masking.task_masks import TaskSeeds
 from l2l_prune.masking.task_scores import uniform
@@ -136,7 +136,7 @@ class MGAug:
                 yield self._narrowed(self._channels, rate)
                 continue
             scores = {
-                name: -(widened(weight.detach()) * widened(gradients[name])).abs()
+                name: -saliency(weight, gradients[name])
                 if catfish
                 else uniform(weight, generator).to(weight.device)
                 for name, weight in weights.items()

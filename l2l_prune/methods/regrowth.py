@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from l2l_prune._basics import checks, ranks
-from l2l_prune._basics.generators import drawn_by, restore
+from l2l_prune._basics.generators import check_generator, drawn_by, restore
 from l2l_prune._basics.losses import check_loss
 from l2l_prune.masking.topk import top_mask
 from l2l_prune.pruner import Pruner
@@ -71,7 +71,7 @@ class Regrowth:
                 f"loss must be a function without arguments, got {checks.describe(loss)}"
             )
         if generator is not None:
-            checks.of_type("generator", generator, torch.Generator, "a torch.Generator")
+            check_generator(generator)
         phases = [s.iterations for s in pruner.schedule.segments if s.held and s.iterations]
         if phases and max(phases) <= self._interval:
             warnings.warn(

@@ -5,8 +5,9 @@ import functools
 import pytest
 
 from l2l_prune.experiments.config import make_config
+from l2l_prune.experiments.run_result import RunResult
 from l2l_prune.experiments.running import processes
-from l2l_prune.experiments.running.run import RunResult, run
+from l2l_prune.experiments.running.run import run
 
 
 def settings(**options):

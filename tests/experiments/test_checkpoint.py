@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from l2l_prune.experiments import algorithms
+from l2l_prune.experiments.run_result import Progress
 from l2l_prune.experiments.running import run as run_module
 from l2l_prune.experiments.running.checkpoint import load_checkpoint, save_checkpoint
-from l2l_prune.experiments.running.run import Progress, run
+from l2l_prune.experiments.running.run import run
 from l2l_prune.fewshot.data import EpisodeSampler
 from l2l_prune.fewshot.evaluation import Mean
 from tests.experiments.conftest import settings, whole_run

@@ -23,8 +23,9 @@ from l2l_prune._basics.files import remove_unfinished, replace_file
 from l2l_prune._basics.tensor_files import DamagedFile, load_tensors, save_tensors
 from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.config import make_config
+from l2l_prune.experiments.run_result import RunResult
 from l2l_prune.experiments.running.checkpoint import load_checkpoint, save_checkpoint
-from l2l_prune.experiments.running.run import RunResult, run
+from l2l_prune.experiments.running.run import run
 from l2l_prune.experiments.running.storage import run_name
 from tests.experiments.conftest import settings, whole_run
 

@@ -18,7 +18,8 @@ from l2l_prune.experiments import demo as demo_module
 from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.demo import demo_configs
 from l2l_prune.experiments.report.results import conclusions
-from l2l_prune.experiments.running.run import Progress, RunResult, run
+from l2l_prune.experiments.run_result import Progress, RunResult
+from l2l_prune.experiments.running.run import run
 from l2l_prune.fewshot.evaluation import Mean
 from l2l_prune.fewshot.models import Conv4
 from tests.experiments.conftest import run_here

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from l2l_prune.experiments.config import make_config
+from l2l_prune.experiments.run_result import Progress
 from l2l_prune.experiments.running import display as module
 from l2l_prune.experiments.running.display import Display
 from l2l_prune.experiments.running.processes import run_all
-from l2l_prune.experiments.running.run import Progress
 from l2l_prune.experiments.running.run_folder import Outcome
 from l2l_prune.experiments.running.storage import run_name
 

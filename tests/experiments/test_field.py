@@ -22,8 +22,9 @@ from l2l_prune.experiments.methods import METHODS, make_schedule
 from l2l_prune.experiments.report.comparisons import Comparison, comparison_table, judge
 from l2l_prune.experiments.report.finished_runs import read_folder
 from l2l_prune.experiments.report.report import write_report
+from l2l_prune.experiments.run_result import RunResult
 from l2l_prune.experiments.running.compare_seeds import compare_seeds
-from l2l_prune.experiments.running.run import RunResult, run
+from l2l_prune.experiments.running.run import run
 from l2l_prune.fewshot.data import EpisodeSampler
 from l2l_prune.fewshot.evaluation import PSNR, Mean, paired_difference
 from l2l_prune.metalearners.fields import Siren, coordinates

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.config import make_config
+from l2l_prune.experiments.run_result import RunResult
 from l2l_prune.experiments.running.loggers import LOGGERS
-from l2l_prune.experiments.running.run import RunResult, run
+from l2l_prune.experiments.running.run import run
 
 SETTINGS = {"iterations": 20, "channels": 4, "tasks": 1, "final_tasks": 2}
 

@@ -21,9 +21,9 @@ from l2l_prune.experiments.report.comparisons import Comparison
 from l2l_prune.experiments.report.finished_runs import read_folder, schedule_rate
 from l2l_prune.experiments.report.report import write_report
 from l2l_prune.experiments.report.results import write_results
+from l2l_prune.experiments.run_result import Point, RunResult
 from l2l_prune.experiments.running.compare_seeds import compare_seeds
 from l2l_prune.experiments.running.processes import RunFailed
-from l2l_prune.experiments.running.run import Point, RunResult
 from l2l_prune.experiments.running.storage import finished_run, run_name
 from l2l_prune.experiments.running.sweep import expand, sweep
 from l2l_prune.fewshot.evaluation import Mean

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.report.results import conclusions
+from l2l_prune.experiments.run_result import RunResult
 from l2l_prune.experiments.running.compare_seeds import OverSeeds
-from l2l_prune.experiments.running.run import RunResult
 from l2l_prune.fewshot.evaluation import Mean
 from l2l_prune.fewshot.models import Conv4
 from tests.fewshot.data.benchmark_files import write_mini_imagenet

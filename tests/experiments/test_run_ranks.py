@@ -13,12 +13,13 @@ from torch.nn import functional as F
 from l2l_prune import PrunedReptile
 from l2l_prune.experiments.algorithms.base import conv4
 from l2l_prune.experiments.config import make_config
+from l2l_prune.experiments.run_result import RunResult
 from l2l_prune.experiments.running import run as run_module
 from l2l_prune.experiments.running import run_folder
-from l2l_prune.experiments.running.run import RunResult, run
+from l2l_prune.experiments.running.run import run
 from l2l_prune.experiments.running.run_folder import run_into
 from l2l_prune.experiments.running.storage import run_name
-from l2l_prune.experiments.running.streams import stream
+from l2l_prune.experiments.streams import stream
 from l2l_prune.fewshot.data.minibatches import minibatches
 
 TINY = {

@@ -20,14 +20,15 @@ from typer.testing import CliRunner
 from l2l_prune.experiments.algorithms import build
 from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.config import make_config
+from l2l_prune.experiments.defaults import LEARN_MORE
 from l2l_prune.experiments.methods import read_layer_rates
-from l2l_prune.experiments.options import read_toml
-from l2l_prune.experiments.report.adaptation import front_places
 from l2l_prune.experiments.report.comparisons import Comparison, Judged, read_comparisons
+from l2l_prune.experiments.report.pareto import front_places
 from l2l_prune.experiments.report.seed_statistics import OverSeeds
+from l2l_prune.experiments.run_result import RunResult
 from l2l_prune.experiments.running import run as run_module
 from l2l_prune.experiments.running.processes import run_all
-from l2l_prune.experiments.running.run import RunResult, evaluation_tasks, load_split, run
+from l2l_prune.experiments.running.run import evaluation_tasks, load_split, run
 from l2l_prune.experiments.running.run_folder import Outcome
 from l2l_prune.experiments.running.storage import run_name
 from l2l_prune.experiments.running.sweep import expand
@@ -35,8 +36,9 @@ from l2l_prune.experiments.search import study, tune
 from l2l_prune.experiments.search.choice import Space, _search, _taking_part
 from l2l_prune.experiments.search.costs import Budget, cost_of, dense_width, end_network, quantity
 from l2l_prune.experiments.search.halving import Candidate, Runs, Standing, race, rungs, same_search
-from l2l_prune.experiments.search.sensitivity import LEARN_MORE, Sensitivity, measure
+from l2l_prune.experiments.search.sensitivity import Sensitivity, measure
 from l2l_prune.experiments.search.verdict import _answer, _plan, _verdict
+from l2l_prune.experiments.toml_files import read_toml
 from l2l_prune.fewshot.models import Conv4
 
 BASE = {
@@ -214,7 +216,7 @@ def test_a_damaged_journal_is_named(tmp_path, text):
 
 
 def never_ends(config, folder, logger, tell):
-    from l2l_prune.experiments.running.run import Progress
+    from l2l_prune.experiments.run_result import Progress
 
     for iteration in itertools.count(1):
         tell(Progress(iteration, "dense", 0.0, 0.0, 0.0))

@@ -10,7 +10,7 @@ import torch
 from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.running import run as run_module
 from l2l_prune.experiments.running.run import run
-from l2l_prune.experiments.running.streams import PURPOSES, stream
+from l2l_prune.experiments.streams import PURPOSES, stream
 from l2l_prune.fewshot.data import EpisodeSampler
 
 

@@ -56,25 +56,6 @@ INNER = {
 }
 
 
-def masked_twin(net, pruner):
-    """A dense net that multiplies its weights by constant masks: higher patches it plainly."""
-
-    class Masked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = type(net)()
-            self.inner.load_state_dict(dense_state_dict(net))
-
-        def forward(self, x):
-            values = {
-                n: p * pruner.masks[n] if n in pruner.masks else p
-                for n, p in self.inner.named_parameters()
-            }
-            return functional_call(self.inner, values, (x,))
-
-    return Masked()
-
-
 @pytest.mark.parametrize("track", [True, False])
 @pytest.mark.parametrize("copy_initial", [True, False])
 @pytest.mark.parametrize("name", INNER)

@@ -11,10 +11,10 @@ from l2l_prune import DSDSchedule, PrunedReptile
 from l2l_prune.channels import Structured
 from l2l_prune.experiments.report.adaptation import (
     adaptation_section,
-    pareto_front,
     read_adaptation,
     write_adaptation,
 )
+from l2l_prune.experiments.report.pareto import pareto_front
 from l2l_prune.fewshot import Conv4, Episode, Mean
 from l2l_prune.shipping import Adapting, adaptation_costs, costs_table, export
 

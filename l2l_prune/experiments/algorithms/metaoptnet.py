@@ -16,7 +16,7 @@ from l2l_prune.experiments.algorithms.base import (
 )
 from l2l_prune.experiments.algorithms.outer_optimizer import Classifier
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.experiments.running.streams import stream
+from l2l_prune.experiments.streams import stream
 from l2l_prune.fewshot.data import Episode
 from l2l_prune.fewshot.evaluation import Mean
 

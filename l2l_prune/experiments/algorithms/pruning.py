@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.experiments.running.streams import stream
+from l2l_prune.experiments.streams import stream
 from l2l_prune.masking import criteria
 from l2l_prune.masking.criteria import Criterion, Movement
 from l2l_prune.masking.task_masks import TaskMasks

@@ -22,7 +22,7 @@ from l2l_prune.experiments.algorithms.base import (
 from l2l_prune.experiments.algorithms.pruning import Masks
 from l2l_prune.experiments.algorithms.rivals import Rivals
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.experiments.running.streams import stream
+from l2l_prune.experiments.streams import stream
 from l2l_prune.fewshot.data import Episode
 from l2l_prune.fewshot.data.minibatches import minibatches
 from l2l_prune.fewshot.evaluation import Mean, few_shot_accuracy

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.experiments.running.streams import stream
+from l2l_prune.experiments.streams import stream
 from l2l_prune.methods.drop_grad import DropGrad
 from l2l_prune.methods.mgaug import MGAug
 from l2l_prune.methods.task_dropout import TaskDropout
@@ -62,17 +62,17 @@ class Rivals:
         return [None] if self._mgaug is None else self._mgaug.networks()
 
     def begin(self, learner: Learner) -> None:
-        """A Reptile learner is about to adapt."""
+        """Draw what a Reptile learner drops during its task."""
         if self._task_dropout is not None:
             TaskDropout.draw(learner, self._task_dropout)
 
     def adapt(self, learner: Learner, loss: Tensor) -> None:
-        """Its inner step, with DropGrad."""
+        """An inner step of a Reptile learner, with DropGrad's noise."""
         assert self._drop_grad is not None
         self._drop_grad.adapt(learner, loss)
 
     def end(self, model: nn.Module, learner: Learner) -> None:
-        """It has adapted."""
+        """Show MGAug what a task changed in its Reptile learner."""
         if self._mgaug is not None:
             pairs = zip(model.parameters(), learner.module.parameters(), strict=True)
             self._mgaug.observe(old.detach() - new for old, new in pairs)

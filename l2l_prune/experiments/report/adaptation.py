@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from l2l_prune._basics.files import replace_file
+from l2l_prune.experiments.report.pareto import pareto_front
 from l2l_prune.experiments.report.plots import COLORS, MARKERS, new_figure, save_figure
 from l2l_prune.experiments.report.tables import markdown_table
 from l2l_prune.fewshot.evaluation import Mean
@@ -86,25 +87,6 @@ def adaptation_figure(rows: list[dict[str, Any]], path: Path) -> None:
         formatter("{x:g}")  # 60 and 200, not powers of 10
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, path)
-
-
-def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points ``(cost, accuracy)`` than which none is both cheaper and better, by cost.
-
-    Examples:
-        >>> pareto_front([(3, 0.9), (1, 0.5), (2, 0.4)])
-        [(1, 0.5), (3, 0.9)]
-    """
-    return [points[place] for place in front_places(points)]
-
-
-def front_places(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Where the points of :func:`pareto_front` stand in ``points``, by cost."""
-    front: list[int] = []
-    for place in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
-        if not front or points[place][1] > points[front[-1]][1]:
-            front.append(place)
-    return front
 
 
 def adaptation_section(folder: Path) -> list[str]:

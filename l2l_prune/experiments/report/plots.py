@@ -11,7 +11,7 @@ from typing import Any
 from l2l_prune._basics.files import replace_file
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.report.finished_runs import FinishedRun
-from l2l_prune.experiments.running.run import RunResult
+from l2l_prune.experiments.run_result import RunResult
 from l2l_prune.fewshot.evaluation import Mean
 
 # Okabe-Ito: told apart by people with any colour vision; train is dashed besides. Of more than

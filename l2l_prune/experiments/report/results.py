@@ -21,7 +21,7 @@ from l2l_prune.experiments.defaults import measure_of
 from l2l_prune.experiments.report.finished_runs import schedule_rate
 from l2l_prune.experiments.report.plots import run_curves
 from l2l_prune.experiments.report.seed_statistics import signed
-from l2l_prune.experiments.running.run import Point, RunResult
+from l2l_prune.experiments.run_result import Point, RunResult
 from l2l_prune.fewshot.evaluation import Mean, paired_difference, unpaired_difference
 
 

@@ -16,8 +16,8 @@ from l2l_prune.experiments.report.results import (
     results_table,
     write_curves,
 )
+from l2l_prune.experiments.run_result import RunResult
 from l2l_prune.experiments.running.processes import finish_all
-from l2l_prune.experiments.running.run import RunResult
 from l2l_prune.experiments.running.storage import locked_folder, run_name
 
 

@@ -14,7 +14,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column
 
 from l2l_prune.experiments.config import RunConfig
-from l2l_prune.experiments.running.run import Progress
+from l2l_prune.experiments.run_result import Progress
 from l2l_prune.experiments.running.run_folder import Outcome
 from l2l_prune.experiments.running.storage import run_name
 

@@ -20,9 +20,9 @@ from rich.console import Console
 
 import l2l_prune
 from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.run_result import Progress
 from l2l_prune.experiments.running.checkpoint import remove_checkpoint
 from l2l_prune.experiments.running.display import Display
-from l2l_prune.experiments.running.run import Progress
 from l2l_prune.experiments.running.run_folder import Outcome, run_into
 from l2l_prune.experiments.running.storage import finished_run, run_name
 
@@ -74,7 +74,7 @@ def run_all(
         if found := finished_run(folder / run_name(config), config):
             # It may have been killed after it wrote its result and before it removed these.
             remove_checkpoint(folder / run_name(config) / "checkpoint.pt")
-            yield Outcome(run_name(config), None, found["train"]["mean"], found["test"]["mean"])
+            yield Outcome.finished(config, found["train"]["mean"], found["test"]["mean"])
         else:
             missing.append(config)
     ended = len(configs) - len(missing)
@@ -112,11 +112,12 @@ def finish_all(
     """Run what has not finished in ``folder`` yet, and stop at the first run that fails.
 
     Args:
-        configs: See :func:`run_all`, likewise the others.
-        folder: See above.
-        console: See above.
-        jobs: See above.
-        logger: See above.
+        configs: The runs.
+        folder: Gets a folder for each run.
+        console: Where progress is shown.
+        jobs: Runs at once, one thread each; all by default.
+        logger: Also write each run's curves into its folder: a key of
+            :data:`~l2l_prune.experiments.running.loggers.LOGGERS`.
 
     Returns:
         The entries of ``results.json`` in the order of ``configs``.

@@ -13,57 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from l2l_prune.experiments.algorithms import Algorithm, build
 from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.run_result import Point, Progress, RunResult
 from l2l_prune.experiments.running.checkpoint import load_checkpoint, save_checkpoint
 from l2l_prune.experiments.running.loggers import EventLog
 from l2l_prune.experiments.running.rank_processes import shared_tasks
-from l2l_prune.experiments.running.streams import stream
+from l2l_prune.experiments.streams import stream
 from l2l_prune.fewshot.data import Episode, EpisodeSampler, Images, load_images
 from l2l_prune.fewshot.data.benchmarks import SPLITS
 from l2l_prune.fewshot.evaluation import Mean, Measure
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is: meta-iterations done, phase, sparsity, and the newest scores.
-
-    Here and below, ``test`` means the classes that ``config.held_out`` names.
-    """
-
-    iteration: int
-    phase: str
-    sparsity: float
-    train: float
-    test: float
-
-
-@dataclass
-class Point:
-    """One point of the curves."""
-
-    iteration: int
-    phase: str
-    sparsity: float
-    train: Mean
-    test: Mean
-
-
-@dataclass
-class RunResult:
-    """The result of a run."""
-
-    name: str
-    train: Mean
-    test: Mean
-    seconds: float
-    curve: list[Point] = field(default_factory=list)
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    """The finalized network's state dict: channels that were cut out at the end are in it again."""
-    size: int | None = None
-    """Parameters that are not 0 in the network that was scored, without channels that were cut."""
 
 
 def run(

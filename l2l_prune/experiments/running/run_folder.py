@@ -14,8 +14,9 @@ import torch
 
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.report.results import write_results
+from l2l_prune.experiments.run_result import Progress, RunResult
 from l2l_prune.experiments.running.checkpoint import remove_checkpoint
-from l2l_prune.experiments.running.run import Progress, RunResult, run
+from l2l_prune.experiments.running.run import run
 from l2l_prune.experiments.running.storage import finished_run, in_words, locked_folder, run_name
 from l2l_prune.fewshot.evaluation import ACCURACY, Measure
 
@@ -33,6 +34,11 @@ class Outcome:
     test: float = math.nan
     measure: Measure = ACCURACY
     held_out: str = "test"
+
+    @classmethod
+    def finished(cls, config: RunConfig, train: float, test: float) -> Outcome:
+        """Of a run with these mean scores."""
+        return cls(run_name(config), None, train, test, config.measure, config.held_out)
 
     def __str__(self) -> str:
         if self.error:
@@ -77,7 +83,7 @@ def _train(
         (place / "error.txt").unlink(missing_ok=True)
         if found := finished_run(place, config):  # finished by the process that we waited for
             train, test = (found[part]["mean"] for part in ("train", "test"))
-            outcome = _ended(config, place.name, train, test)
+            outcome = Outcome.finished(config, train, test)
         else:
             events = place / logger if logger else None
             for message in run(config, checkpoint, events=events, logger=logger):
@@ -86,7 +92,7 @@ def _train(
                 if isinstance(message, RunResult):
                     write_results(place, [config], [message])
                     train, test = message.train.mean, message.test.mean
-                    outcome = _ended(config, place.name, train, test)
+                    outcome = Outcome.finished(config, train, test)
                 else:
                     tell(message)
         remove_checkpoint(checkpoint)
@@ -95,10 +101,6 @@ def _train(
             (place / "error.txt").write_text(traceback.format_exc())
         return Outcome(place.name, _in_a_line(error))
     return outcome
-
-
-def _ended(config: RunConfig, name: str, train: float, test: float) -> Outcome:
-    return Outcome(name, None, train, test, config.measure, config.held_out)
 
 
 def _in_a_line(error: Exception) -> str:

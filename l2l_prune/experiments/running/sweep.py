@@ -16,6 +16,7 @@ from l2l_prune.experiments.config import KNOWN, RunConfig, make_config
 from l2l_prune.experiments.running.processes import run_all
 from l2l_prune.experiments.running.run_folder import Outcome
 from l2l_prune.experiments.running.storage import locked_folder, run_name
+from l2l_prune.experiments.toml_files import with_new_names
 
 MOST_RUNS = 100_000
 FIRST_REPLICATE = 100
@@ -57,7 +58,7 @@ def expand(base: dict[str, Any], grid: dict[str, Any] | list[dict[str, Any]]) ->
 def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]:
     if lists := sorted(name for name, value in base.items() if isinstance(value, list)):
         raise TypeError(f"{', '.join(lists)} of [base] must be one value: lists belong in [grid]")
-    base, grid = _with_method(base), _with_method(grid)
+    base, grid = with_new_names(base), with_new_names(grid)
     axes: dict[str, Sequence[Any]] = {
         name: value if isinstance(value, list) else [value] for name, value in grid.items()
     }
@@ -87,15 +88,6 @@ def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]
         for settings in combinations:
             settings["seed"] = settings["split"] = settings.pop("replicates")
     return [make_config(**settings) for settings in combinations]
-
-
-def _with_method(table: dict[str, Any]) -> dict[str, Any]:
-    """The table with ``method`` in place of its old name ``schedule``."""
-    if "schedule" not in table:
-        return table
-    if "method" in table:
-        raise ValueError("give method or schedule (its old name), not both")
-    return {"method" if name == "schedule" else name: value for name, value in table.items()}
 
 
 def _numbered(name: str, grid: dict[str, Any], instead: Sequence[str]) -> range:

@@ -16,8 +16,9 @@ from l2l_prune._basics import checks
 from l2l_prune._basics.files import replace_file
 from l2l_prune._basics.tensor_files import load_tensors
 from l2l_prune.experiments.config import RunConfig, file_name
-from l2l_prune.experiments.methods import METHODS
-from l2l_prune.experiments.report.adaptation import front_places
+from l2l_prune.experiments.defaults import LEARN_MORE
+from l2l_prune.experiments.methods import CANDIDATES, METHODS, TUNE_RATES
+from l2l_prune.experiments.report.pareto import front_places
 from l2l_prune.experiments.report.seed_statistics import amount, signed
 from l2l_prune.experiments.report.tables import markdown_table
 from l2l_prune.experiments.running.run import load_split
@@ -34,10 +35,9 @@ from l2l_prune.experiments.search.halving import (
     toml_lines,
 )
 from l2l_prune.experiments.search.pictures import front_picture, heat_map
-from l2l_prune.experiments.search.sensitivity import LEARN_MORE, MOST_RATE, Sensitivity, measure
+from l2l_prune.experiments.search.sensitivity import MOST_RATE, Sensitivity, measure
 from l2l_prune.fewshot.evaluation import Mean, paired_difference
 
-RATES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 PHASES: dict[str, tuple[dict[str, Any], ...]] = {
     "dsd": ({}, {"pretrain": 0.2, "retrain": 0.3}, {"pretrain": 0.1, "retrain": 0.5}),
     "iht": ({}, {"rounds": 2}),
@@ -86,8 +86,8 @@ def tune(
     out: Path,
     console: Console,
     *,
-    methods: Sequence[str] = ("dsd", "iht", "rigl", "cubic"),
-    rates: Sequence[float] = RATES,
+    methods: Sequence[str] = CANDIDATES,
+    rates: Sequence[float] = TUNE_RATES,
     races: int = 3,
     budget: Budget | None = None,
     hours: float | None = None,

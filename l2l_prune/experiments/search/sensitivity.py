@@ -15,11 +15,9 @@ from torch import Tensor
 from l2l_prune._basics.files import replace_file
 from l2l_prune.experiments.algorithms import build
 from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.defaults import LEARN_MORE
 from l2l_prune.experiments.running.run import evaluation_tasks, load_split
 from l2l_prune.schedules.schedule import Schedule, Segment
-
-LEARN_MORE = ("metasgd", "sparsemaml")
-"""Algorithms that learn more than the network's weights, while results hold only the weights."""
 
 MOST_RATE = 0.99
 """Rates by layer stay below this."""

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from l2l_prune._basics import checks
 from l2l_prune._basics.files import replace_file
-from l2l_prune.experiments.options import read_toml
+from l2l_prune.experiments.methods import CANDIDATES, STUDY_RATES
 from l2l_prune.experiments.report import same_settings
 from l2l_prune.experiments.report.comparisons import (
     Comparison,
@@ -41,6 +41,7 @@ from l2l_prune.experiments.search.halving import (
     same_search,
     toml_lines,
 )
+from l2l_prune.experiments.toml_files import read_toml
 from l2l_prune.fewshot.data.images import OWN_SPLITS
 
 RACING = 0.4
@@ -60,8 +61,8 @@ def study(
     out: Path,
     console: Console,
     *,
-    methods: Sequence[str] = ("dsd", "iht", "rigl", "cubic"),
-    rates: Sequence[float] = (0.5, 0.8, 0.9),
+    methods: Sequence[str] = CANDIDATES,
+    rates: Sequence[float] = STUDY_RATES,
     widths: Sequence[int] = (),
     lengths: Sequence[int] = (),
     classes: Sequence[int] = (),

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.config import make_config
-from l2l_prune.experiments.device import BEST, PARTS, restored_network, restored_reptile
+from l2l_prune.experiments.exporting import BEST, PARTS
 from l2l_prune.experiments.report.finished_runs import read_folder
+from l2l_prune.experiments.restoring import restored_network, restored_reptile
 from l2l_prune.experiments.running.run_folder import run_into
 from l2l_prune.experiments.search.costs import cost_of
 from l2l_prune.experiments.search.halving import Candidate
