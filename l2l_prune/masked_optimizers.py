@@ -89,9 +89,20 @@ class MaskedOptimizers:
                 self.released[tensor.full_name] = released
                 self._stepped = {step for step in self._stepped if step[0] != tensor.full_name}
 
-    def resume(self, masks: Sequence[Tensor], released: Mapping[str, Tensor]) -> None:
-        """Go on with masks that the state already follows; ``released`` comes from a checkpoint."""
-        self._masks, self.released, self._stepped = masks, dict(released), set()
+    @property
+    def stepped(self) -> list[list[Any]]:
+        """Plain values for a checkpoint: which optimizers have stepped on what was released."""
+        return [list(step) for step in sorted(self._stepped)]
+
+    def resume(
+        self,
+        masks: Sequence[Tensor],
+        released: Mapping[str, Tensor],
+        stepped: Iterable[Sequence[Any]],
+    ) -> None:
+        """Go on with masks that the state already follows; the others come from a checkpoint."""
+        self._masks, self.released = masks, dict(released)
+        self._stepped = {(name, number, rates) for name, number, rates in stepped}
 
     def forget(self) -> None:
         """Follow none of the optimizers from now on; others may be added."""

@@ -167,6 +167,7 @@ def raise_to_gradient(
         if key in _SQUARED:
             step = _mean_step(state.get("exp_avg"), value, correction, kept)
             floor = (gradient / step).square() * correction
+            floor = floor.clamp_max(torch.finfo(value.dtype).max)  # infinity would never decay
             value.copy_(torch.where(released, torch.maximum(value, floor.to(value.dtype)), value))
 
 

@@ -167,6 +167,11 @@ class Pruner(ScheduledPruner):
         return self._named(self._held.values) if self.sparse else {}
 
     @property
+    def masked_names(self) -> set[str]:
+        """Dense names of the tensors that it holds masks on, whether they prune now or not."""
+        return {tensor.full_name for tensor in self._tensors}
+
+    @property
     def in_masked_task(self) -> bool:
         """Whether a task runs that has masks of its own."""
         return self._tasks.lent is not None
@@ -296,6 +301,7 @@ class Pruner(ScheduledPruner):
             "iteration": self._iteration,
             "masks": self.masks,
             "regrown": {name: mask.clone() for name, mask in self._optimizers.released.items()},
+            "stepped": self._optimizers.stepped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -311,7 +317,9 @@ class Pruner(ScheduledPruner):
             RuntimeError: After :meth:`finalize`.
         """
         self._check_usable(masks=False)
-        keys = {"version", "schedule", "pattern", "iteration", "masks", "regrown"}
+        keys = {"version", "schedule", "pattern", "iteration", "masks", "regrown", "stepped"}
+        if isinstance(state, dict):  # of older versions
+            state = {"stepped": [], **state}
         self._check_state(state, keys | set(self._tasks.state_dict()), _STATE_VERSION)
         self._tasks.check_state(state)
         if state["pattern"] != str(self._pattern):
@@ -325,7 +333,8 @@ class Pruner(ScheduledPruner):
         self._tasks.load_state_dict(state)
         self._iteration, self._position = state["iteration"], position
         self._held.set(list(restored(state["masks"], self.weights).values()))
-        self._optimizers.resume(self._held.values, restored(state["regrown"], self.weights))
+        released = restored(state["regrown"], self.weights)
+        self._optimizers.resume(self._held.values, released, state["stepped"])
 
     # ---- inside -----------------------------------------------------------------------------
 

@@ -22,6 +22,11 @@ class ServesLearners:
         return {}
 
     @property
+    def masked_names(self) -> set[str]:
+        """Dense names of the tensors that it holds masks on, whether they prune now or not."""
+        return set()
+
+    @property
     def in_masked_task(self) -> bool:
         """Whether a task runs that has masks of its own."""
         return False

@@ -89,3 +89,20 @@ def test_without_gradient_or_state_nothing_happens():
     clear_momentum(optimizer, parameter, KEPT)
     level_second_moment(optimizer, parameter, KEPT, ~KEPT)
     assert not optimizer.state.get(parameter)
+
+
+def test_in_half_precision_a_released_weight_does_not_stop_for_ever():
+    """Its second moment would have to be above 65,504: infinity would never decay."""
+    parameter = nn.Parameter(torch.ones(4, dtype=torch.float16))
+    optimizer = torch.optim.Adam([parameter], lr=1e-2, eps=1e-4)
+    for number in range(2000):  # the kept entries have converged
+        parameter.grad = torch.tensor([1e-2, -1e-2, 0, 0], dtype=torch.float16) * (-1) ** number
+        optimizer.step()
+    parameter.grad = torch.tensor([1e-2, -1e-2, 100.0, 100.0], dtype=torch.float16)
+    level_second_moment(optimizer, parameter, KEPT, ~KEPT)
+    raise_to_gradient(optimizer, parameter, KEPT, ~KEPT)
+    assert optimizer.state[parameter]["exp_avg_sq"].isfinite().all()
+    start = parameter.detach().clone()
+    for _ in range(200):
+        optimizer.step()
+    assert (parameter.detach() != start).all()

@@ -654,3 +654,33 @@ def test_a_step_in_inference_mode_leaves_ordinary_tensors(net):
         pruner.step()
     net(torch.zeros(2, 1, 6, 6)).sum().backward()
     assert (net.fc.weight_orig.grad[~pruner.masks["fc.weight"]] == 0).all()
+
+
+def test_resuming_is_exact_while_a_second_optimizer_has_not_stepped_on_what_was_released():
+    schedule = DSDSchedule(0.5, pretrain=2, prune=20, retrain=10)
+
+    def build():
+        torch.manual_seed(0)
+        net = torch.nn.Linear(6, 4)
+        often = torch.optim.Adam([net.weight], 1e-2)
+        seldom = torch.optim.Adam([net.weight, net.bias], 1e-2)
+        return net, often, seldom, Pruner(net, schedule, [often, seldom])
+
+    def run(parts, iterations):
+        net, often, seldom, pruner = parts
+        for iteration in iterations:
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(iteration))
+            net.zero_grad()
+            (net(x) - x[:, :4] * (6 if iteration > 22 else 1)).square().mean().backward()
+            often.step()
+            if iteration % 4 == 1:
+                seldom.step()
+            pruner.step()
+
+    whole, resumed = build(), build()
+    run(whole, range(24))  # released at 22; only the first has stepped since
+    for part, state in zip(resumed, [copy.deepcopy(p.state_dict()) for p in whole], strict=True):
+        part.load_state_dict(state)
+    run(whole, range(24, 28))
+    run(resumed, range(24, 28))
+    assert torch.equal(whole[0].weight, resumed[0].weight)

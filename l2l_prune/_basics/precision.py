@@ -46,3 +46,11 @@ def skips_step(optimizer: Any) -> bool:
     """
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found > 0)
+
+
+def forget_casts() -> None:
+    """Call after weights were written in place: autocast keeps casts of them until its block ends.
+
+    A block around a whole inner loop would compute with the first step's weights for ever.
+    """
+    torch.clear_autocast_cache()

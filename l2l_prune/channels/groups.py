@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_map
 
 from l2l_prune._basics import checks
@@ -127,6 +128,9 @@ def find_channels(model: nn.Module, example_inputs: Any, skip: Sequence[Rule] = 
         ValueError: If the model does not run on the inputs, a layer cannot be shrunk, a name
             matches nothing, or no channel is left.
     """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(f"{name} is not initialized yet: run one forward pass before pruning")
     labels, fixed = _traced(model, example_inputs)
     modules = dict(model.named_modules())
     makers = {

@@ -34,6 +34,7 @@ from l2l_prune.channels.plan import (
 from l2l_prune.channels.surgery import Surgery
 from l2l_prune.channels.task_channels import SmallCopy, TaskChannels
 from l2l_prune.masking.layers import Rule, read_rules, refuse_learning_rates
+from l2l_prune.masking.masked_layer import held_names
 from l2l_prune.masking.task_masks import TaskMasks
 from l2l_prune.scheduled import ScheduledPruner
 from l2l_prune.schedules.schedule import Schedule
@@ -346,6 +347,11 @@ class ChannelPruner(ScheduledPruner):
                     f"{slot.axis.path} was replaced after the ChannelPruner was made, so that the "
                     "new one would keep all its channels: finalize the ChannelPruner before you "
                     "replace modules, and make a new one"
+                )
+            if held_names(slot.module):
+                raise RuntimeError(
+                    f"{slot.axis.path} got a mask after the ChannelPruner was made: finalize that "
+                    "Pruner, or make it with skip= for this layer"
                 )
 
     def _watch(self) -> None:

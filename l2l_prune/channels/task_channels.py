@@ -61,7 +61,7 @@ class TaskChannels(TaskDraws):
         self._counts = [
             channel_counts(channels, s) if s.per_task else None for s in schedule.segments
         ]
-        self._begun = False  # whether a learner was cloned in the block
+        self._drawn = False  # whether a learner was cloned in the block
         self._position = 0
         self.kept: Tensor | None = None
 
@@ -71,7 +71,7 @@ class TaskChannels(TaskDraws):
 
         There are none before its first learner, so that a loop that clones elsewhere is noticed.
         """
-        self.inside, self._begun, self._position = True, False, position
+        self.inside, self._drawn, self._position = True, False, position
         self._told: dict[str, Tensor] = {}
         try:
             yield self._told
@@ -81,9 +81,9 @@ class TaskChannels(TaskDraws):
     def draw(self) -> Tensor | None:
         """The channels of the task that is running, all its learners' alike; ``None`` for all."""
         counts = self._counts[self._position]
-        if not self.inside or counts is None or self._begun:
+        if not self.inside or counts is None or self._drawn:
             return self.kept
-        self._begun = True
+        self._drawn = self._begun = True
         generator = self._seeds.begin(self._segments[self._position].share)
         if generator is not None:
             self.kept = ~self._channels.all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -58,12 +59,15 @@ def random(generator: torch.Generator) -> Criterion:
         >>> scores(torch.zeros(2, 3)).shape
         torch.Size([2, 3])
     """
-    check_generator(generator)
+    return _Random(check_generator(generator))
 
-    def scores(weight: Tensor) -> Tensor:
-        return torch.rand(weight.shape, **drawn_by(generator)).to(weight.device)
 
-    return scores
+@dataclass
+class _Random:  # not a closure: copies of a Pruner have a generator of their own, and pickles one
+    generator: torch.Generator
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return torch.rand(weight.shape, **drawn_by(self.generator)).to(weight.device)
 
 
 def saliency(weight: Tensor, gradient: Tensor) -> Tensor:
@@ -151,7 +155,8 @@ class Movement:
         optimizer.register_step_pre_hook(movement.observe)
         pruner = Pruner(model, schedule, optimizer, criterion=movement)
 
-    While a weight is pruned its gradient is 0, and its sum stays as it was.
+    With several optimizers, register it with each. While a weight is pruned its gradient is 0, and
+    its sum stays as it was. Copies of an optimizer have no hooks: register :meth:`observe` again.
 
     Args:
         parameters: The parameters to watch.
@@ -177,8 +182,10 @@ class Movement:
         """
         if len(args) > 1 or (kwargs or {}).get("closure") is not None:
             raise ValueError("movement cannot watch an optimizer that steps with a closure")
+        groups = getattr(source, "param_groups", None)  # Reptile has none: it moves all weights
+        moving = None if groups is None else {id(p) for group in groups for p in group["params"]}
         for number, parameter in enumerate(self._parameters):
-            if parameter.grad is not None:
+            if parameter.grad is not None and (moving is None or id(parameter) in moving):
                 weight = widened(parameter)
                 total, gradient = (
                     self._sums[number].to(weight),

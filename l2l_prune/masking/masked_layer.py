@@ -276,6 +276,15 @@ def held_names(module: nn.Module) -> tuple[str, ...]:
     return getattr(type(module), "_l2l_prune_held", ())
 
 
+def held_full_names(model: nn.Module) -> set[str]:
+    """Dense names of all tensors of a model that are under a mask, whoever holds it."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in held_names(module)
+    }
+
+
 def held_base(module: nn.Module) -> type[nn.Module]:
     """The class that ``module`` has without masks."""
     return getattr(type(module), "_l2l_prune_base", type(module))

@@ -50,7 +50,7 @@ def updated(masks: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> dict[
 
 
 def check_saved(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
-    """Refuse a checkpoint whose ``"masks"`` or ``"regrown"`` do not fit these tensors.
+    """Refuse a checkpoint whose ``"masks"``, ``"regrown"`` or ``"stepped"`` do not fit.
 
     Args:
         state: A Pruner's state, in which released entries are called ``"regrown"``.
@@ -62,6 +62,11 @@ def check_saved(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> N
     for entry in ("masks", "regrown"):
         if not isinstance(state[entry], dict):
             raise ValueError(f"the checkpoint's {entry!r} must be a dict of masks by name")
+    stepped = state.get("stepped", [])
+    if not isinstance(stepped, list) or [
+        step for step in stepped if [type(value) for value in step] != [str, int, bool]
+    ]:
+        raise ValueError("the checkpoint's 'stepped' must be a list of [name, number, flag]")
     if unknown := sorted(set(state["regrown"]) - set(shapes)):
         raise ValueError(f"the checkpoint's regrown weights belong to other tensors: {unknown}")
     if differing := sorted(set(state["masks"]) ^ set(shapes)):

@@ -102,6 +102,13 @@ def check_prunable(tensor: LayerTensor) -> None:
             "gets sparse gradients (sparse=True), which a mask would make dense: make it with "
             f"sparse=False, or {advice}"
         )
+    elif getattr(module, "max_norm", None) is not None and isinstance(
+        module, (nn.Embedding, nn.EmbeddingBag)
+    ):
+        problem = (
+            "is renormalised in place by its layer (max_norm), which would not reach the weight "
+            f"behind a mask: make it with max_norm=None, or {advice}"
+        )
     elif isinstance(weight, UninitializedParameter):
         problem = "is not initialized yet: run one forward pass before pruning"
     elif not isinstance(weight, nn.Parameter):

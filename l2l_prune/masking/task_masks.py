@@ -165,6 +165,7 @@ class TaskDraws:
         self, how: TaskMasks | None, schedule: Schedule, group: dist.ProcessGroup | None
     ) -> None:
         self.inside = False
+        self._begun = False  # whether a task of this meta-iteration has
         self._how, self._segments = how, schedule.segments
         if how is not None:
             checks.of_type("task_masks", how, TaskMasks, "a TaskMasks")
@@ -181,19 +182,22 @@ class TaskDraws:
         Raises:
             RuntimeError: Saying what to do.
         """
-        if self._segments[position].per_task and not self._seeds.tasks:
+        if self._segments[position].per_task and not self._begun:
             raise RuntimeError(
                 f"iteration {iteration} prunes in each task, but no task began: {self._begins}"
             )
 
     def end_iteration(self) -> None:
         """The next task is the first of another meta-iteration."""
+        self._begun = False
         if self._how is not None:
             self._seeds.end_iteration()
 
     def state_dict(self) -> dict[str, Any]:
         """An entry for the pruner's state; empty if nothing is drawn."""
-        return {} if self._how is None else {"task_masks": self._seeds.state_dict()}
+        if self._how is None:
+            return {}
+        return {"task_masks": {**self._seeds.state_dict(), "begun": self._begun}}
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Refuse a pruner's state whose entry does not fit.
@@ -202,12 +206,20 @@ class TaskDraws:
             ValueError: If it does not.
         """
         if self._how is not None:
-            self._seeds.check_state(state["task_masks"])
+            self._seeds.check_state(_without_begun(state["task_masks"]))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a pruner's state."""
         if self._how is not None:
             self._seeds.load_state_dict(state["task_masks"])
+            self._begun = bool(state["task_masks"].get("begun", self._seeds.tasks))
+
+
+def _without_begun(entry: Any) -> Any:
+    """What older versions saved, too."""
+    if not isinstance(entry, dict):
+        return entry
+    return {key: value for key, value in entry.items() if key != "begun"}
 
 
 class TaskBlocks(TaskDraws):
@@ -267,6 +279,7 @@ class TaskBlocks(TaskDraws):
         if masks is not None and self._segments[position].held:  # what the model has pruned stays
             masks = [new & own for new, own in zip(masks, held.values, strict=True)]
         self.inside, self.lent, self._drawing = True, masks, position if drawing else None
+        self._begun |= masks is not None or drawing
         try:
             with nullcontext() if masks is None else _lent(self._tensors, masks):
                 yield held.values if masks is None else masks

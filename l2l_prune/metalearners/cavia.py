@@ -161,6 +161,11 @@ class CAVIA(nn.Module):
             self._context = zeros.requires_grad_()
         return self._context
 
+    @property
+    def has_adapted(self) -> bool:
+        """Whether it is a task's learner whose context has moved; no state dict holds that."""
+        return self._context is not None and not self._context.is_leaf
+
     def clone(self, first_order: bool | None = None) -> CAVIA:
         """A learner that shares the weights and has its own context.
 
@@ -172,7 +177,7 @@ class CAVIA(nn.Module):
         order = self.first_order if first_order is None else first_order
         learner = CAVIA(self.module, self.lr, order)
         learner.training = self.training
-        if self._context is not None and not self._context.is_leaf:
+        if self._context is not None and self.has_adapted:
             learner._context = self._context.clone()
         return learner
 

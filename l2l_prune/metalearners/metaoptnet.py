@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2l_prune._basics import checks
+from l2l_prune._basics.precision import widened
 
 try:
     import learn2learn as l2l
@@ -61,7 +62,8 @@ class MetaOptNet(nn.Module):
             query_x: ``[queries, C, H, W]``, or ``[tasks, queries, C, H, W]``.
 
         Returns:
-            ``[queries, ways]``, or ``[tasks, queries, ways]``.
+            ``[queries, ways]``, or ``[tasks, queries, ways]``, in float32 at least: heads compute
+            in the type of the embedding, but never in half precision.
 
         Raises:
             TypeError: If labels are not integers.
@@ -75,8 +77,9 @@ class MetaOptNet(nn.Module):
         support = self.features(support_x.flatten(0, 1)).view(*support_y.shape, -1)
         query = self.features(query_x.flatten(0, 1)).view(*query_x.shape[:2], -1)
         head = HEADS[self.head]
-        scores = [head(*task) for task in zip(support, support_y, query, strict=True)]
-        return self.scale * torch.stack(scores)
+        with torch.autocast(support.device.type, enabled=False):  # half precision is too coarse
+            tasks = zip(widened(support), support_y.long(), widened(query), strict=True)
+            return self.scale * torch.stack([head(*task) for task in tasks])
 
 
 def svm_scores(support: Tensor, labels: Tensor, query: Tensor, C: float = SVM_C) -> Tensor:
@@ -216,6 +219,8 @@ def published_lr_factor(progress: float) -> float:
 def _check_labels(labels: Tensor) -> None:
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"support_y must hold integers, got {labels.dtype}")
+    if bool((labels < 0).any()):
+        raise ValueError("support_y must hold labels in 0 .. ways - 1, got a negative one")
     shots = torch.bincount(labels).tolist() if len(labels) else []
     if len(set(shots)) != 1:
         raise ValueError(

@@ -89,6 +89,11 @@ class SparseMAML(nn.Module):
         total = sum(score.numel() for score in self.scores)
         return float(sum(int((score < 0).sum()) for score in self.scores) / total)
 
+    @property
+    def has_adapted(self) -> bool:
+        """Whether it is a task's learner whose weights have moved; no state dict holds them."""
+        return self._adapted is not None
+
     def clone(self, first_order: bool | None = None) -> SparseMAML:
         """A learner for one task; its outer loss gives gradients for weights and scores."""
         learner = SparseMAML.__new__(SparseMAML)
@@ -113,15 +118,17 @@ class SparseMAML(nn.Module):
         """
         order = self.first_order if first_order is None else first_order
         weights = self._weights()
+        scores = dict(zip(weights, self.scores, strict=True))
+        trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
         gradients = inner_gradients(
-            loss, list(weights.values()), create_graph=not order, of="this learner"
+            loss, list(trained.values()), create_graph=not order, of="this learner"
         )
-        self._adapted = {
-            name: weight if gradient is None else weight - self.lr * _Step.apply(score) * gradient
-            for (name, weight), gradient, score in zip(
-                weights.items(), gradients, self.scores, strict=True
-            )
+        moved = {
+            name: trained[name] - self.lr * _Step.apply(scores[name]) * gradient
+            for name, gradient in zip(trained, gradients, strict=True)
+            if gradient is not None
         }
+        self._adapted = weights | moved
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with this learner's weights."""

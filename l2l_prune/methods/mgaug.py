@@ -115,7 +115,7 @@ class MGAug:
                     raise ValueError(f"rate {rate} leaves no weight of {name}: lower it")
         self._seeds = TaskSeeds(generator, pruner.group)
         self._observed: list[Tensor | None] | None = None
-        pruner.register_step_hook(lambda _: self._seeds.end_iteration())
+        pruner.register_step_hook(self._end_iteration)
 
     def networks(self) -> Iterator[dict[str, Tensor]]:
         """Masks for each network that runs the next task, the full one first; ``True`` stays.
@@ -175,6 +175,9 @@ class MGAug:
         self._seeds.check_state(state)
         self._seeds.load_state_dict(state)
 
+    def _end_iteration(self, pruner: Pruner) -> None:
+        self._seeds.end_iteration()
+
     def _meta_gradients(self, before: dict[str, Tensor]) -> dict[str, Tensor]:
         weights = self._pruner.weights
         if self._observed is None:
@@ -190,7 +193,8 @@ class MGAug:
                 "catfish pruning has seen no meta-gradient of the full network: call backward() or "
                 "observe(gradients) before the next network"
             )
-        return found
+        # Where a scaled loss overflowed, a gradient scaler throws this step away.
+        return {name: g.nan_to_num(0.0, 0.0, 0.0) for name, g in found.items()}
 
     def _narrowed(self, channels: Channels, rate: float) -> dict[str, Tensor]:
         kept = torch.ones(channels.count + 1, dtype=torch.bool, device="cpu")  # the last is for -1

@@ -129,6 +129,12 @@ class Regrowth:
         device = next(iter(weights.values())).device
         with ranks.failing_together(group, device):
             gradients = dense_gradients(self._pruner, self._loss)
+            for name, gradient in gradients.items():
+                if not bool(gradient.isfinite().all()):
+                    raise ValueError(
+                        f"Regrowth's loss has a gradient for {name} that is not finite: the "
+                        "training diverged, or the loss overflows in half precision"
+                    )
         return {n: ranks.total(g, group).abs() for n, g in gradients.items()}
 
 

@@ -14,6 +14,7 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from l2l_prune._basics.precision import forget_casts
 from l2l_prune.reptile.learner import Learner, Workspace
 
 Loss = Callable[..., Tensor]
@@ -107,6 +108,7 @@ class CompiledStep:
         else:
             workspace.about_to_step()
             self._update_all(update, optimizer, reached, workspace.masks)
+            forget_casts()
         return loss.detach().reshape(())
 
     @torch.no_grad()

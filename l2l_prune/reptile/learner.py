@@ -14,7 +14,8 @@ from l2l_prune import optimizer_state
 from l2l_prune._basics import checks
 from l2l_prune._basics.arguments import is_plain
 from l2l_prune._basics.losses import check_loss
-from l2l_prune.masking.masked_layer import plain_copy
+from l2l_prune._basics.precision import forget_casts
+from l2l_prune.masking.masked_layer import held_full_names, plain_copy
 from l2l_prune.scheduled import ScheduledPruner
 
 OptimizerFactory = Callable[..., Optimizer]
@@ -127,6 +128,11 @@ class Workspace:
         self, pruner: ScheduledPruner, factory: OptimizerFactory, inner_lr: float, foml: bool
     ) -> None:
         self._pruner = pruner
+        if others := held_full_names(pruner.model) - pruner.masked_names:
+            raise RuntimeError(
+                f"{', '.join(sorted(others))} has a mask of another Pruner, which learners would "
+                "not keep: let PrunedReptile prune it, or finalize the other Pruner"
+            )
         self.module = plain_copy(pruner.model)
         self.parameters = list(self.module.parameters())
         given = [p for p in self.parameters if p.requires_grad]
@@ -174,6 +180,7 @@ class Workspace:
         self._adapt_all()
         # Some optimizers (Adagrad in older torch) make their state when they are made.
         _restore_state(self.optimizer, self.parameters, state if any(state) else self._fresh)
+        forget_casts()
         self._grow = self._pruner.cut_for_task(self.module, self.optimizer)
         self.before_last = [p.detach().clone() for p in self.parameters] if self._foml else []
 
@@ -250,6 +257,7 @@ class Workspace:
         self.project()
         for weight, adapts, start in self.partly:  # decay and momentum would move the others too
             torch.where(adapts, weight.data, start, out=weight.data)
+        forget_casts()
 
     def about_to_step(self) -> None:
         """Save what first-order MAML subtracts."""

@@ -13,10 +13,12 @@ from torch.utils.hooks import RemovableHandle
 
 from l2l_prune._basics import checks, ranks
 from l2l_prune._basics.hooks import Hooks
+from l2l_prune._basics.precision import forget_casts
 from l2l_prune.channels.pruner import ChannelPruner, Structured
 from l2l_prune.masking.allocation import Allocation
 from l2l_prune.masking.criteria import Criterion, magnitude
 from l2l_prune.masking.layers import Layers, Rule
+from l2l_prune.masking.masked_layer import held_full_names
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.task_masks import TaskMasks
 from l2l_prune.pruner import Pruner
@@ -402,6 +404,7 @@ class PrunedReptile(nn.Module):
             torch._foreach_add_(weights, means, alpha=self.meta_lr)
         else:
             torch._foreach_lerp_(weights, means, self.meta_lr)
+        forget_casts()
 
     def _show_gradients(self, means: list[Tensor]) -> None:
         """Reptile's meta-gradient as ``grad``: Nichol et al., 2018, Section 2."""
@@ -440,7 +443,9 @@ class PrunedReptile(nn.Module):
             self._seen_modules, self._inner_state = modules, []  # which belongs to other modules
         trained = [parameter.requires_grad for parameter in self.module.parameters()]
         buffers = {name: buffer.shape for name, buffer in self.module.named_buffers()}
-        origin = (modules, trained, buffers, self.inner_lr, torch.is_inference_mode_enabled())
+        masked = held_full_names(self.module)
+        inference = torch.is_inference_mode_enabled()
+        origin = (modules, trained, buffers, masked, self.inner_lr, inference)
         while self._workspaces:
             workspace = self._workspaces.pop()
             if workspace.origin == origin:

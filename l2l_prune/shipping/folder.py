@@ -21,7 +21,9 @@ from l2l_prune.channels.pruner import Exported
 from l2l_prune.fewshot.evaluation import Mean
 from l2l_prune.fewshot.models import CaviaConv4, CaviaMLP, Conv4
 from l2l_prune.masking.masked_layer import dense_state_dict, held_base, held_names
+from l2l_prune.metalearners.cavia import CAVIA
 from l2l_prune.metalearners.fields import FourierFeatureMLP, Siren
+from l2l_prune.metalearners.sparse_maml import SparseMAML
 from l2l_prune.reptile.learner import Learner
 from l2l_prune.reptile.reptile import PrunedReptile
 from l2l_prune.shipping.manifest import NAME, read_manifest, write_manifest
@@ -138,6 +140,9 @@ def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
     network = manifest["network"]
     if model is None:
         model = _remade(network, place)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name in state and tensor.is_floating_point() and state[name].is_floating_point():
+                tensor.data = tensor.data.to(state[name].dtype)
     checks.of_type("model", model, nn.Module, "a torch.nn.Module")
     if any(held_names(module) for module in model.modules()):
         raise ValueError("model has masks: give one without (Pruner.finalize removes them)")
@@ -161,6 +166,11 @@ def network_of(learner: nn.Module | Exported) -> nn.Module:
         return learner.workspace.module
     if isinstance(learner, (PrunedReptile, Exported)):
         return learner.module
+    if isinstance(learner, (CAVIA, SparseMAML)) and learner.has_adapted:
+        raise ValueError(
+            f"this is a {type(learner).__name__} learner that has adapted to a task, which no file "
+            "would hold: give the meta-learner that it was cloned from, and adapt on the device"
+        )
     return checks.of_type("learner", learner, nn.Module, "a torch.nn.Module")
 
 

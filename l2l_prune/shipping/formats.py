@@ -53,7 +53,11 @@ def export_onnx(learner: nn.Module | Exported, path: Path | str, example: Tensor
         warnings.simplefilter("ignore")
         made: Any = torch.onnx.export(program, (), dynamo=True, verbose=False)
     data = made.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has its own kinds
+        why = str(error).strip().partition("\n")[0]
+        raise ValueError(f"ONNX Runtime cannot run {type(net).__name__}: {why}") from None
     (given,) = session.get_inputs()
 
     def runtime(x: Tensor) -> Tensor:
@@ -114,8 +118,8 @@ class _BatchStatistics(nn.Module):
 
 def _prepared(learner: nn.Module | Exported, example: Tensor) -> tuple[nn.Module, Tensor]:
     """A copy that other runtimes can compute, on the CPU: a GPU rounds to TF32."""
-    net = plain_copy(network_of(learner)).cpu()
     checks.of_type("example", example, Tensor, "a tensor")
+    net = plain_copy(network_of(learner)).cpu()
     if example.dim() < 2 or len(example) < 2:
         raise ValueError(
             "example must be [batch, ...] with a batch of at least 2, got shape "
@@ -148,8 +152,16 @@ def _difference(
     net: nn.Module, other: Callable[[Tensor], Tensor], example: Tensor, name: str
 ) -> float:
     largest = 0.0
-    for x in (example, torch.cat([example, example.flip(0)[:1] / 2])):
-        expected, found = net(x), other(x)
+    last = example.flip(0)[:1]
+    last = last / 2 if example.is_floating_point() else last // 2
+    for x in (example, torch.cat([example, last])):
+        expected = net(x)
+        if not isinstance(expected, Tensor):
+            raise ValueError(
+                f"{type(net).__name__} returns {checks.describe(expected)}, not one tensor: export "
+                "a module around it that returns one"
+            )
+        found = other(x)
         difference = float((found - expected).abs().max())
         if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
             raise ValueError(

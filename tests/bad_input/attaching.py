@@ -120,6 +120,10 @@ def sparse_embedding():
     return nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 3))
 
 
+def renormalised_embedding():
+    return nn.Sequential(nn.Embedding(4, 3, max_norm=1.0), nn.Linear(3, 3))
+
+
 def lazy_norm():
     return nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
 
@@ -174,6 +178,12 @@ MODELS = [
     ),
     refused("sparse gradients", "gets sparse gradients.*sparse=False", sparse_embedding, only="*"),
     refused("a name that masks need", "weight_mask of its own: rename", with_a_mask_of_its_own),
+    refused(
+        "renormalised in place",
+        "0.weight is renormalised.*max_norm",
+        renormalised_embedding,
+        only="*",
+    ),
     refused("lazy, only everything", "0.weight is not initialized", lazy_norm, only="*"),
     refused("made in inference mode", "weight .*inference_mode", inference),
     Case(

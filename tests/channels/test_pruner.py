@@ -779,3 +779,21 @@ def test_pickled_with_its_model_it_goes_on():
             held.step()
     assert copied.iteration == pruner.iteration == 6
     assert all(map(torch.equal, net.state_dict().values(), twin.state_dict().values()))
+
+
+def test_a_mask_put_on_later_is_noticed():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    schedule = DSDSchedule(0.5, pretrain=1, prune=1, retrain=1)
+    channels = ChannelPruner(net, schedule, example_inputs=torch.zeros(1, 4))
+    masks = Pruner(net, schedule)
+    with pytest.raises(RuntimeError, match=r"^0 got a mask after the ChannelPruner was made"):
+        channels.step()
+    masks.finalize()
+    channels.step()
+    assert net[0].out_features == 4
+
+
+def test_a_lazy_layer_is_named():
+    net = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=r"^0\.weight is not initialized yet"):
+        ChannelPruner(net, SCHEDULE, example_inputs=torch.zeros(1, 4))

@@ -226,3 +226,31 @@ def test_other_bad_input():
         resnet12(28)
     with pytest.raises(ValueError, match="not finite"):
         svm_dual(torch.full((2, 2), math.nan).double(), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("head", ["svm", "ridge", "prototype"])
+@pytest.mark.parametrize("how", ["autocast", "bfloat16", "float16"])
+def test_heads_do_not_compute_in_half_precision(head, how):
+    """Tight classes of a norm for which the kernel in half precision is not even positive."""
+    features, labels = embedding(3, 64, scale=12.0, seed=1)
+    queries, _ = embedding(4, 64, scale=12.0, seed=1)
+    dtype = torch.float16 if how == "float16" else torch.bfloat16
+    features, queries = (x.to(dtype).to(torch.float64) for x in (features, queries))
+    net = MetaOptNet(nn.Identity(), head)
+    with torch.no_grad():
+        expected = MetaOptNet(nn.Identity(), head).double()(features, labels, queries)
+        if how == "autocast":
+            net.features = nn.Linear(64, 64, bias=False)
+            net.features.weight.copy_(torch.eye(64))
+            with torch.autocast("cpu", dtype):
+                scores = net(features.float(), labels.int(), queries.float())
+        else:
+            scores = net.to(dtype)(features.to(dtype), labels, queries.to(dtype))
+    assert scores.dtype == torch.float32
+    assert float((scores - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_a_negative_label_is_refused():
+    features, labels = embedding(1, 8)
+    with pytest.raises(ValueError, match="negative"):
+        MetaOptNet(nn.Identity(), "ridge")(features, labels - 1, features)

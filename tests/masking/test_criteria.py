@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -247,3 +250,39 @@ def test_grasp_does_not_underflow_in_half_precision():
     expected = w * (2 * f) * (2 * f * w)  # w * H g of a diagonal quadratic
     found = grasp(loss, [weight])(weight).double()
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0)
+
+
+def test_movement_counts_only_the_steps_that_move_a_weight():
+    first, second = nn.Linear(4, 3), nn.Linear(3, 2)
+    net = nn.Sequential(first, second)
+    often = torch.optim.SGD(first.parameters(), 0.1)
+    seldom = torch.optim.SGD(second.parameters(), 0.1)  # gathers gradients of two iterations
+    movement, sums = Movement(net.parameters()), [torch.zeros_like(p) for p in net.parameters()]
+    for optimizer in (often, seldom):
+        optimizer.register_step_pre_hook(movement.observe)
+    for iteration in range(4):
+        often.zero_grad()
+        net(torch.randn(8, 4)).square().sum().backward()
+        for total, p in zip(sums, net.parameters(), strict=True):
+            if p.shape[0] == 3 or iteration % 2:
+                total -= (p * p.grad).detach()
+        often.step()
+        if iteration % 2:
+            seldom.step()
+            seldom.zero_grad()
+    for total, p in zip(sums, net.parameters(), strict=True):
+        assert torch.allclose(movement(p), total)
+
+
+def test_copies_of_a_random_criterion_have_a_generator_of_their_own(net):
+    generator = torch.Generator().manual_seed(0)
+    pruner = Pruner(net, SCHEDULE, criterion=random(generator))
+    before = generator.get_state()
+    for copied in (copy.deepcopy(pruner), pickle.loads(pickle.dumps(pruner))):
+        copied.step()
+        assert torch.equal(generator.get_state(), before)
+        again = copy.deepcopy(pruner)
+        again.step()
+        assert all(torch.equal(m, again.masks[n]) for n, m in copied.masks.items())
+    pruner.step()
+    assert not torch.equal(generator.get_state(), before)

@@ -306,3 +306,21 @@ def test_whole_output_channels(rate):
     mask = drawn(pruner)["weight"].flatten(1)
     assert (mask.all(1) | ~mask.any(1)).all()
     assert int(mask.any(1).sum()) == 8 - round(8 * rate)
+
+
+def test_given_masks_count_as_a_task_also_after_resuming_within_the_iteration(net):
+    pruner = Pruner(net, PER_TASK, task_masks=drawing())
+    given = drawn(Pruner(SmallNet(), PER_TASK, task_masks=drawing(1)))
+    with pytest.raises(RuntimeError, match="no task began"):
+        pruner.step()
+    with pruner.task_masks(given) as held:
+        assert equal(held, given)
+    resumed = Pruner(SmallNet(), PER_TASK, task_masks=drawing())
+    resumed.load_state_dict(pruner.state_dict())
+    for one in (pruner, resumed):
+        one.step()
+        with pytest.raises(RuntimeError, match="no task began"):
+            one.step()
+    old = pruner.state_dict()
+    del old["task_masks"]["begun"]  # as older versions saved it
+    resumed.load_state_dict(old)

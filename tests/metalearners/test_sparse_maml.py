@@ -142,3 +142,20 @@ def test_scores_rest_with_pruned_weights_and_do_not_jump_at_release(beta1):
             assert (moved[~mask] == 0).all()
         pruner.step()
     assert 0 < moved[~mask].max() <= moved[mask].max()
+
+
+def test_frozen_weights_stay_and_the_others_step_as_without_them(net):
+    net = net.double()
+    net.conv1.weight.requires_grad_(False)
+    maml = SparseMAML(net, lr=0.1)
+    scores_of(maml)
+    learner = maml.clone()
+    learner.adapt(F.cross_entropy(learner(X), Y))
+    trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(F.cross_entropy(net(X), Y), list(trained.values()))
+    wanted = dict(net.named_parameters())
+    scores = dict(zip(wanted, maml.scores, strict=True))
+    for (name, p), g in zip(trained.items(), gradients, strict=True):
+        wanted[name] = torch.where(scores[name] >= 0, p - 0.1 * g, p)
+    expected = torch.func.functional_call(net, wanted, (X,))
+    assert torch.allclose(learner(X), expected, rtol=0, atol=1e-14)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -274,3 +275,40 @@ def test_refuses_a_sparse_schedule_and_what_is_left_of_nothing(net):
         )
     with pytest.raises(ValueError, match=r"leaves no weight of weight"):
         MGAug(Pruner(nn.Linear(2, 1), DENSE), generator(), rate=0.9)
+
+
+def test_a_copy_counts_its_own_tasks_and_a_pruner_can_be_pickled(net):
+    pruner = Pruner(net, DENSE)
+    mgaug = MGAug(pruner, generator(), networks=2)
+    copied, of_copy = copy.deepcopy((pruner, mgaug))
+    for one, mine in ((pruner, mgaug), (copied, of_copy), (copied, of_copy)):
+        list(mine.networks())
+        assert mine.state_dict()["tasks"] == 1
+        one.step()
+        assert mine.state_dict()["tasks"] == 0
+    again, of_again = pickle.loads(pickle.dumps((pruner, mgaug)))
+    for mine, one in ((of_again, again), (mgaug, pruner)):
+        assert equal_draws(list(mine.networks()), list(mgaug.networks())) == (mine is of_again)
+        one.step()
+
+
+def equal_draws(one, other):
+    return all(torch.equal(a[name], b[name]) for a, b in zip(one, other, strict=True) for name in a)
+
+
+def test_an_overflow_that_a_gradient_scaler_skips_does_not_end_training(net):
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    pruner = Pruner(net, DENSE, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    mgaug, start = MGAug(pruner, generator(), "catfish", networks=2), copy.deepcopy(net)
+    x, y = task(0)[0]
+    for _ in range(2):
+        for masks in mgaug.networks():
+            with pruner.task_masks(masks):
+                scaler.scale(100 * F.cross_entropy(net(x), y)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    pruner.step()
+    assert scaler.get_scale() == 2.0**126
+    for a, b in zip(net.parameters(), start.parameters(), strict=True):
+        assert torch.equal(a, b)

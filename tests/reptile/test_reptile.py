@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from l2l_prune import DSDSchedule, IHTSchedule, PrunedReptile, Schedule, Segment
+from l2l_prune import DSDSchedule, IHTSchedule, PrunedReptile, Pruner, Schedule, Segment
 from l2l_prune.masking.masked_layer import dense_state_dict
 from l2l_prune.reptile import learner as inner_loop
 from l2l_prune.reptile.learner import adam
@@ -686,3 +687,52 @@ def test_a_task_that_diverged_can_be_dropped(net):
     reptile.forget_inner_state()
     iterate(reptile, 0)
     assert all(weight.isfinite().all() for weight in net.parameters())
+
+
+def test_an_autocast_block_around_the_loop_learns_like_one_around_each_forward_pass(net):
+    """Autocast keeps casts of leaf weights; learners write theirs in place."""
+    reptile = PrunedReptile(net, SCHEDULE, inner_lr=0.05)
+
+    half = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+
+    def trained(whole):
+        twin = copy.deepcopy(reptile)
+        with half() if whole else contextlib.nullcontext():
+            for iteration in range(3):
+                for number in range(2):  # the second task gets the first one's working copy
+                    learner = twin.clone()
+                    for x, y in task(10 * iteration + number):
+                        with half():
+                            loss = F.cross_entropy(learner(x), y)
+                        learner.adapt(loss)
+                    twin.collect(learner)
+                twin.step()
+            model = F.cross_entropy(twin.module(task(99)[0][0]), task(99)[0][1])
+        return [*twin.module.parameters()], float(model.detach())
+
+    around, loss = trained(True)
+    inside, _ = trained(False)
+    start = [*net.parameters()]
+    for a, b, first in zip(around, inside, start, strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, first)
+    with half():  # the model's own casts were fresh, too
+        twin = copy.deepcopy(reptile)
+        torch._foreach_copy_([p.detach() for p in twin.module.parameters()], around)
+        again = F.cross_entropy(twin.module(task(99)[0][0]), task(99)[0][1])
+    assert loss == pytest.approx(float(again.detach()), abs=1e-6)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_masks_of_another_pruner_are_refused_where_learners_would_lose_them(net, first):
+    others = []
+    if first:
+        others.append(Pruner(net, SCHEDULE, only="fc"))
+    reptile = PrunedReptile(net, SCHEDULE, only="conv*")
+    if not first:
+        iterate(reptile, 0)  # working copies are there
+        others.append(Pruner(net, SCHEDULE, only="fc"))
+    with pytest.raises(RuntimeError, match=r"^fc\.weight has a mask of another Pruner"):
+        reptile.clone()
+    others[0].finalize()
+    iterate(reptile, 1)

@@ -16,6 +16,7 @@ from l2l_prune.channels import Structured
 from l2l_prune.fewshot import Conv4, Mean
 from l2l_prune.fewshot.models import CaviaConv4, CaviaMLP
 from l2l_prune.masking.masked_layer import plain_copy
+from l2l_prune.metalearners import CAVIA, SparseMAML
 from l2l_prune.metalearners.fields import FourierFeatureMLP, Siren
 from l2l_prune.shipping import export, load, read_manifest
 from l2l_prune.shipping.folder import TENSORS
@@ -356,3 +357,34 @@ def test_a_learner_that_was_collected_is_not_exported(tmp_path):
     reptile.collect(learner)
     with pytest.raises(RuntimeError, match="was collected"):
         export(learner, tmp_path / "two")
+
+
+def cavia():
+    return CAVIA(CaviaMLP(hidden=(8, 6)), lr=1.0), torch.rand(10, 1)
+
+
+def sparse_maml():
+    return SparseMAML(nn.Linear(4, 2), lr=0.1), torch.rand(10, 4)
+
+
+@pytest.mark.parametrize("make", [cavia, sparse_maml])
+def test_a_learner_whose_task_no_file_would_hold_is_refused(make, tmp_path):
+    meta, x = make()
+    learner = meta.clone()
+    learner.adapt(learner(x).square().mean())
+    with pytest.raises(ValueError, match="learner that has adapted to a task"):
+        export(learner, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export(meta, tmp_path / "out")
+    assert torch.equal(load(tmp_path / "out", make()[0])(x), meta(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("half", [True, False])
+def test_networks_that_are_made_anew_have_the_type_of_the_exported_one(dtype, half, tmp_path):
+    net = Conv4(5, 8).to(dtype)
+    export(net, tmp_path, half=half)
+    again = load(tmp_path)
+    for (name, a), b in zip(again.named_parameters(), net.parameters(), strict=True):
+        assert a.dtype == b.dtype, name
+        assert torch.equal(a, b.half().to(dtype) if half else b)

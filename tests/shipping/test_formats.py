@@ -128,3 +128,33 @@ def test_sparse_tensor_cores_are_asked_for_where_there_are_some():
     )
     with pytest.raises(ValueError, match="no linear layer is 2:4"):
         semi_structured_copy(nn.Linear(64, 32).cuda())
+
+
+class Words(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 2))
+
+
+class Two(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize("write", [write_onnx, write_program])
+def test_whole_numbers_are_inputs_too(write, tmp_path):
+    net, words = Words(), torch.randint(0, 7, (4, 3))
+    other = torch.randint(0, 7, (9, 3))
+    assert torch.allclose(write(net, tmp_path, words)(other), net(other), atol=1e-6)
+
+
+@pytest.mark.parametrize("write", [write_onnx, write_program])
+def test_several_outputs_are_refused(write, tmp_path):
+    with pytest.raises(ValueError, match=r"Two returns .*tuple, not one tensor"):
+        write(Two(4, 2), tmp_path, torch.rand(3, 4))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_type_that_onnx_runtime_lacks_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="ONNX Runtime cannot run Linear: "):
+        write_onnx(nn.Linear(4, 2).bfloat16(), tmp_path, torch.rand(3, 4).bfloat16())
+    assert not list(tmp_path.iterdir())

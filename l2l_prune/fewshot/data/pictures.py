@@ -142,6 +142,12 @@ def shown(name: str | os.PathLike[str]) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def note_file(digest: Any, path: str | os.PathLike[str], name: str) -> None:
+    """Update a hash with a file's name, size and time, by which a change is noticed."""
+    state = os.stat(path)
+    digest.update(os.fsencode(name) + f"\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+
+
 def picture_files(folder: str | os.PathLike[str]) -> list[Path]:
     """The picture files under a folder, by their suffixes, in the order of their names.
 

@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
-from l2l_prune.fewshot.data.pictures import ENDINGS, Picture, is_picture, shown
+from l2l_prune.fewshot.data.pictures import ENDINGS, Picture, is_picture, note_file, shown
 from l2l_prune.fewshot.data.tables import TABLES, Table
 
 WHOLE = ""
@@ -183,7 +183,8 @@ def find_tables(folder: Path) -> dict[str, Table]:
 def _tables_in(folder: Path) -> Iterator[Path]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.lower().endswith(TABLES) and not entry.name.startswith("."):
+            # Hubs' programs keep what they computed from a table beside it, as cache-*.arrow.
+            if entry.name.lower().endswith(TABLES) and not entry.name.startswith((".", "cache-")):
                 yield folder / entry.name
 
 
@@ -205,7 +206,7 @@ class _ClassFolders:
                 )
             digest.update(os.fsencode(folder.name) + b"\0")
             for name in names:
-                _note(digest, os.path.join(folder, name), name)
+                note_file(digest, os.path.join(folder, name), name)
             counts[folder.name] = len(names)
         return counts
 
@@ -225,13 +226,19 @@ class _List:
 
     def survey(self, digest: Any) -> Counter[str]:
         counts: Counter[str] = Counter()
+        lines: dict[str, int] = {}
         for line, name, label in self._lines():
-            path = os.path.join(self.images, name)
+            path = os.path.normpath(os.path.join(self.images, name))
+            if (first := lines.setdefault(path, line)) != line:
+                raise ValueError(
+                    f"{shown(self.file)}, line {line}: {name} is in line {first}, too, so that it "
+                    "could be in the support set and a query at once: keep one of them"
+                )
             if not os.path.isfile(path):
                 raise FileNotFoundError(
                     f"{shown(self.file)}, line {line}: there is no file {shown(path)}"
                 )
-            _note(digest, path, f"{name}\0{label}")
+            note_file(digest, path, f"{name}\0{label}")
             counts[label] += 1
         return counts
 
@@ -292,8 +299,3 @@ def _pictures_in(folder: Path) -> tuple[list[str], int]:
                 others += 1
     names.sort(key=os.fsencode)
     return names, others
-
-
-def _note(digest: Any, path: str, name: str) -> None:
-    state = os.stat(path)
-    digest.update(os.fsencode(name) + f"\0{state.st_size}\0{state.st_mtime_ns}\n".encode())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from l2l_prune.fewshot.data.pictures import Picture, shown
+from l2l_prune.fewshot.data.pictures import Picture, note_file, shown
 
 TABLES = (".parquet", ".arrow")
 _ROWS = 256
@@ -33,7 +33,10 @@ class Table:
     root: Path
 
     def survey(self, digest: Any) -> Counter[str]:
-        """Number of rows in each class; the files' names, sizes and times update ``digest``.
+        """Number of rows in each class.
+
+        Names, sizes and times of the files update ``digest``, and those of pictures that they only
+        name.
 
         Raises:
             ValueError: If a file is damaged or lacks these columns; the message names it.
@@ -41,12 +44,14 @@ class Table:
         """
         counts: Counter[str] = Counter()
         for file in self.files:
-            state = file.stat()
-            digest.update(os.fsencode(file.name))
-            digest.update(f"\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+            note_file(digest, file, file.name)
             with _telling(file):
-                for batch in _batches(file, ["label"]):
+                for batch in _batches(file, ["label", "image.path"]):
                     counts.update(_labels(batch))
+                    for path in _paths(batch):
+                        place = os.path.join(self.root, path)
+                        if os.path.isfile(place):  # where the table has the bytes, it may be gone
+                            note_file(digest, place, path)
         return counts
 
     def pictures(self) -> Iterator[Picture]:
@@ -75,7 +80,7 @@ class Table:
 
 
 def _batches(file: Path, columns: list[str]) -> Iterator[Any]:
-    """Record batches of a few rows, with some of the columns."""
+    """Record batches of a few rows, with some of the columns; ``image.path`` if it is there."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -96,8 +101,17 @@ def _batches(file: Path, columns: list[str]) -> Iterator[Any]:
         _check_columns(reader.schema)
         for batch in batches:
             for start in range(0, batch.num_rows, _ROWS):
-                part = batch.slice(start, _ROWS).select(columns)
+                part = batch.slice(start, _ROWS).select([c.partition(".")[0] for c in columns])
                 yield part.replace_schema_metadata(reader.schema.metadata)
+
+
+def _paths(batch: Any) -> Iterator[str]:
+    """Paths of pictures, where the table has any."""
+    import pyarrow as pa
+
+    kind = batch.schema.field("image").type if "image" in batch.schema.names else pa.null()
+    if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+        yield from filter(None, batch.column("image").field("path").to_pylist())
 
 
 def _check_columns(schema: Any) -> None:

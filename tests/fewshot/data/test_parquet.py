@@ -213,3 +213,28 @@ def test_without_pyarrow(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"pip install \"l2l-prune\[parquet\]\""):
         load_folder(root, "train")
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_file])
+def test_pictures_that_a_table_only_names_are_read_again_when_they_change(write, root):
+    rows = [(c, n) for c in range(8) for n in range(2)]
+    names = [f"{c}-{n}.png" for c, n in rows]
+    for name, (c, n) in zip(names, rows, strict=True):
+        (root / name).write_bytes(encoded(picture(c, n)))
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = pa.array([{"bytes": None, "path": name} for name in names], kind)
+    ending = "parquet" if write is write_parquet else "arrow"
+    write(pa.table({"image": images, "label": [c for c, _ in rows]}), root / f"all.{ending}")
+    before = load_folder(root, "train")
+    for name, (c, n) in zip(names, rows, strict=True):
+        (root / name).write_bytes(encoded(picture(c + 10, n)))
+    after = load_folder(root, "train")
+    assert torch.equal(red(after.images), red(before.images) + 10)
+
+
+def test_what_a_hub_computed_from_a_table_is_not_read_as_data(root):
+    for split, start in zip(SPLITS, (0, 4, 8), strict=True):
+        made = table(range(start, start + 2))
+        write_stream(made, root / split / "data-00000-of-00001.arrow")
+        write_stream(made, root / split / "cache-1a2b3c.arrow")
+    assert len(load_folder(root, "train").labels) == 4
