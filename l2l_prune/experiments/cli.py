@@ -223,7 +223,7 @@ def tune(
             races=races,
             budget=Budget(size, macs, max_ms),
             hours=hours,
-            jobs=_jobs(jobs),
+            jobs=_jobs(jobs, settings.get("ranks") or 1),
         )
 
 
@@ -283,7 +283,7 @@ def study(
             classes=classes or (),
             replicates=replicates,
             hours=hours,
-            jobs=_jobs(jobs),
+            jobs=_jobs(jobs, settings.get("ranks") or 1),
             fixed_split=fixed_split,
         )
         typer.echo(verdict)

@@ -27,6 +27,11 @@ from l2l_prune.schedules.schedule import Schedule, Segment
 _BY_ALGORITHM, _BY_METHOD = "by algorithm", "by method"
 MGAUG = ("reptile", "maml", "fomaml", "anil", "metasgd", "protonet")
 """Algorithms whose runs can add sub-networks to each task."""
+_FOR_TRAINING = (
+    *("criterion", "rewind", "regrow", "dropout", "dropout_per", "drop_grad", "drop_grad_noise"),
+    *("mgaug", "mgaug_rate", "mgaug_networks", "compile", "ranks", "device"),
+)
+"""What :meth:`RunConfig.rebuilt` sets back to the default."""
 _NO_THIRD_DERIVATIVE = ("maml", "metasgd", "cavia", "metaoptnet")
 """Batch normalisation has derivatives up to the second order, the SVM up to the first."""
 
@@ -249,7 +254,7 @@ class RunConfig:
     )
     select: str = setting(
         "last",
-        "Weights to score at the end (best: on validation tasks)",
+        "Weights to score at the end (best: on validation tasks, and as sparse as at the end)",
         choices=("last", "best"),
     )
     eval_every: int = setting(
@@ -271,6 +276,8 @@ class RunConfig:
         checks.of_type("schedule", self.schedule, Schedule, "a Schedule")
         if not checks.of_type("name", self.name, str, "a string"):
             raise ValueError("name must not be empty: tables and files use it")
+        if file_name(self.name) == "checkpoint":
+            raise ValueError(f"name must not be {self.name!r}: the run's checkpoint is called so")
         check_settings(self)
         self._check_data()
         self._check_tasks()
@@ -457,6 +464,18 @@ class RunConfig:
         """Plain values; the schedule is a dict of its own."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {**values, "schedule": self.schedule.to_dict()}
+
+    def rebuilt(self, schedule: Schedule, **changes: Any) -> RunConfig:
+        """The same network under another schedule, without what only its training needs.
+
+        It is on the CPU, in one process, without dropout and other rivals; masks go by magnitude.
+
+        Args:
+            schedule: The other schedule.
+            **changes: Settings that are to differ.
+        """
+        usual = {name: getattr(RunConfig, name) for name in _FOR_TRAINING}
+        return dataclasses.replace(self, schedule=schedule, **{**usual, **changes})
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunConfig:

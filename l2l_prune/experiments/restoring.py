@@ -28,7 +28,7 @@ def restored_network(run: FinishedRun, data: Images) -> nn.Module:
     config, shape = run.settings_on_cpu(), data.images.shape[1:]
     state = read_weights(run.weights_file.path)
     with torch.random.fork_rng(devices=[]):
-        dense = dataclasses.replace(config, schedule=Schedule((Segment(1),)), structured=False)
+        dense = config.rebuilt(Schedule((Segment(1),)), structured=False)
         net = build(dense, shape).finalize()
     sizes = {name: tensor.shape for name, tensor in net.state_dict().items()}
     if sizes != {name: tensor.shape for name, tensor in state.items()}:

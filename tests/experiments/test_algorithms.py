@@ -332,3 +332,14 @@ def test_images_must_be_square():
     for algorithm in ("reptile", "cavia", "sparsemaml"):
         with pytest.raises(ValueError, match="must be square, not 30 x 40 pixels: image_size"):
             build(make_config(algorithm, "dense", iterations=20, channels=4), (3, 30, 40))
+
+
+@pytest.mark.parametrize("method", ["rigl", "grasp"])
+def test_gradients_of_the_model_need_no_dropout_mask_of_a_task(method):
+    more = {"criterion": "grasp"} if method == "grasp" else {}
+    kind = "one-shot" if method == "grasp" else method
+    config = small("reptile", kind, dropout=0.3, dropout_per="task", **more)
+    algorithm, tasks = start(config), sampler()
+    for _ in range(config.schedule.iterations):
+        algorithm.train([tasks.sample() for _ in range(2)])
+    assert algorithm.pruner.sparsity == pytest.approx(0.4, abs=0.01)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from l2l_prune.experiments import algorithms
+from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.run_result import Progress
 from l2l_prune.experiments.running import run as run_module
 from l2l_prune.experiments.running.checkpoint import load_checkpoint, save_checkpoint
@@ -56,6 +57,26 @@ def test_the_best_weights_are_those_of_the_best_point(monkeypatch, tmp_path):
     for name, weight in message.weights.items():
         expected = model[f"{name}_orig"] * masks[name] if name in masks else model[name]
         assert torch.equal(weight, expected), name
+
+
+def test_the_best_weights_of_a_run_that_ends_sparse_are_sparse(monkeypatch):
+    """Scores peak in the dense phase, whose weights the run's name would not describe."""
+
+    def falling(self, episodes):
+        return Mean((1 - self.pruner.iteration / 100,) * 2)
+
+    monkeypatch.setattr(algorithms.Reptile, "evaluate", falling)
+    config = make_config(
+        "reptile", "one-shot", iterations=20, pretrain=0.6, sparsity=0.5, channels=4, tasks=1,
+        final_tasks=2, select="best", eval_every=5,
+    )  # fmt: skip
+    *_, result = run(config)
+    weights = {n: w for n, w in result.weights.items() if n.endswith(("conv2.weight",))}
+    assert weights
+    for weight in weights.values():
+        assert int((weight == 0).sum()) == weight.numel() // 2
+    first_sparse = next(p for p in result.curve if p.sparsity > 0)
+    assert first_sparse.iteration == 15
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):

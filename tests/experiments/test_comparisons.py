@@ -10,11 +10,13 @@ from scipy import stats
 from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.report.comparisons import (
     Comparison,
+    _detectable,
     comparison_table,
     judge,
     read_comparisons,
 )
 from l2l_prune.experiments.report.finished_runs import FinishedRun
+from l2l_prune.experiments.report.seed_statistics import OverSeeds
 
 
 def finished(method, seed, test, **settings):
@@ -80,6 +82,16 @@ def test_what_could_be_seen_is_found_in_four_of_five_simulated_studies():
     simulated = one.detectable + spread * generator.standard_normal((4000, 8))
     found = stats.ttest_1samp(simulated, 0, axis=1).pvalue < 0.05
     assert found.mean() == pytest.approx(0.8, abs=0.025)
+
+
+@pytest.mark.parametrize(("replicates", "family"), [(2, 2), (3, 40), (4, 10), (8, 8), (20, 3)])
+def test_what_could_be_seen_has_the_power_of_the_noncentral_t(replicates, family):
+    values = np.random.default_rng(replicates).normal(0, 0.01, replicates)
+    effect = _detectable(OverSeeds(tuple(values)), family, one_sided=False) / values.std(ddof=1)
+    threshold = stats.t.ppf(1 - 0.05 / family / 2, replicates - 1)
+    shift = effect * replicates**0.5
+    power = [stats.nct.sf(threshold, replicates - 1, side) for side in (shift, -shift)]
+    assert sum(power) == pytest.approx(0.8, abs=1e-4)
 
 
 def test_verdicts():

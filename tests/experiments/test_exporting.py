@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.exporting import BEST, PARTS
-from l2l_prune.experiments.report.finished_runs import read_folder
+from l2l_prune.experiments.report.finished_runs import FinishedRun, WeightsFile, read_folder
 from l2l_prune.experiments.restoring import restored_network, restored_reptile
 from l2l_prune.experiments.running.run_folder import run_into
-from l2l_prune.experiments.search.costs import cost_of
+from l2l_prune.experiments.search.costs import cost_of, end_network
 from l2l_prune.experiments.search.halving import Candidate
 from l2l_prune.fewshot import Conv4
 from l2l_prune.fewshot.data import load_images
@@ -51,6 +51,45 @@ def places(runs):
     small = next(run for run in found if run.config["structured"])
     masked = next(run for run in found if run.pruned and run is not small)
     return next(run for run in found if run.dense), masked, small
+
+
+HOLDING = {
+    "dropout": ("dense", {"dropout": 0.3}),
+    "dropout for a task": ("dense", {"dropout": 0.3, "dropout_per": "task"}),
+    "weights of the start": ("lottery", {"sparsity": 0.5}),
+    "several ranks": ("one-shot", {"ranks": 2, "tasks": 2}),
+    "sub-networks": ("dense", {"mgaug": "parameters"}),
+    "compiled steps": ("rigl", {"compile": True}),
+}
+
+
+@pytest.mark.parametrize("what", HOLDING)
+def test_what_only_training_needs_does_not_act_on_a_restored_network(what, tmp_path):
+    """The run is not trained: its weights are made up, pruned as its schedule ends."""
+    method, more = HOLDING[what]
+    config = make_config("reptile", method, **{**SETTINGS, **more})
+    net = end_network(config, (1, 28, 28))
+    assert not any(isinstance(module, torch.nn.Dropout) for module in net.modules())
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    entry = {"config": json.loads(json.dumps(config.to_json()))}
+    run = FinishedRun(entry, tmp_path, 20, weights_file=WeightsFile(tmp_path / "net.pt"))
+    images = load_images("glyphs", "test")
+    again, x = restored_network(run, images), torch.rand(5, 1, 28, 28)
+    assert torch.equal(again(x), again(x))
+    torch.testing.assert_close(again(x), net.train()(x))
+    learner = restored_reptile(run, images).clone()
+    assert torch.equal(learner(x), again(x))
+
+
+def test_channels_that_were_cut_are_found_in_a_run_with_dropout(tmp_path):
+    pytest.importorskip("torch_pruning")
+    more = {"structured": True, "sparsity": 0.5, "dropout": 0.3}
+    assert run_into(make_config("reptile", "one-shot", **SETTINGS, **more), tmp_path).error is None
+    done = command("export", *tmp_path.iterdir(), "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    net, x = load(tmp_path / "out"), torch.rand(5, 1, 28, 28)
+    assert net.features.conv1.out_channels == 4
+    assert torch.equal(net(x), net(x))
 
 
 def test_the_network_of_a_run_is_exported(runs, tmp_path):

@@ -733,3 +733,14 @@ def test_a_run_with_damaged_weights_is_not_taken_as_finished(tmp_path, no_curves
     (tmp_path / "dsd.pt").write_bytes((tmp_path / "dsd.pt").read_bytes()[:-50])
     with pytest.raises(ValueError, match=r"dsd\.pt is damaged"):
         finished_run(tmp_path, config)
+
+
+def test_dropout_held_for_a_task_is_set_against_plain_dense_runs(tmp_path):
+    for seed in range(2):
+        for test, more in ((0.7, {}), (0.72, {"dropout": 0.3})):
+            finish(tmp_path, "dense", 0.9, test + seed / 100, seed=seed, **more)
+        held = {"dropout": 0.3, "dropout_per": "task"}
+        finish(tmp_path, "dense", 0.9, 0.75 + seed / 100, seed=seed, **held)
+    _, differences = reported(tmp_path)[:2]
+    assert differences["dense, dropout 0.3"]["test"] == "+2.0 ± 0.0 (better)"
+    assert differences["dense, dropout 0.3 per task"]["test"] == "+5.0 ± 0.0 (better)"

@@ -22,7 +22,13 @@ from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.config import make_config
 from l2l_prune.experiments.defaults import LEARN_MORE
 from l2l_prune.experiments.methods import read_layer_rates
-from l2l_prune.experiments.report.comparisons import Comparison, Judged, read_comparisons
+from l2l_prune.experiments.report.comparisons import (
+    Comparison,
+    Judged,
+    judge,
+    read_comparisons,
+)
+from l2l_prune.experiments.report.finished_runs import read_folder
 from l2l_prune.experiments.report.pareto import front_places
 from l2l_prune.experiments.report.seed_statistics import OverSeeds
 from l2l_prune.experiments.run_result import RunResult
@@ -35,7 +41,15 @@ from l2l_prune.experiments.running.sweep import expand
 from l2l_prune.experiments.search import study, tune
 from l2l_prune.experiments.search.choice import Space, _search, _taking_part
 from l2l_prune.experiments.search.costs import Budget, cost_of, dense_width, end_network, quantity
-from l2l_prune.experiments.search.halving import Candidate, Runs, Standing, race, rungs, same_search
+from l2l_prune.experiments.search.halving import (
+    Candidate,
+    Runs,
+    Standing,
+    check_search,
+    race,
+    record_search,
+    rungs,
+)
 from l2l_prune.experiments.search.sensitivity import Sensitivity, measure
 from l2l_prune.experiments.search.verdict import _answer, _plan, _verdict
 from l2l_prune.experiments.toml_files import read_toml
@@ -178,12 +192,62 @@ def test_rungs_are_thirds_that_all_candidates_fit_into():
         rungs([*dense, long], 10)
 
 
+def test_a_candidate_that_had_failed_before_a_restart_is_out_once_the_hours_are_used_up(tmp_path):
+    three = candidates([1, 2, 3])
+    for one in three[:2]:
+        finished(tmp_path / "runs", one.config(20), 0.5 + one.settings["channels"] / 100)
+    failed = tmp_path / "runs" / run_name(three[2].config(20))
+    failed.mkdir()
+    (failed / "error.txt").write_text("FloatingPointError: training diverged")
+    (tmp_path / "clock.json").write_text('{"seconds": 3600}')
+    runs = Runs(tmp_path / "runs", QUIET, jobs=1, hours=1, clock=tmp_path / "clock.json")
+    assert best_first(race(three, [20, 60], runs)) == [(2, 20), (1, 20)]
+
+
+def test_a_search_that_could_not_begin_leaves_its_folder_free(tmp_path):
+    pytest.importorskip("optuna")
+    with pytest.raises(ValueError, match="the nearest is"):
+        tune(BASE, tmp_path, QUIET, methods=("rigl",), budget=Budget(bytes=100))
+    assert not (tmp_path / "tune.json").exists()
+
+
+def test_a_search_repeated_when_its_hours_are_used_up_keeps_its_answer(tmp_path):
+    pytest.importorskip("optuna")
+    options = {"methods": ("rigl",), "rates": (0.5,), "races": 1, "sensitivity_tasks": 2}
+    first = tune(BASE, tmp_path, QUIET, **options)
+    chosen = (tmp_path / "chosen.toml").read_text()
+    (tmp_path / "clock.json").write_text('{"seconds": 3500}')
+    again = tune(BASE, tmp_path, QUIET, hours=1, **options)
+    assert first.title != "dense"
+    assert again.title == first.title
+    assert again.front == first.front
+    assert (tmp_path / "chosen.toml").read_text() == chosen
+
+
+def test_a_study_notices_another_split_of_its_races(tmp_path, monkeypatch):
+    pytest.importorskip("statsmodels")
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_, **__):
+        raise Stop
+
+    monkeypatch.setattr("l2l_prune.experiments.search.verdict.Runs", stop)
+    with pytest.raises(Stop):
+        study(BASE | {"split": 3}, tmp_path, QUIET, fixed_split=True)
+    with pytest.raises(ValueError, match="other settings of split of the races"):
+        study(BASE | {"split": 4}, tmp_path, QUIET, fixed_split=True)
+
+
 def test_a_folder_belongs_to_one_search(tmp_path):
     file = tmp_path / "study.json"
-    same_search(file, {"rates": (0.5,), "seed": 0})
-    same_search(file, {"rates": [0.5], "seed": 0})
+    check_search(file, {"rates": (0.5,), "seed": 0})
+    assert not file.exists()
+    record_search(file, {"rates": (0.5,), "seed": 0})
+    check_search(file, {"rates": [0.5], "seed": 0})
     with pytest.raises(ValueError, match="other settings of rates: choose another"):
-        same_search(file, {"rates": [0.5, 0.8], "seed": 0})
+        check_search(file, {"rates": [0.5, 0.8], "seed": 0})
 
 
 def test_hours_count_over_restarts(tmp_path):
@@ -400,18 +464,18 @@ def test_races_have_new_candidates_and_a_broken_off_one_keeps_its_own(tmp_path):
     journal = optuna.create_study(direction="maximize")
     seen = {}
     for number in range(2):
-        drawn = _taking_part(journal, space, number, seen, seed=number)
+        drawn = _taking_part(journal, space, number, seen, seed=number, new=True)
         assert len(drawn) == 9
         assert not drawn.keys() & seen.keys()
         assert all(name == run_name(c.whole) for name, (_, c) in drawn.items())
-        again = _taking_part(journal, space, number, seen, seed=number)  # as after a kill
+        again = _taking_part(journal, space, number, seen, seed=number, new=True)  # as after a kill
         assert {n: c for n, (_, c) in again.items()} == {n: c for n, (_, c) in drawn.items()}
         for place, (trial, _) in enumerate(drawn.values()):
             journal.tell(trial, place / 10)
         seen |= drawn
     # The space has 2 x 2 combinations of rigl (alike, erk) and 2 x 3 x 3 or more of dsd.
     for number in range(2, 9):
-        drawn = _taking_part(journal, space, number, seen, seed=number)
+        drawn = _taking_part(journal, space, number, seen, seed=number, new=True)
         for trial, _ in drawn.values():
             journal.tell(trial, 0.0)
         seen |= drawn
@@ -493,6 +557,9 @@ def test_a_verdict_says_what_was_shown_and_what_was_not(tmp_path, monkeypatch):
     assert "**not shown**" in text
     assert "could have been seen" in text
     assert "Training took 0.50 of its seconds" in text
+    assert "corrected by Holm for the 3 comparisons" in text
+    [within] = judge([stated[1]], read_folder(tmp_path / "runs").runs)
+    assert f"{within.verdict}** (p = {3 * within.p:.2g})" in text  # the third has not been judged
     assert "Not judged: " in text
     assert "minus dense, channels" in text.split("Not judged: ")[1]
 

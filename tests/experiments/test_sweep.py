@@ -72,6 +72,7 @@ def test_replicates_have_a_seed_and_its_split_each_and_come_one_after_the_other(
         (BASE, {"method": "dsd", "replicates": 2, "seeds": 2}, "give seeds or replicates, not"),
         (BASE, {"method": "dsd", "replicates": 2, "split": 1}, "give replicates or split, not"),
         (BASE, {"method": "dsd", "replicates": 0}, "replicates"),
+        (BASE, {"method": ["dense", ["dsd"]]}, "method must list single values"),
         ({**BASE, "chanels": 3, "schedule": "dsd"}, {}, "chanels"),
         (BASE, {}, "method"),
         (BASE, [], "grid must not be empty"),

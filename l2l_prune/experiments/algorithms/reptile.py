@@ -97,11 +97,14 @@ class Reptile(Algorithm):
     def _mean_loss(self) -> Tensor:
         """The meta-model's loss on the support sets of the current meta-iteration."""
         net, total = self._reptile.module, torch.zeros(())
-        for task in self._tasks:
-            buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}  # unchanged
-            total = total + F.cross_entropy(
-                functional_call(net, buffers, (task.support_x,)), task.support_y
-            )
+        held = [module for module in net.modules() if isinstance(module, TaskDropout)]
+        with eval_mode(*held):  # the model itself has no task
+            for task in self._tasks:
+                # The model's own statistics stay as they are.
+                buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+                total = total + F.cross_entropy(
+                    functional_call(net, buffers, (task.support_x,)), task.support_y
+                )
         return total / len(self._tasks)
 
     def train(self, tasks: Sequence[Episode]) -> None:

@@ -226,7 +226,7 @@ def _bounds(
     data = load_images(
         config.data, "train", max_classes=config.train_classes, **config.data_options
     )
-    net = conv4(config, data.images.shape[1:])
+    net = conv4(config.rebuilt(config.schedule), data.images.shape[1:])
     net.load_state_dict(load_tensors(weights))
     task = EpisodeSampler(
         data.images, data.labels, ways=config.ways, shots=config.train_shots, queries=0

@@ -214,7 +214,9 @@ class FinishedRun:
     def method(self) -> str:
         """Family, rate and what else is special: ``"DSD 50%, no retrain"``."""
         name = f"{self.family} {rate_in_words(self.rate)}" if self.pruned else self.family
-        parts = (name, self.variant, *self.variation, *self.settings, *self.special)
+        said = self.variant.split(", ")  # "dropout 0.1 per task" says "dropout 0.1", too
+        varying = [part for part in self.variation if not any(s.startswith(part) for s in said)]
+        parts = (name, self.variant, *varying, *self.settings, *self.special)
         return ", ".join(part for part in parts if part)
 
     @property

@@ -116,7 +116,9 @@ def dense_partner(run: FinishedRun, runs: list[FinishedRun]) -> FinishedRun | No
 
 def _dense_beside(run: FinishedRun, runs: list[FinishedRun]) -> list[FinishedRun]:
     """Dense runs of its seed, of all lengths, with the regularisers of its baseline."""
-    wanted = run.usual_regularisers if run.dense else run.regularisers
+    # Dropout that is held for a task is a rival like ordinary dropout, and has its control.
+    held = not run.pruned and run.identity["dropout_per"] == "task"
+    wanted = run.usual_regularisers if run.dense or held else run.regularisers
     return [
         r for r in runs if r.dense and r.replicate == run.replicate and r.regularisers == wanted
     ]

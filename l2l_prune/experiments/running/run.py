@@ -97,7 +97,7 @@ def _trained(
     splits = tuple(data)
     tasks, algorithm = _training_tasks(data["train"], config), _fresh(config, data["train"])
     curve_episodes = {s: list(evaluation_tasks(data[s], config, "curve tasks", s)) for s in splits}
-    state = _State()
+    state, last = _State(), config.schedule.segment(config.schedule.iterations)
     if saved:
         state.restore(saved, algorithm, tasks, config.measure)
     log = EventLog(
@@ -117,9 +117,12 @@ def _trained(
                 train, test = found["train"], found[config.held_out]
                 state.curve.append(Point(done, phase, sparsity, train, test))
                 log.add(done, train=train.mean, test=test.mean, sparsity=sparsity)
-                if config.select == "best" and found["validation"].mean > state.best_score:
-                    state.best_score = found["validation"].mean
-                    state.best = copy.deepcopy(algorithm.state_dict())
+                # A run that ends sparse is called by that sparsity: only such weights will do.
+                at_end = not last.held or algorithm.pruner.segment == last
+                if config.select == "best" and at_end:
+                    if found["validation"].mean > state.best_score:
+                        state.best_score = found["validation"].mean
+                        state.best = copy.deepcopy(algorithm.state_dict())
             if checkpoint and done % checkpoint_every == 0:
                 save_checkpoint(checkpoint, config, state.to_save(algorithm, tasks))
             newest = state.curve[-1] if state.curve else None

@@ -62,6 +62,9 @@ def _combinations(base: dict[str, Any], grid: dict[str, Any]) -> list[RunConfig]
     axes: dict[str, Sequence[Any]] = {
         name: value if isinstance(value, list) else [value] for name, value in grid.items()
     }
+    for name, values in axes.items():
+        if any(isinstance(value, (list, dict)) for value in values):
+            raise TypeError(f"{name} must list single values, got {list(values)}")
     if "seeds" in axes:
         axes["seed"] = _numbered("seeds", grid, ("seed", "replicates"))
         del axes["seeds"]

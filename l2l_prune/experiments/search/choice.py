@@ -29,9 +29,10 @@ from l2l_prune.experiments.search.halving import (
     Runs,
     Standing,
     base_settings,
+    check_search,
     race,
+    record_search,
     rungs,
-    same_search,
     toml_lines,
 )
 from l2l_prune.experiments.search.pictures import front_picture, heat_map
@@ -136,10 +137,11 @@ def tune(
     length = config.schedule.iterations
     with locked_folder(out):
         about = {**shared, "methods": list(methods), "rates": list(rates), **budget.given}
-        same_search(out / "tune.json", about)
+        check_search(out / "tune.json", about)
         shape = load_split(config, "train").images.shape[1:]
         space = Space(shared, methods, rates, shape, budget, out / "milliseconds.json")
         space.check()  # before anything is trained
+        record_search(out / "tune.json", about)
         runs = Runs(out / "runs", console, jobs=jobs, hours=hours, clock=out / "clock.json")
         entry = runs.finish_one(config, "the dense run", SEARCHING)
         found = _sensitivity(config, runs.folder, out, rates, sensitivity_tasks, console)
@@ -297,7 +299,7 @@ class Space:
         try:
             candidate = self._candidate(method, rate, share, {})
             title, cost = candidate.title, self.cost(candidate)
-        except ValueError:  # not for this method or algorithm
+        except ValueError:  # not for this method or algorithm, or a layer would lose all weights
             return False
         except ImportError:  # cutting channels needs an extra
             if share != "channels":
@@ -372,11 +374,10 @@ def _search(
         ) from None
     seen: dict[str, Standing] = {}
     for number in range(races):
-        if runs.over(SEARCHING):
-            break
-        drawn = _taking_part(journal, space, number, seen, seed + number)
+        new = not runs.over(SEARCHING)
+        drawn = _taking_part(journal, space, number, seen, seed + number, new)
         if not drawn:
-            break  # everything has been tried
+            break  # everything has been tried, or the hours are used up
         candidates = [candidate for _, candidate in drawn.values()]
         lengths = rungs(candidates, length)
         # Separately: else the front would have no small networks where these lose accuracy.
@@ -388,7 +389,7 @@ def _search(
         }
         seen |= found
         if runs.over(SEARCHING):
-            break
+            continue  # races that have ended count, and one that was interrupted stays open
         for name, (trial, _) in drawn.items():
             if name not in found:  # its run failed
                 journal.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
@@ -404,9 +405,9 @@ def _search(
 
 
 def _taking_part(
-    journal: Any, space: Space, number: int, seen: Mapping[str, Any], seed: int
+    journal: Any, space: Space, number: int, seen: Mapping[str, Any], seed: int, new: bool
 ) -> dict[str, tuple[Any, Candidate]]:
-    """A race's trials and candidates by the name of their runs: those in the journal, and new ones.
+    """A race's trials and candidates by the name of their runs: in the journal, or drawn now.
 
     Args:
         journal: Optuna's study.
@@ -414,6 +415,7 @@ def _taking_part(
         number: Number of the race.
         seen: Names of candidates in earlier races.
         seed: Seed of the draws.
+        new: Whether to draw candidates that the journal does not hold.
     """
     from optuna.samplers import RandomSampler, TPESampler
     from optuna.trial import Trial, TrialState
@@ -427,7 +429,7 @@ def _taking_part(
         elif "race" not in frozen.user_attrs:  # the search was killed while drawing it
             journal.tell(frozen.number, state=TrialState.FAIL, skip_if_finished=True)
     journal.sampler = TPESampler(seed=seed, n_startup_trials=BRACKET, constant_liar=True)
-    for asked in range(10 * BRACKET):
+    for asked in range(10 * BRACKET if new else 0):
         if len(drawn) == BRACKET:
             break
         if asked == 2 * BRACKET:  # it repeats itself: values are few, and the good ones are tried

@@ -101,15 +101,7 @@ def end_network(config: RunConfig, image_shape: Sequence[int]) -> nn.Module:
     last = config.schedule.segment(config.schedule.iterations)
     schedule = Schedule((dataclasses.replace(last, iterations=1),))
     # The number of remaining weights does not depend on how they are chosen.
-    counted = dataclasses.replace(
-        config,
-        schedule=schedule,
-        criterion="magnitude",
-        rewind=None,
-        regrow=None,
-        compile=False,
-        device="cpu",
-    )
+    counted = config.rebuilt(schedule)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         algorithm = build(counted, image_shape)

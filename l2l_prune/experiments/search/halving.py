@@ -166,6 +166,9 @@ class Runs:
                         self.failed[outcome.name] = outcome.error
                     self._save_clock()
             self._save_clock()
+        for name in unique:  # failed before the hours were used up, and is not tried again
+            if self.over(share) and (self.folder / name / "error.txt").is_file():
+                self.failed.setdefault(name, f"see {self.folder / name / 'error.txt'}")
         return [finished_run(self.folder / run_name(config), config) for config in configs]
 
     def finish_one(self, config: RunConfig, name: str, share: float = 1.0) -> dict[str, Any]:
@@ -232,13 +235,13 @@ def race(
     return sorted(standings.values(), key=lambda s: (-s.iterations, -s.score.mean))
 
 
-def same_search(file: Path, settings: Mapping[str, Any]) -> None:
-    """Record a search's settings in its folder, or check that they match those recorded there.
+def check_search(file: Path, settings: Mapping[str, Any]) -> None:
+    """Check that a search's settings are those recorded in its folder, if there are any.
 
     Raises:
         ValueError: If the folder belongs to another search.
     """
-    plain = json.loads(json.dumps(dict(settings)))
+    plain = _plain(settings)
     if file.exists():
         try:
             before = json.loads(file.read_text())
@@ -250,9 +253,17 @@ def same_search(file: Path, settings: Mapping[str, Any]) -> None:
                 f"{file.parent} holds a search with other settings of {', '.join(differing)}: "
                 "choose another folder"
             )
-        return
+
+
+def record_search(file: Path, settings: Mapping[str, Any]) -> None:
+    """Record a search's settings in its folder, once they are known to be possible."""
     with replace_file(file) as path:
-        path.write_text(json.dumps(plain, indent=1) + "\n")
+        path.write_text(json.dumps(_plain(settings), indent=1) + "\n")
+
+
+def _plain(settings: Mapping[str, Any]) -> Any:
+    """As JSON gives them back."""
+    return json.loads(json.dumps(dict(settings)))
 
 
 def base_settings(base: Mapping[str, Any], chosen: Sequence[str]) -> dict[str, Any]:

@@ -121,12 +121,12 @@ def measure(
         )
     shape = load_split(config, "train").images.shape[1:]
     held = load_split(config, "validation")
-    wanted = dataclasses.replace(config, final_tasks=max(2, tasks), compile=False)
+    wanted = dataclasses.replace(config, final_tasks=max(2, tasks))
     episodes = list(evaluation_tasks(held, wanted, "final tasks", "validation"))
 
     def score(sparsity: dict[str, float]) -> tuple[float, dict[str, int]]:
         schedule = Schedule((Segment(1), Segment(1, sparse=True, sparsity=sparsity)))
-        alone = dataclasses.replace(wanted, schedule=schedule, criterion="magnitude")
+        alone = wanted.rebuilt(schedule, device=config.device)
         with torch.random.fork_rng(devices=[]):
             algorithm = build(alone, shape)
         algorithm.network.load_state_dict(weights)

@@ -36,9 +36,10 @@ from l2l_prune.experiments.search.halving import (
     Runs,
     Standing,
     base_settings,
+    check_search,
     race,
+    record_search,
     rungs,
-    same_search,
     toml_lines,
 )
 from l2l_prune.experiments.toml_files import read_toml
@@ -124,8 +125,10 @@ def study(
             **{name: list(v) for name, v in zip(_AXES, (widths, lengths, classes), strict=True)},
             "replicates": replicates,
             "split": "varies" if vary_split else "fixed",
+            **({"split of the races": shared["split"]} if "split" in shared else {}),
         }
-        same_search(out / "study.json", about)
+        check_search(out / "study.json", about)
+        record_search(out / "study.json", about)
         plan = out / "plan.toml"
         options: dict[str, Any] = {"jobs": jobs, "hours": hours, "clock": out / "clock.json"}
         if not plan.exists():
@@ -299,7 +302,8 @@ def _verdict(comparisons: Sequence[Comparison], runs: Runs, replicates: int) -> 
     failed = [f"- A run failed: {name}: {why}" for name, why in runs.failed.items()]
     found = read_folder(runs.folder).runs if any(runs.folder.glob("*/results.json")) else []
     able = []
-    for one in comparisons:
+    for stated in comparisons:
+        one = dataclasses.replace(stated, family_size=len(comparisons))
         try:
             judge([one], found)
         except ValueError as error:
@@ -326,9 +330,9 @@ def _verdict(comparisons: Sequence[Comparison], runs: Runs, replicates: int) -> 
     lines += [
         *failed,
         "",
-        f"Intervals and p-values are over replicates, and corrected by Holm for {len(judged)} "
-        "comparisons, which plan.toml stated before the runs. Methods and rates were chosen on "
-        "validation tasks of another seed; the report is confirmation/report.html.",
+        "Intervals and p-values are over replicates, and corrected by Holm for the "
+        f"{len(comparisons)} comparisons that plan.toml stated before the runs. Methods and rates "
+        "were chosen on validation tasks of another seed; the report is confirmation/report.html.",
         "",
     ]
     return "\n".join(lines)
