@@ -87,7 +87,7 @@ class MaskedOptimizers:
                     optimizer_state.level_second_moment(optimizer, parameter, kept, released)
             if match and self.all:
                 self.released[tensor.full_name] = released
-                self._stepped = {step for step in self._stepped if step[0] != tensor.full_name}
+                self._forget_steps(tensor.full_name)
 
     @property
     def stepped(self) -> list[list[Any]]:
@@ -158,6 +158,10 @@ class MaskedOptimizers:
                 self._stepped.add(step)
             if not waiting:
                 del self.released[name]
+                self._forget_steps(name)
+
+    def _forget_steps(self, name: str) -> None:
+        self._stepped = {step for step in self._stepped if step[0] != name}
 
     def _states(self, position: int) -> Iterator[tuple[Optimizer, Tensor, tuple[str, int, bool]]]:
         """Every optimizer with each parameter whose state follows the mask of a tensor.

@@ -679,8 +679,10 @@ def test_resuming_is_exact_while_a_second_optimizer_has_not_stepped_on_what_was_
 
     whole, resumed = build(), build()
     run(whole, range(24))  # released at 22; only the first has stepped since
+    assert whole[3].state_dict()["stepped"] == [["weight", 0, False]]
     for part, state in zip(resumed, [copy.deepcopy(p.state_dict()) for p in whole], strict=True):
         part.load_state_dict(state)
     run(whole, range(24, 28))
     run(resumed, range(24, 28))
     assert torch.equal(whole[0].weight, resumed[0].weight)
+    assert whole[3].state_dict()["stepped"] == resumed[3].state_dict()["stepped"] == []
