@@ -63,9 +63,10 @@ def check_saved(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> N
         if not isinstance(state[entry], dict):
             raise ValueError(f"the checkpoint's {entry!r} must be a dict of masks by name")
     stepped = state.get("stepped", [])
-    if not isinstance(stepped, list) or [
-        step for step in stepped if [type(value) for value in step] != [str, int, bool]
-    ]:
+    if not isinstance(stepped, list) or not all(
+        isinstance(step, list) and [type(value) for value in step] == [str, int, bool]
+        for step in stepped
+    ):
         raise ValueError("the checkpoint's 'stepped' must be a list of [name, number, flag]")
     if unknown := sorted(set(state["regrown"]) - set(shapes)):
         raise ValueError(f"the checkpoint's regrown weights belong to other tensors: {unknown}")

@@ -79,6 +79,7 @@ PRUNER = [
         "regrown.*fc.weight",
         lambda s: {**s, "regrown": {"fc.weight": NONE[:2]}},
     ),
+    spoilt("steps that are none", "'stepped'", lambda s: {**s, "stepped": [1]}),
     spoilt("steps without names", "'stepped'", lambda s: {**s, "stepped": [[1, 0, False]]}),
     spoilt("a state after the end", "finalized", lambda s: s, RuntimeError, finalized),
     Case(
