@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from l2l_prune import optimizer_state
+from l2l_prune._basics.optimizers import held_ids
 from l2l_prune._basics.precision import skips_step
 from l2l_prune.masking.layers import learning_rates
 from l2l_prune.masking.masked_layer import held_tensors
@@ -146,7 +147,7 @@ class MaskedOptimizers:
                 continue
             waiting = False
             for held, parameter, step in self._states(position):
-                if step in self._stepped or id(parameter) not in optimizer_state.held_ids(held):
+                if step in self._stepped or id(parameter) not in held_ids(held):
                     continue
                 if held is not optimizer or parameter.grad is None:
                     waiting = True

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from l2l_prune._basics import checks
+from l2l_prune._basics.optimizers import held_ids
 from l2l_prune._basics.precision import step_gradient, widened
 
 # State of torch.optim that divides the step: squared gradients, or their size in Adamax.
@@ -50,11 +51,6 @@ def plain_optimizer(optimizer: Any) -> Optimizer:
     found = checks.of_type("optimizer", optimizer, Optimizer, "a torch Optimizer")
     inner = getattr(found, "optimizer", None)
     return inner if isinstance(inner, Optimizer) else found
-
-
-def held_ids(optimizer: Optimizer) -> set[int]:
-    """The ``id()`` of each parameter that an optimizer steps on."""
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def holds(optimizer: Optimizer, weights: Iterable[Tensor | None]) -> bool:

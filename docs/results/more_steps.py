@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
+from l2l_prune.experiments.algorithms.reptile import tasks_at_once
 from l2l_prune.experiments.report.comparisons import (
     comparison_table,
     judge,
@@ -48,7 +49,7 @@ def score(run: FinishedRun, steps: int) -> float:
         batch_size=config.eval_batch,
         transductive=config.transductive,
         generator=stream(config.seed, "evaluation minibatches"),
-        tasks_at_once=12,
+        tasks_at_once=tasks_at_once(config.channels, images.images.shape[-1]),
     ).mean
 
 

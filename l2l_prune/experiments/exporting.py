@@ -130,7 +130,8 @@ def measure_adaptation(folder: Path) -> list[Path]:
     config, data = first.settings_on_cpu(), _unseen_images(first)
     tasks = ("data", "data_root", "split", "image_size", "ways", "shots", "queries")
     for run in runs.values():
-        if other := [n for n in tasks if getattr(run.settings_on_cpu(), n) != getattr(config, n)]:
+        own = run.settings_on_cpu()
+        if other := [n for n in tasks if getattr(own, n) != getattr(config, n)]:
             raise ValueError(
                 f"the runs in {folder} differ in {', '.join(other)}: give a folder of one setting"
             )

@@ -8,8 +8,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from l2l_prune._basics.generators import check_generator, drawn_by
+from l2l_prune._basics.optimizers import held_ids
 from l2l_prune._basics.precision import step_gradient, widened
 
 Criterion: TypeAlias = Callable[[Tensor], Tensor]
@@ -182,8 +184,8 @@ class Movement:
         """
         if len(args) > 1 or (kwargs or {}).get("closure") is not None:
             raise ValueError("movement cannot watch an optimizer that steps with a closure")
-        groups = getattr(source, "param_groups", None)  # Reptile has none: it moves all weights
-        moving = None if groups is None else {id(p) for group in groups for p in group["params"]}
+        # Reptile is no optimizer: it moves all weights.
+        moving = held_ids(source) if isinstance(source, Optimizer) else None
         for number, parameter in enumerate(self._parameters):
             if parameter.grad is not None and (moving is None or id(parameter) in moving):
                 weight = widened(parameter)

@@ -216,7 +216,7 @@ class TaskDraws:
 
 
 def _without_begun(entry: Any) -> Any:
-    """What older versions saved, too."""
+    """The part of an entry that belongs to :class:`TaskSeeds`; older versions saved no more."""
     if not isinstance(entry, dict):
         return entry
     return {key: value for key, value in entry.items() if key != "begun"}
@@ -278,8 +278,8 @@ class TaskBlocks(TaskDraws):
         masks = self._draw(position, held.originals()) if drawing else given
         if masks is not None and self._segments[position].held:  # what the model has pruned stays
             masks = [new & own for new, own in zip(masks, held.values, strict=True)]
-        self.inside, self.lent, self._drawing = True, masks, position if drawing else None
-        self._begun |= masks is not None or drawing
+        self.inside = self._begun = True
+        self.lent, self._drawing = masks, position if drawing else None
         try:
             with nullcontext() if masks is None else _lent(self._tensors, masks):
                 yield held.values if masks is None else masks

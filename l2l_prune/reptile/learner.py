@@ -14,6 +14,7 @@ from l2l_prune import optimizer_state
 from l2l_prune._basics import checks
 from l2l_prune._basics.arguments import is_plain
 from l2l_prune._basics.losses import check_loss
+from l2l_prune._basics.optimizers import held_ids
 from l2l_prune._basics.precision import forget_casts
 from l2l_prune.masking.masked_layer import held_full_names, plain_copy
 from l2l_prune.scheduled import ScheduledPruner
@@ -142,7 +143,7 @@ class Workspace:
             Optimizer,
             "a torch Optimizer",
         )
-        if not optimizer_state.held_ids(self.optimizer) <= {id(p) for p in given}:
+        if not held_ids(self.optimizer) <= {id(p) for p in given}:
             raise ValueError("inner_optimizer must step only on the parameters that it is given")
         if isinstance(self.optimizer, LBFGS):
             raise ValueError("inner_optimizer must step without a closure, but L-BFGS needs one")

@@ -18,7 +18,7 @@ from l2l_prune.channels.pruner import ChannelPruner, Structured
 from l2l_prune.masking.allocation import Allocation
 from l2l_prune.masking.criteria import Criterion, magnitude
 from l2l_prune.masking.layers import Layers, Rule
-from l2l_prune.masking.masked_layer import held_full_names
+from l2l_prune.masking.masked_layer import held_names
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.task_masks import TaskMasks
 from l2l_prune.pruner import Pruner
@@ -443,7 +443,7 @@ class PrunedReptile(nn.Module):
             self._seen_modules, self._inner_state = modules, []  # which belongs to other modules
         trained = [parameter.requires_grad for parameter in self.module.parameters()]
         buffers = {name: buffer.shape for name, buffer in self.module.named_buffers()}
-        masked = held_full_names(self.module)
+        masked = [held_names(module) for module in modules]
         inference = torch.is_inference_mode_enabled()
         origin = (modules, trained, buffers, masked, self.inner_lr, inference)
         while self._workspaces:

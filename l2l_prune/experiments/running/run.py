@@ -118,11 +118,10 @@ def _trained(
                 state.curve.append(Point(done, phase, sparsity, train, test))
                 log.add(done, train=train.mean, test=test.mean, sparsity=sparsity)
                 # A run that ends sparse is called by that sparsity: only such weights will do.
-                at_end = not last.held or algorithm.pruner.segment == last
-                if config.select == "best" and at_end:
-                    if found["validation"].mean > state.best_score:
-                        state.best_score = found["validation"].mean
-                        state.best = copy.deepcopy(algorithm.state_dict())
+                fits = not last.held or algorithm.pruner.segment == last
+                if config.select == "best" and fits and found["validation"].mean > state.best_score:
+                    state.best_score = found["validation"].mean
+                    state.best = copy.deepcopy(algorithm.state_dict())
             if checkpoint and done % checkpoint_every == 0:
                 save_checkpoint(checkpoint, config, state.to_save(algorithm, tasks))
             newest = state.curve[-1] if state.curve else None

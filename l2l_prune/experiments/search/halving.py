@@ -166,9 +166,10 @@ class Runs:
                         self.failed[outcome.name] = outcome.error
                     self._save_clock()
             self._save_clock()
-        for name in unique:  # failed before the hours were used up, and is not tried again
-            if self.over(share) and (self.folder / name / "error.txt").is_file():
-                self.failed.setdefault(name, f"see {self.folder / name / 'error.txt'}")
+        if self.over(share):  # what failed before is not tried again
+            for name in unique:
+                if (error := self.folder / name / "error.txt").is_file():
+                    self.failed.setdefault(name, f"see {error}")
         return [finished_run(self.folder / run_name(config), config) for config in configs]
 
     def finish_one(self, config: RunConfig, name: str, share: float = 1.0) -> dict[str, Any]:
