@@ -119,10 +119,22 @@ def judge(
         ValueError: If a side has no run or two of one replicate, or both share fewer than two
             replicates.
     """
+    return judge_differences(
+        comparisons, [_differences(comparison, runs, part) for comparison in comparisons]
+    )
+
+
+def judge_differences(
+    comparisons: Sequence[Comparison], differences: Sequence[OverSeeds]
+) -> list[Judged]:
+    """:func:`judge` where the differences are known, one for each comparison.
+
+    Raises:
+        ImportError: If statsmodels is missing.
+    """
     check_statsmodels()
     from statsmodels.stats.multitest import multipletests
 
-    differences = [_differences(comparison, runs, part) for comparison in comparisons]
     raw = [_p_value(d, c.margin) for d, c in zip(differences, comparisons, strict=True)]
     corrected = list(raw)
     sizes = [0] * len(raw)
@@ -195,12 +207,7 @@ def matching(
     found: dict[Replicate, FinishedRun] = {}
     known: set[str] = set()
     for run in runs:
-        config = run.identity | {
-            "seed": run.seed,
-            "name": run.config["name"],
-            "rate": run.rate,
-            "iterations": run.iterations,
-        }
+        config = nameable(run)
         known |= config.keys()
         if any(config.get(name, ...) != value for name, value in wanted.items()):
             continue
@@ -215,6 +222,16 @@ def matching(
         why = f": runs have no setting {', '.join(unknown)}" if unknown else ""
         raise ValueError(f"no run is {_in_words(wanted)}{why}")
     return found
+
+
+def nameable(run: FinishedRun) -> dict[str, Any]:
+    """All settings by which a comparison can name a run."""
+    return run.identity | {
+        "seed": run.seed,
+        "name": run.config["name"],
+        "rate": run.rate,
+        "iterations": run.iterations,
+    }
 
 
 def _p_value(difference: OverSeeds, margin: float) -> float:
