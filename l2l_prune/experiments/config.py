@@ -22,14 +22,16 @@ from l2l_prune.fewshot.data.images import DATA_SETS, OWN_SPLITS
 from l2l_prune.fewshot.evaluation import Measure
 from l2l_prune.masking.allocation import ALLOCATIONS
 from l2l_prune.masking.layers import Layers
+from l2l_prune.masking.patterns import NByM, read_pattern
 from l2l_prune.schedules.schedule import Schedule, Segment
 
 _BY_ALGORITHM, _BY_METHOD = "by algorithm", "by method"
 MGAUG = ("reptile", "maml", "fomaml", "anil", "metasgd", "protonet")
 """Algorithms whose runs can add sub-networks to each task."""
 _FOR_TRAINING = (
-    *("criterion", "rewind", "regrow", "dropout", "dropout_per", "drop_grad", "drop_grad_noise"),
-    *("mgaug", "mgaug_rate", "mgaug_networks", "compile", "ranks", "device"),
+    *("criterion", "pattern", "rewind", "regrow", "dropout", "dropout_per"),
+    *("drop_grad", "drop_grad_noise", "mgaug", "mgaug_rate", "mgaug_networks"),
+    *("compile", "ranks", "device"),
 )
 """What :meth:`RunConfig.rebuilt` sets back to the default."""
 _NO_THIRD_DERIVATIVE = ("maml", "metasgd", "cavia", "metaoptnet")
@@ -56,6 +58,13 @@ class Phases:
     )
     rounds: int | None = setting(
         None, "Rounds of IHT, or cycles of cyclic.", least=1, shown=_BY_METHOD
+    )
+    ramp: float | None = setting(
+        None,
+        "Share of the iterations after the dense start in which the rate rises, in (0, 1) (cubic "
+        "only).",
+        share=True,
+        shown=_BY_METHOD,
     )
     task_share: float | None = setting(
         None, "Share of tasks to prune, in (0, 1] (task-masks only).", above=0, shown="all"
@@ -191,6 +200,13 @@ class RunConfig:
         choices=("magnitude", "random", "snip", "taylor", "grasp", "movement"),
         shown="magnitude; random for static, set and rigl",
     )
+    pattern: str | None = setting(
+        None,
+        "Where pruned weights may lie: N:M such as 2:4 (N of M neighbours along the inputs stay, "
+        "which sets the sparsity), ROWSxCOLUMNS such as 4x1 (whole blocks), or rows (whole output "
+        "channels).",
+        shown="anywhere",
+    )
     allocation: str = setting(
         "layerwise",
         "How layers share what is pruned",
@@ -292,11 +308,13 @@ class RunConfig:
         self._check_rivals()
         self._check_device()
         self._check_ranks()
-        masks = (self.criterion, self.allocation, self.rewind, self.regrow)
-        if self.structured and masks != ("magnitude", "layerwise", None, None):
+        masks = (self.criterion, self.pattern, self.allocation, self.rewind, self.regrow)
+        if self.structured and masks != ("magnitude", None, "layerwise", None, None):
             raise ValueError(
-                "structured cannot be combined with criterion, allocation, rewind or regrow"
+                "structured cannot be combined with criterion, pattern, allocation, rewind or "
+                "regrow"
             )
+        self._check_pattern()
         per_task = any(segment.per_task for segment in self.schedule.segments)
         if per_task and (self.criterion, self.rewind, self.regrow) != ("magnitude", None, None):
             raise ValueError(
@@ -313,6 +331,24 @@ class RunConfig:
             )
         if self.backbone == "resnet12" and self.algorithm != "metaoptnet":
             raise ValueError("backbone resnet12 works only with the algorithm metaoptnet")
+
+    def _check_pattern(self) -> None:
+        if self.pattern is None:
+            return
+        pattern = read_pattern(self.pattern)
+        if self.allocation == "global" or self.regrow:
+            raise ValueError(
+                "pattern counts layer by layer: it cannot be combined with allocation global or "
+                "regrow"
+            )
+        sparse = [segment for segment in self.schedule.segments if segment.sparse]
+        rates = {one.sparsity for one in sparse if isinstance(one.sparsity, float)}
+        if isinstance(pattern, NByM) and (wrong := rates - {1 - pattern.n / pattern.m}):
+            raise ValueError(
+                f"pattern {self.pattern} prunes {1 - pattern.n / pattern.m:g} of the weights, and "
+                f"the schedule {', '.join(f'{rate:g}' for rate in sorted(wrong))}: set sparsity, "
+                "and choose a method whose rate does not rise"
+            )
 
     def _check_rivals(self) -> None:
         """Check MGAug, DropGrad and dropout for tasks, and what they cannot be combined with."""
@@ -534,7 +570,7 @@ def make_config(algorithm: str, method: str, **settings: Any) -> RunConfig:
     paper = published_phases(method, data, channels) if phases.published else {}
     shape = {
         name: value
-        for name in ("sparsity", "pretrain", "retrain", "rounds", "task_share")
+        for name in ("sparsity", "pretrain", "retrain", "rounds", "ramp", "task_share")
         if (value := getattr(phases, name)) is not None
     }
     if phases.layer_rates is not None:
@@ -543,6 +579,10 @@ def make_config(algorithm: str, method: str, **settings: Any) -> RunConfig:
             raise ValueError(
                 "layer_rates works only with the allocation layerwise, and not with structured"
             )
+    elif chosen.get("pattern") is not None and phases.sparsity is None:
+        pattern = read_pattern(chosen["pattern"])
+        if isinstance(pattern, NByM):  # which leaves no choice
+            paper["sparsity"] = 1 - pattern.n / pattern.m
     pruning = make_schedule(method, iterations, **(paper | shape))
     chosen = {**METHODS[method].settings, **chosen}
     if algorithm not in ("reptile", "metaoptnet") and "train_shots" not in given:
@@ -583,6 +623,8 @@ def _name(
             parts.append(f"{phase} {100 * phases[phase]:g}%" if phases[phase] else f"no {phase}")
     if "rounds" in phases:
         parts.append(f"{phases['rounds']} rounds")
+    if "ramp" in phases:
+        parts.append(f"ramp {100 * phases['ramp']:g}%")
     if "task_share" in phases:
         parts.append(f"{100 * phases['task_share']:g}% of tasks")
     if by_layer and kind != "dense":
@@ -591,6 +633,8 @@ def _name(
     for name in ("criterion", "allocation"):
         if settings.get(name, usual[name]) != usual[name] and kind != "dense":
             parts.append(settings[name])
+    if settings.get("pattern") and kind != "dense":
+        parts.append(settings["pattern"])
     if settings.get("structured") and kind != "dense":
         parts.append("channels")
     if settings.get("dropout"):

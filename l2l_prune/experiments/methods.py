@@ -74,10 +74,10 @@ def _sparse(iterations: int, sparsity: float, pretrain: float = 0.0) -> Schedule
     return _one_shot(iterations, sparsity, pretrain)
 
 
-def _cubic(iterations: int, sparsity: float, pretrain: float = 0.2) -> Schedule:
-    """The ramp takes the first half of what follows pre-training, in up to 10 steps."""
+def _cubic(iterations: int, sparsity: float, pretrain: float = 0.2, ramp: float = 0.5) -> Schedule:
+    """The ramp takes the first half, or another share, of what follows, in up to 10 steps."""
     dense = _dense_start(iterations, pretrain)
-    return cubic(sparsity, pretrain=dense, **_ramp_lengths(iterations - dense, 10))
+    return cubic(sparsity, pretrain=dense, **_ramp_lengths(iterations - dense, 10, ramp))
 
 
 def _cyclic(iterations: int, sparsity: float, pretrain: float = 0.2, rounds: int = 4) -> Schedule:
@@ -109,11 +109,15 @@ def _dense_start(iterations: int, pretrain: float) -> int:
     return dense
 
 
-def _ramp_lengths(iterations: int, most_steps: int) -> dict[str, int]:
-    if iterations < 4:
-        raise ValueError(f"a ramp does not fit into {iterations} iterations: make the run longer")
-    steps = min(most_steps, iterations // 2)
-    interval = iterations // (2 * steps)
+def _ramp_lengths(iterations: int, most_steps: int, share: float = 0.5) -> dict[str, int]:
+    length = int(share * iterations)
+    if length < 2:
+        raise ValueError(
+            f"a ramp does not fit into {100 * share:g}% of {iterations} iterations: make the run "
+            "longer, or the ramp"
+        )
+    steps = min(most_steps, length)
+    interval = length // steps
     return {"steps": steps, "interval": interval, "hold": iterations - steps * interval}
 
 
@@ -132,7 +136,7 @@ METHODS: dict[str, Method] = {
     "dsd": Method("DSD", _dsd, ("pretrain", "retrain")),
     "iht": Method("IHT", _iht, ("pretrain", "retrain", "rounds")),
     "one-shot": Method("one-shot", _one_shot),
-    "cubic": Method("cubic", _cubic),
+    "cubic": Method("cubic", _cubic, ("pretrain", "ramp")),
     "cyclic": Method("cyclic", _cyclic, ("pretrain", "rounds")),
     "lottery": Method("lottery", partial(_one_shot, pretrain=0.5), settings={"rewind": 0}),
     "static": Method("static", _sparse, settings={"criterion": "random"}),
@@ -186,6 +190,7 @@ def make_schedule(
     pretrain: float | None = None,
     retrain: float | None = None,
     rounds: int | None = None,
+    ramp: float | None = None,
     task_share: float | None = None,
 ) -> Schedule:
     """A schedule of ``iterations``, with the method's usual fractions where none are given.
@@ -202,6 +207,8 @@ def make_schedule(
         retrain: Retraining as a fraction of the run (DSD, default 0.1) or of each round (IHT,
             default 0.25; task masks, default 0); what is left over is sparse.
         rounds: Rounds of IHT, or cycles of cyclic, >= 1, 4 by default.
+        ramp: Share of what follows pre-training in which cubic's rate rises, in (0, 1), 0.5 by
+            default.
         task_share: Share of the tasks that task masks prune, in (0, 1], 1 by default.
 
     Raises:
@@ -225,12 +232,13 @@ def make_schedule(
         "pretrain": pretrain,
         "retrain": retrain,
         "rounds": rounds,
+        "ramp": ramp,
         "task_share": task_share,
     }
     phases = {name: value for name, value in given.items() if value is not None}
     if unknown := sorted(phases.keys() - set(row.takes)):
         raise ValueError(f"method {method} takes no {', '.join(unknown)}: leave it out")
-    shares = {name: phases[name] for name in phases if name in ("pretrain", "retrain")}
+    shares = {name: phases[name] for name in phases if name in ("pretrain", "retrain", "ramp")}
     checks.check_fractions(shares)
     return row.make(iterations, sparsity, **phases)
 

@@ -331,5 +331,5 @@ def _in_pattern(tensor: LayerTensor, keep: int, pattern: Pattern) -> int:
     except ValueError as error:
         raise ValueError(
             f"{tensor.full_name} of shape {tuple(shape)} does not fit the pattern {pattern}: "
-            f"{error}; leave it out with skip="
+            f"{error}; leave it out, with skip= or (a first convolution) layers='authors'"
         ) from None

@@ -184,3 +184,29 @@ class Rows(Pattern):
 
 
 UNSTRUCTURED = Unstructured()
+
+
+def read_pattern(text: str) -> Pattern:
+    """Read a pattern as settings write it.
+
+    Args:
+        text: ``"N:M"``, ``"ROWSxCOLUMNS"`` (blocks) or ``"rows"``.
+
+    Raises:
+        TypeError: If it is no string.
+        ValueError: If it has another form, or a number is out of range.
+
+    Examples:
+        >>> read_pattern("2:4"), read_pattern("4x1"), read_pattern("rows")
+        (NByM(n=2, m=4), Block(rows=4, columns=1), Rows())
+    """
+    if checks.of_type("pattern", text, str, "a string") == "rows":
+        return Rows()
+    for sign, kind in ((":", NByM), ("x", Block)):
+        first, found, second = text.partition(sign)
+        if found and first.isdecimal() and second.isdecimal():
+            return kind(int(first), int(second))
+    raise ValueError(
+        f"pattern must be N:M such as 2:4, ROWSxCOLUMNS such as 4x1 for blocks, or rows, got "
+        f"{text!r}"
+    )

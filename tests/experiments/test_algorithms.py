@@ -318,6 +318,21 @@ def test_masks_of_a_run_move(schedule):
     assert len(seen) > 3
 
 
+@pytest.mark.parametrize("method", ["dsd", "task-masks"])
+def test_masks_of_a_run_follow_its_pattern(method):
+    """2:4 by counting: two of four neighbouring inputs at each output and kernel position."""
+    config = make_config(
+        "reptile", method, iterations=8, channels=8, ways=3, pattern="2:4", pretrain=0.0
+    )
+    learner, episodes = start(config), [sampler().sample() for _ in range(2)]
+    learner.train(episodes)
+    assert config.name.endswith("2:4")
+    with learner.pruner.task_masks() as masks:  # the model's own, where tasks have none
+        assert len(masks) == 4
+        for mask in masks.values():
+            assert (mask.movedim(1, -1).reshape(-1, 4).sum(1) == 2).all()
+
+
 def test_dropout_is_off_at_evaluation():
     learner = start(small("reptile", dropout=0.5))
     episodes = [sampler().sample()]

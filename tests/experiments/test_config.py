@@ -150,6 +150,25 @@ def test_all_classes_are_trained_on_outside_glyphs():
         (lambda: make_config("reptile", "task-masks", criterion="random"), "masks are random"),
         (lambda: make_config("reptile", "task-masks", regrow="random"), "masks are random"),
         (lambda: make_config("maml", "dsd", structured=True), "only with the algorithm reptile"),
+        (
+            lambda: make_config("maml", "dsd", pattern="2/4"),
+            "2:4, ROWSxCOLUMNS such as 4x1 .*'2/4'",
+        ),
+        (lambda: make_config("maml", "dsd", pattern="4:4"), "n must be below m = 4, got 4"),
+        (lambda: make_config("maml", "dsd", pattern="2:4", sparsity=0.8), "2:4 prunes 0.5 .* 0.8"),
+        (lambda: make_config("maml", "cubic", pattern="2:4"), "2:4 prunes 0.5 .*: set sparsity"),
+        (lambda: make_config("maml", "rigl", pattern="2:4"), "combined with allocation global or"),
+        (
+            lambda: make_config("maml", "metasparse", pattern="rows"),
+            "combined with allocation global or regrow",
+        ),
+        (
+            lambda: make_config("reptile", "dsd", structured=True, pattern="rows"),
+            "structured cannot be combined with criterion, pattern",
+        ),
+        (lambda: make_config("maml", "dsd", ramp=0.5), "method dsd takes no ramp"),
+        (lambda: make_config("maml", "cubic", ramp=1.0), "ramp must be in"),
+        (lambda: make_config("maml", "cubic", ramp=0.0), "does not fit into 0% of 320 iterations"),
         (lambda: make_config("cavia", "dsd", compile=True), "only with the algorithm reptile"),
         (lambda: make_config("anil", "dsd", bf16=True), "only with the algorithm reptile"),
         (
@@ -169,7 +188,10 @@ def test_all_classes_are_trained_on_outside_glyphs():
         ),
         (lambda: make_config("maml", "rigl", retrain=0.1), "method rigl takes no retrain"),
         (lambda: make_config("maml", "one-shot", rounds=2), "method one-shot takes no rounds"),
-        (lambda: make_config("maml", "cubic", iterations=4), "a ramp does not fit into 3"),
+        (
+            lambda: make_config("maml", "cubic", iterations=4),
+            "ramp does not fit into 50% of 3 iter",
+        ),
         (lambda: make_config("maml", "lottery", pretrain=1.0), "leaves none of 400 iterations"),
         (lambda: make_config("maml", "iht", rounds=0), "rounds must be >= 1"),
         (
@@ -187,3 +209,27 @@ def test_a_name_of_ones_own():
     config = make_config("reptile", "dsd", name="mine", dropout=0.1)
     assert (config.name, config.title) == ("mine", "mine seed 0")
     assert make_config("reptile", "dsd", name=None).name == "DSD"
+
+
+def test_a_pattern_of_n_in_m_sets_the_rate():
+    def rate(method="dsd", **settings):
+        schedule = make_config("reptile", method, **settings).schedule
+        return max(segment.sparsity for segment in schedule.segments)
+
+    assert rate(pattern="1:4") == 0.75
+    assert rate(pattern="1:3") == 1 - 1 / 3
+    assert rate(pattern="2:4", sparsity=0.5) == rate(pattern="4x1") == 0.5
+    assert rate(pattern="rows", sparsity=0.25) == 0.25
+    assert rate("dense", pattern="1:4") == 0
+    with pytest.raises(TypeError, match="pattern must be a string, got 24"):
+        make_config("reptile", "dsd", pattern=24)
+
+
+def test_a_ramp_takes_its_share_of_what_follows_the_dense_start():
+    def rising(**settings):
+        segments = make_config("maml", "cubic", iterations=1000, pretrain=0.2, **settings).schedule
+        return sum(segment.iterations for segment in segments.segments[1:-1])
+
+    assert rising() == 10 * 40
+    assert rising(ramp=0.9) == 10 * 72
+    assert make_config("maml", "cubic", ramp=0.9).name == "cubic, ramp 90%"

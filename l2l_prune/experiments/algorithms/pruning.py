@@ -12,6 +12,7 @@ from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.streams import stream
 from l2l_prune.masking import criteria
 from l2l_prune.masking.criteria import Criterion, Movement
+from l2l_prune.masking.patterns import UNSTRUCTURED, read_pattern
 from l2l_prune.masking.task_masks import TaskMasks
 from l2l_prune.methods.regrowth import Regrowth
 from l2l_prune.methods.rewinding import Rewind
@@ -30,6 +31,8 @@ class Masks:
 
     def __init__(self, config: RunConfig, model: nn.Module, loss: Callable[[], Tensor]) -> None:
         self._config, self._loss = config, loss
+        pattern = UNSTRUCTURED if config.pattern is None else read_pattern(config.pattern)
+        per_task = any(segment.per_task for segment in config.schedule.segments)
         self._generators = {
             purpose: stream(config.seed, purpose) for purpose in ("criterion", "regrowth")
         }
@@ -38,9 +41,12 @@ class Masks:
         self.options: dict[str, Any] = {
             "layers": config.layers,
             "criterion": self._criterion(model),
+            "pattern": pattern,
             "allocation": config.allocation,
             "skip": self._skipped(model),
-            "task_masks": self._task_masks(),  # whose state is the Pruner's
+            "task_masks": (  # whose state is the Pruner's
+                TaskMasks(stream(config.seed, "task masks"), pattern=pattern) if per_task else None
+            ),
         }
 
     def follow(self, trainer: Pruner | PrunedReptile, steps: Optimizer | PrunedReptile) -> None:
@@ -77,11 +83,6 @@ class Masks:
             held.load_state_dict(state[name])
         for purpose, generator in self._generators.items():
             generator.set_state(state["generators"][purpose])
-
-    def _task_masks(self) -> TaskMasks | None:
-        if not any(segment.per_task for segment in self._config.schedule.segments):
-            return None
-        return TaskMasks(stream(self._config.seed, "task masks"))
 
     def _skipped(self, model: nn.Module) -> list[str]:
         heads = [name for name, _ in model.named_modules() if name.split(".")[-1] == "classifier"]

@@ -12,7 +12,10 @@ from typing import Any
 
 from l2l_prune.experiments.config import RunConfig
 
-MASKS = ("layers", "prune_head", "criterion", "allocation", "rewind", "regrow", "structured")
+MASKS = (
+    *("layers", "prune_head", "criterion", "pattern", "allocation", "rewind", "regrow"),
+    "structured",
+)
 """How masks are chosen: these settings belong to the method and do not affect a dense run."""
 
 REGULARISERS = {"dropout": "dropout", "weight_decay": "decay"}
