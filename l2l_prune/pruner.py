@@ -187,8 +187,13 @@ class Pruner(ScheduledPruner):
         return self._choice.by_tensor
 
     def summary(self) -> str:
-        """A table: shape, kept / total and sparsity per layer and for the whole model."""
-        return f"{self._place()}\n{mask_table(self.masks, self.model)}"
+        """A table: shape, kept / total and sparsity per layer and for the whole model.
+
+        "Outputs lost" counts channels or neurons that have lost all of their weights. Before a ReLU
+        they may never return, even if retraining is dense: they then pass no gradient. Small first
+        convolutions suffer first; ``layers="authors"`` or a lower rate spares them.
+        """
+        return f"{self._place()}\n{mask_table(self._tensors, self._held.values, self.model)}"
 
     def __repr__(self) -> str:
         return (

@@ -583,12 +583,22 @@ def test_casting_and_moving_between_steps(net):
 def test_summary_counts_by_hand(net):
     pruner = Pruner(net, DSDSchedule({"conv*": 0.5}, pretrain=0, prune=1, retrain=1))
     rows = [line.split() for line in pruner.summary().splitlines()]
-    assert ["conv2.weight", "(4,", "4,", "3,", "3)", "72/144", "50.0%"] in rows
-    assert ["fc.weight", "(3,", "16)", "48/48", "0.0%"] in rows
+    assert ["conv2.weight", "(4,", "4,", "3,", "3)", "72/144", "50.0%", "0/4"] in rows
+    assert ["fc.weight", "(3,", "16)", "48/48", "0.0%", "0/3"] in rows
     whole = sum(p.numel() for p in net.parameters())
     assert ["selected", "layers", "138/228", "39.5%"] in rows
     assert ["whole", "model", f"{whole - 90}/{whole}", f"{100 * 90 / whole:.1f}%"] in rows
     assert "iteration 0 of 2, phase prune" in pruner.summary()
+
+
+def test_summary_counts_outputs_that_lost_all_weights():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ConvTranspose2d(2, 6, 1, groups=2))
+    with torch.no_grad():
+        net[0].weight[[1, 3]] /= 1000
+        net[1].weight[:, 2] /= 1000  # the third output of either group
+    pruner = Pruner(net, DSDSchedule({"0": 0.5, "1": 1 / 3}, pretrain=0, prune=1, retrain=1))
+    rows = [line.split() for line in pruner.summary().splitlines()]
+    assert [row[-1] for row in rows if row[0].endswith(".weight")] == ["2/4", "2/6"]
 
 
 def test_old_masks_survive_for_a_pending_backward(net, batch):

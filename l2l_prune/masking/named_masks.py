@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from l2l_prune._basics import checks
+from l2l_prune.masking.prunable import LayerTensor
 
 
-def mask_table(masks: Mapping[str, Tensor], model: nn.Module) -> str:
-    """Shape, kept / total and sparsity of each masked tensor, of all of them and of the model."""
+def mask_table(tensors: Sequence[LayerTensor], masks: Sequence[Tensor], model: nn.Module) -> str:
+    """Shape, kept / total and sparsity of each masked tensor, of all of them and of the model.
+
+    Beside them how many outputs (channels or neurons) have lost all of their weights.
+    """
     from tabulate import tabulate
 
-    rows: list[tuple[str, str, str, str]] = []
+    rows: list[tuple[str, str, str, str, str]] = []
     pruned = 0
-    for name, mask in masks.items():
+    for tensor, mask in zip(tensors, masks, strict=True):
         kept, total = int(mask.sum()), mask.numel()
         pruned += total - kept
-        rows.append((name, str(tuple(mask.shape)), f"{kept}/{total}", _share(kept, total)))
-    selected = sum(mask.numel() for mask in masks.values())
+        outputs = tensor.swapped(mask).flatten(1).any(dim=1) if mask.dim() > 1 else mask
+        lost = f"{int((~outputs).sum())}/{len(outputs)}"
+        counts = (f"{kept}/{total}", _share(kept, total), lost)
+        rows.append((tensor.full_name, str(tuple(mask.shape)), *counts))
+    selected = sum(mask.numel() for mask in masks)
     whole = sum(p.numel() for p in model.parameters())
     for name, total in (("selected layers", selected), ("whole model", whole)):
-        rows.append((name, "", f"{total - pruned}/{total}", _share(total - pruned, total)))
-    return tabulate(rows, headers=("tensor", "shape", "kept/total", "pruned"))
+        rows.append((name, "", f"{total - pruned}/{total}", _share(total - pruned, total), ""))
+    return tabulate(rows, headers=("tensor", "shape", "kept/total", "pruned", "outputs lost"))
 
 
 def updated(masks: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
