@@ -53,8 +53,9 @@ class Pruner(ScheduledPruner):
         skip: The same, for tensors to leave dense.
         criterion: Scores the entries of a weight, of which the best are kept: by magnitude by
             default; see :mod:`l2l_prune.masking.criteria`.
-        pattern: Where pruned weights may lie: anywhere by default, ``NByM(2, 4)`` or
-            ``Block(rows, columns)`` of :mod:`l2l_prune.masking.patterns`.
+        pattern: Where pruned weights may lie: anywhere by default, ``NByM(2, 4)``,
+            ``Block(rows, columns)`` or ``Rows()`` (whole outputs) of
+            :mod:`l2l_prune.masking.patterns`.
         allocation: ``"layerwise"``: each tensor is pruned at the schedule's sparsity. ``"erk"``:
             large tensors more than small ones (:func:`l2l_prune.masking.allocation.erk`), with
             that sparsity over all. ``"global"``: all weights are ranked together, so each layer

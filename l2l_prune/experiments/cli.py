@@ -18,7 +18,7 @@ except ImportError as error:  # pragma: no cover - needs an environment without 
 
 import l2l_prune
 from l2l_prune.experiments.config import Phases, RunConfig, make_config
-from l2l_prune.experiments.methods import CANDIDATES, STUDY_RATES, TUNE_RATES
+from l2l_prune.experiments.methods import CANDIDATES, STUDY_METHODS, STUDY_RATES, TUNE_RATES
 from l2l_prune.experiments.options import (
     AlgorithmOption,
     CandidatesOption,
@@ -205,8 +205,9 @@ def tune(
 ) -> None:
     """Choose method, rate and phases within a budget: sensitivity, races, Pareto front, TOML.
 
-    It takes the settings of `run`, any meta-learner and any data. Choices are made on validation
-    tasks; only the winner is scored on test tasks, once. Repeat a stopped search to resume it.
+    It takes the settings of `run` that it does not choose itself, any meta-learner and any data.
+    Choices are made on validation tasks; only the winner is scored on test tasks, once. Repeat a
+    stopped search to resume it.
     """
     from l2l_prune.experiments.search.choice import tune as search
     from l2l_prune.experiments.search.costs import Budget, quantity
@@ -231,7 +232,7 @@ def tune(
 @takes_settings(Phases, RunConfig, own={"final_tasks": "--eval-tasks"})
 def study(
     algorithm: AlgorithmOption = "reptile",
-    method: CandidatesOption = list(CANDIDATES),  # noqa: B006 - typer copies it
+    method: CandidatesOption = list(STUDY_METHODS),  # noqa: B006 - typer copies it
     rate: RatesOption = list(STUDY_RATES),  # noqa: B006
     width: Annotated[
         list[int] | None, typer.Option(min=1, help="Channels to study; repeat the option.")

@@ -47,7 +47,7 @@ class Phases:
         None,
         "Fraction pruned in the sparse phases, in (0, 1).",
         share=True,
-        shown="0.5; 0.95 for metasparse; the paper's with --published",
+        shown="0.5; 0.8 for recommended; 0.95 for metasparse; the paper's with --published",
         panel="What",
     )
     pretrain: float | None = setting(
@@ -198,7 +198,7 @@ class RunConfig:
         "magnitude",
         "Weights to keep",
         choices=("magnitude", "random", "snip", "taylor", "grasp", "movement"),
-        shown="magnitude; random for static, set and rigl",
+        shown="magnitude; random for static, set, rigl and recommended",
     )
     pattern: str | None = setting(
         None,

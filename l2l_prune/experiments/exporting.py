@@ -48,7 +48,8 @@ def export_run(
 
     Args:
         folder: The run's folder, or one with a single run in it.
-        out: The folder to write to; made if missing.
+        out: The folder to write to; made if missing. An export in it is replaced, with all of its
+            formats.
         half: As for :func:`~l2l_prune.shipping.export`.
         onnx: Also write ``model.onnx``.
         program: Also write ``model.pt2``, with ``torch.export``.
@@ -86,6 +87,9 @@ def export_run(
             difference = export_program(net, place / "model.pt2", example)
             lines.append(f"torch.export's program gives the same outputs to {difference:.1g}")
         out.mkdir(parents=True, exist_ok=True)
+        for other in ("model.onnx", "model.pt2"):  # of another network, if this export has none
+            if not (place / other).exists():
+                (out / other).unlink(missing_ok=True)
         for file in sorted(place.iterdir()):
             with replace_file(out / file.name) as temporary:
                 temporary.write_bytes(file.read_bytes())

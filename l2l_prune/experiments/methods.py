@@ -48,6 +48,10 @@ def _dsd(
     )
 
 
+def _recommended(iterations: int, sparsity: float) -> DSDSchedule:
+    return DSDSchedule.recommended(iterations, sparsity)
+
+
 def _iht(
     iterations: int, sparsity: float, pretrain: float = 0.2, retrain: float = 0.25, rounds: int = 4
 ) -> IHTSchedule:
@@ -143,6 +147,9 @@ METHODS: dict[str, Method] = {
     "set": Method("SET", _sparse, settings={"criterion": "random", "regrow": "random"}),
     "rigl": Method("RigL", _sparse, settings={"criterion": "random", "regrow": "gradient"}),
     "task-masks": Method("task masks", _task_masks, ("pretrain", "retrain", "task_share")),
+    "recommended": Method(
+        "DSD, recommended", _recommended, (), settings={"criterion": "random"}, sparsity=0.8
+    ),
     "metasparse": Method(
         "Meta-SparseINR", _metasparse, settings={"allocation": "global"}, sparsity=0.95
     ),
@@ -151,7 +158,9 @@ METHODS: dict[str, Method] = {
 
 
 CANDIDATES = ("dsd", "iht", "rigl", "cubic")
-"""What ``tune`` and ``study`` try by default."""
+"""What ``tune`` tries by default, and ``study`` beside the recommended schedule."""
+STUDY_METHODS = (*CANDIDATES, "recommended")
+"""What ``study`` tries by default."""
 TUNE_RATES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 """Sparsities that ``tune`` tries by default."""
 STUDY_RATES = (0.5, 0.8, 0.9)
@@ -199,8 +208,8 @@ def make_schedule(
         method: A key of :data:`METHODS`.
         iterations: Total number of meta-iterations, >= 1.
         sparsity: Fraction pruned in the sparse phases (metasparse: in the last), in (0, 1); by
-            default 0.5, or 0.95 for metasparse. Or fractions by layer, for methods whose sparsity
-            does not grow during the run.
+            default 0.5, 0.8 for recommended, or 0.95 for metasparse. Or fractions by layer, for
+            methods whose sparsity does not grow during the run.
         pretrain: Pre-training as a fraction of the run: 0.3 (DSD, one-shot), 0.2 (IHT, cubic,
             cyclic), 0.5 (lottery), 0 (static, SET, RigL, task masks) or the length of five
             rounds (metasparse) by default.

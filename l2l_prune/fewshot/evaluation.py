@@ -235,12 +235,12 @@ def few_shot_accuracy(
         algorithm: A :class:`~l2l_prune.PrunedReptile`, or learn2learn's MAML and similar.
         episodes: The tasks; give a list if several methods should share them.
         steps: Inner steps of adaptation (50 in the paper), >= 0.
-        batch_size: Support examples in each inner step (5 in the paper).
+        batch_size: Support examples in each inner step (5 in the paper), >= 1.
         loss: ``loss(scores, labels)``, a scalar.
         step: Makes an inner step, ``step(learner, x, y)``, instead of ``adapt`` on ``loss``; for
             instance a :class:`~l2l_prune.reptile.compiled.CompiledStep`.
         transductive: See :func:`query_scores`.
-        generator: Source of the inner minibatches.
+        generator: Source of the inner minibatches, by default torch's own.
         tasks_at_once: Tasks of equal shape to adapt together, >= 1; more than one only for
             PrunedReptile. The numbers are the same up to rounding; see
             :class:`~l2l_prune.reptile.batched.BatchedLearners` for when it is faster.

@@ -28,6 +28,9 @@ class Conv4(nn.Module):
             ``"max"`` for 2x2 max-pooling after each block, as for mini-ImageNet.
         dropout: Dropout rate after each block, in [0, 1); the paper uses none.
 
+    Raises:
+        ValueError: If ``pooling`` is neither.
+
     Examples:
         >>> Conv4(ways=5, channels=8)(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 5])

@@ -177,7 +177,8 @@ def parameter_counts(
     total = sum(p.numel() for p in model.parameters())
     tensors = select(model, layers=layers, only=only, skip=skip)
     full = sum(segment_counts(tensors, Segment(1)))
-    kept = min(sum(segment_counts(tensors, segment)) for segment in schedule.segments)
+    segments = [segment for segment in schedule.segments if segment.iterations]
+    kept = min(sum(segment_counts(tensors, segment)) for segment in segments)
     return total - full + kept, total
 
 

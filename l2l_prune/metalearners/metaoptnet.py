@@ -136,7 +136,17 @@ def svm_dual(kernel: Tensor, labels: Tensor, C: float = SVM_C) -> Tensor:
 
 
 def ridge_scores(support: Tensor, labels: Tensor, query: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Scores of ridge regression on one-hot labels, in closed form; arguments as above."""
+    """Scores of ridge regression on one-hot labels, in closed form.
+
+    Args:
+        support: Embeddings ``[n, dimensions]``.
+        labels: ``[n]`` in 0 .. ways - 1.
+        query: Embeddings ``[m, dimensions]``.
+        ridge: Weight of the penalty on the solution's squares, > 0.
+
+    Returns:
+        ``[m, ways]``.
+    """
     target = F.one_hot(labels).to(support.dtype)
     one = torch.eye(len(support), dtype=support.dtype, device=support.device)
     kernel = support @ support.t() + ridge * one
@@ -145,7 +155,10 @@ def ridge_scores(support: Tensor, labels: Tensor, query: Tensor, ridge: float = 
 
 
 def prototype_scores(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
-    """Negative squared distances to the class means, over the number of dimensions."""
+    """Negative squared distances to the class means, over the number of dimensions.
+
+    Arguments and shapes are those of :func:`ridge_scores`.
+    """
     classifier = l2l.nn.PrototypicalClassifier(support, labels)
     return cast(Tensor, classifier(query)) / support.shape[1]
 

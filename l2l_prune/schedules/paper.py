@@ -110,9 +110,9 @@ class DSDSchedule(Schedule):
         Args:
             sparsity: As in the constructor.
             total: Meta-iterations in all, >= 1.
-            pretrain: Fraction of the run in [0, 1].
-            prune: Fraction of the run in [0, 1].
-            retrain: Fraction of the run in [0, 1].
+            pretrain: Fraction of the run in [0, 1], by default 0.3 as in the paper.
+            prune: Fraction of the run in [0, 1], by default 0.6.
+            retrain: Fraction of the run in [0, 1], by default 0.1.
             keep: As in the constructor.
 
         Raises:
@@ -131,7 +131,7 @@ class DSDSchedule(Schedule):
         return cls(sparsity, keep=keep, **parts)
 
     @classmethod
-    def recommended(cls, total: int) -> DSDSchedule:
+    def recommended(cls, total: int, sparsity: Sparsity = 0.8) -> DSDSchedule:
         """What this project's study confirmed for Reptile: 80%, split 20 / 50 / 30%.
 
         Against dense training on glyphs (5-way 1-shot, conv4 with 64 channels, 3,000
@@ -144,6 +144,7 @@ class DSDSchedule(Schedule):
 
         Args:
             total: Meta-iterations in all, >= 3.
+            sparsity: As in the constructor; the study confirmed 0.8 alone.
 
         Raises:
             ValueError: If ``total`` is too small for three phases.
@@ -153,10 +154,15 @@ class DSDSchedule(Schedule):
             >>> schedule.pretrain, schedule.prune, schedule.retrain
             (600, 1500, 900)
         """
-        return cls.from_fractions(0.8, total, pretrain=0.2, prune=0.5, retrain=0.3)
+        return cls.from_fractions(sparsity, total, pretrain=0.2, prune=0.5, retrain=0.3)
 
     def scaled(self, total: int) -> DSDSchedule:
-        """The same shape stretched or shrunk to ``total`` meta-iterations."""
+        """The same shape stretched or shrunk to ``total`` meta-iterations, >= 1.
+
+        Raises:
+            TypeError: If ``total`` is not a whole number.
+            ValueError: If it is too small for the phases.
+        """
         phases = {"pretrain": self.pretrain, "prune": self.prune, "retrain": self.retrain}
         shares = {phase: count / self.iterations for phase, count in phases.items()}
         return self.from_fractions(self.sparsity, total, keep=self.keep, **shares)
@@ -283,9 +289,9 @@ class IHTSchedule(Schedule):
         Args:
             sparsity: As in the constructor.
             total: Meta-iterations in all, >= 1.
-            pretrain: Fraction of the run in [0, 1].
-            prune: Fraction of the run in **one** round's sparse phase.
-            retrain: Fraction of the run in **one** round's dense phase.
+            pretrain: Fraction of the run in [0, 1], by default 0.2.
+            prune: Fraction of the run in **one** round's sparse phase, by default 0.15.
+            retrain: Fraction of the run in **one** round's dense phase, by default 0.05.
             rounds: Number of rounds, >= 1.
             initial_sparsity: As in the constructor.
             keep: As in the constructor.
@@ -320,7 +326,12 @@ class IHTSchedule(Schedule):
         )
 
     def scaled(self, total: int) -> IHTSchedule:
-        """The same shape stretched or shrunk to ``total`` meta-iterations."""
+        """The same shape stretched or shrunk to ``total`` meta-iterations, >= 1.
+
+        Raises:
+            TypeError: If ``total`` is not a whole number.
+            ValueError: If it is too small for the phases.
+        """
         return self.from_fractions(
             self.sparsity,
             total,

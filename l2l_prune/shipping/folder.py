@@ -26,7 +26,7 @@ from l2l_prune.metalearners.fields import FourierFeatureMLP, Siren
 from l2l_prune.metalearners.sparse_maml import SparseMAML
 from l2l_prune.reptile.learner import Learner
 from l2l_prune.reptile.reptile import PrunedReptile
-from l2l_prune.shipping.manifest import NAME, read_manifest, write_manifest
+from l2l_prune.shipping.manifest import NAME, manifest_text, read_manifest
 from l2l_prune.shipping.tensor_reader import read_safetensors
 
 TENSORS = "model.safetensors"
@@ -72,8 +72,8 @@ def export(
         OSError: If a file cannot be written.
         RuntimeError: If the learner was collected: export the PrunedReptile then.
         TypeError: If an argument has the wrong type, or the state holds anything but tensors.
-        ValueError: If numbers are not finite in half precision, or a tensor's type cannot be
-            written.
+        ValueError: If numbers are not finite in half precision, the accuracy is not finite, or a
+            tensor's type cannot be written.
 
     Examples:
         >>> import tempfile
@@ -96,11 +96,7 @@ def export(
         checks.of_type("data", data, str, "a string")
     told = {"data": data, "accuracy": _accuracy(accuracy), "about": _plain(about)}
     packed, entries = _pack_all(network, half)
-    place = Path(folder)
     content = save(packed)
-    place.mkdir(parents=True, exist_ok=True)
-    with replace_file(place / TENSORS) as temporary:
-        temporary.write_bytes(content)
     described = {
         "network": _describe(network),
         "tensors": entries,
@@ -110,7 +106,14 @@ def export(
             TENSORS: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()},
         },
     }
-    return write_manifest(place, described)
+    text = manifest_text(described)
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    # Both are complete before either replaces that of an earlier export.
+    with replace_file(place / NAME) as manifest, replace_file(place / TENSORS) as tensors:
+        manifest.write_text(text, encoding="utf-8")
+        tensors.write_bytes(content)
+    return read_manifest(place)
 
 
 def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
@@ -120,9 +123,9 @@ def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
 
     Args:
         folder: Written by :func:`export`.
-        model: A network of the exported class, without masks, that receives the weights; where
-            channels are cut out, its layers become small. It may be left out for networks of this
-            library, which are made again from their arguments.
+        model: A network of the exported class with layers of the same classes, without masks, that
+            receives the weights; where channels are cut out, its layers become small. It may be
+            left out for networks of this library, which are made again from their arguments.
 
     Returns:
         ``model``, or the new network; each of its layers is in the mode (training or evaluation) of
@@ -148,6 +151,7 @@ def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
         raise ValueError("model has masks: give one without (Pruner.finalize removes them)")
     if (given := _class_path(model)) != network["class"]:
         raise ValueError(f"{place} is an export of {network['class']}, but model is a {given}")
+    _check_layers(model, network.get("layers"))
     sizes = _changed_sizes(model, network["settings"])
     _check_shapes(model, state, cut=bool(sizes))
     for module, name, value in sizes:
@@ -218,11 +222,17 @@ def _describe(network: nn.Module) -> dict[str, Any]:
     known, training = _class_path(network) in map(_path, _NETWORKS), network.training
     return {
         "class": _class_path(network),
+        "layers": _layers(network),
         "arguments": getattr(network, "made_with", None) if known else None,
         "training": network.training,
         "other_mode": [path for path, m in network.named_modules() if m.training != training],
         "settings": {path: found for path, found in _settings(network) if found},
     }
+
+
+def _layers(network: nn.Module) -> dict[str, str]:
+    """The class of each module below the network."""
+    return {path: _class_path(module) for path, module in network.named_modules() if path}
 
 
 def _settings(network: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -252,7 +262,11 @@ def _accuracy(accuracy: Mean | float | None) -> dict[str, Any] | None:
     if not isinstance(accuracy, Mean):
         return {"mean": checks.number("accuracy", accuracy)}
     ci95 = accuracy.ci95 if math.isfinite(accuracy.ci95) else None
-    return {"mean": accuracy.mean, "ci95": ci95, "tasks": len(accuracy.values)}
+    return {
+        "mean": checks.number("accuracy", accuracy.mean),
+        "ci95": ci95,
+        "tasks": len(accuracy.values),
+    }
 
 
 def _plain(about: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -303,6 +317,20 @@ def _remade(network: dict[str, Any], place: Path) -> nn.Module:
     }
     with torch.random.fork_rng(devices=[]):  # its initial weights are drawn, then replaced
         return kind(**arguments)
+
+
+def _check_layers(model: nn.Module, layers: dict[str, str] | None) -> None:
+    """Refuse a network with other layers; files of older versions do not say theirs."""
+    if layers is None:
+        return
+    mine = _layers(model)
+    for path in dict.fromkeys([*layers, *mine]):
+        if mine.get(path) != layers.get(path):
+            raise ValueError(
+                f"{path} is {layers.get(path, 'missing')} in the export and "
+                f"{mine.get(path, 'missing')} in model: make a network with the exported layers "
+                "and call load(folder, model)"
+            )
 
 
 def _changed_sizes(model: nn.Module, settings: dict[str, Any]) -> list[tuple[nn.Module, str, int]]:

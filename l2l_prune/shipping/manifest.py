@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 import l2l_prune
-from l2l_prune._basics.files import replace_file
 from l2l_prune._basics.tensor_files import DamagedFile
 
 NAME = "export.json"
@@ -19,16 +18,8 @@ _FORMAT, _VERSION = "l2l_prune export", 1
 _KEYS = {"versions", "network", "tensors", "rates", "data", "accuracy", "about", "files"}
 
 
-def write_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Add the versions and a checksum of everything, and write the file.
-
-    Args:
-        folder: The export's folder.
-        content: Plain values.
-
-    Returns:
-        The content of the file, as read back.
-    """
+def manifest_text(content: dict[str, Any]) -> str:
+    """The file's text: plain values, the versions, and a checksum of everything."""
     versions = {
         "l2l_prune": l2l_prune.__version__,
         "torch": torch.__version__,
@@ -37,9 +28,7 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     head = {"format": _FORMAT, "format_version": _VERSION, "versions": versions}
     whole = {**head, **content}
     whole["sha256"] = _checksum(whole)
-    with replace_file(folder / NAME) as temporary:
-        temporary.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return read_manifest(folder)
+    return json.dumps(whole, indent=1, allow_nan=False) + "\n"
 
 
 def read_manifest(folder: Path | str) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def test_every_method_fills_the_run_and_ends_as_it_should(kind, iterations):
     schedule = make_schedule(kind, iterations, 0.4)
     assert schedule.iterations == iterations
     last = schedule.segments[schedule.index(iterations - 1)]
-    assert last.sparse == (kind not in ("dense", "dsd", "iht"))
+    assert last.sparse == (kind not in ("dense", "dsd", "iht", "recommended"))
     if last.sparse:
         assert last.sparsity == 0.4
     rates = [segment.sparsity for segment in schedule.segments if segment.sparse]
@@ -100,6 +100,7 @@ def test_names_tell_methods_apart():
     assert name(retrain=0.0, criterion="random") == "DSD, no retrain, random"
     assert name("iht", pretrain=0.1, rounds=8) == "IHT, pretrain 10%, 8 rounds"
     assert name("rigl") == "RigL"
+    assert name("recommended") == "DSD, recommended"
     assert name("task-masks", retrain=0.2) == "task masks, retrain 20%"
     assert name("task-masks", task_share=0.5) == "task masks, 50% of tasks"
     assert name("task-masks", structured=True) == "task masks, channels"
@@ -233,3 +234,11 @@ def test_a_ramp_takes_its_share_of_what_follows_the_dense_start():
     assert rising() == 10 * 40
     assert rising(ramp=0.9) == 10 * 72
     assert make_config("maml", "cubic", ramp=0.9).name == "cubic, ramp 90%"
+
+
+def test_the_recommended_method_is_the_studys_arm():
+    """All but the name, as family A's grid in docs/results/study/first.toml has it."""
+    arm = {"sparsity": 0.8, "pretrain": 0.2, "retrain": 0.3, "criterion": "random"}
+    ours = make_config("reptile", "recommended", iterations=3000)
+    assert ours == make_config("reptile", "dsd", iterations=3000, name=ours.name, **arm)
+    assert make_config("maml", "recommended", sparsity=0.5).schedule.sparsity == 0.5

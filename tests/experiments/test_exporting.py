@@ -127,6 +127,10 @@ def test_other_formats_and_half_precision(runs, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-3)
     program = torch.export.load(tmp_path / "model.pt2").module()
     torch.testing.assert_close(program(x).detach(), expected, atol=1e-4, rtol=1e-3)
+    done = command("export", places(runs)[0].folder, "--out", tmp_path)  # another network
+    assert done.exit_code == 0, done.output
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"export.json", "model.safetensors"}
 
 
 def test_masks_are_held_again(runs):

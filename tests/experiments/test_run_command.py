@@ -269,11 +269,12 @@ def test_help_says_the_defaults_that_hold():
     from l2l_prune.experiments.methods import METHODS
 
     others = {n: m.settings["criterion"] for n, m in METHODS.items() if "criterion" in m.settings}
-    assert others == {"static": "random", "set": "random", "rigl": "random"}
+    assert others == dict.fromkeys(("static", "set", "rigl", "recommended"), "random")
     shares = {n: m.settings["allocation"] for n, m in METHODS.items() if "allocation" in m.settings}
     assert shares == {"metasparse": "global"}
     parameters = {p.name: p for p in typer.main.get_command(app).commands["run"].params}
-    assert parameters["criterion"].show_default == "magnitude; random for static, set and rigl"
+    shown = "magnitude; random for static, set, rigl and recommended"
+    assert parameters["criterion"].show_default == shown
     assert parameters["allocation"].show_default == "layerwise; global for metasparse"
 
 

@@ -80,6 +80,8 @@ def test_counts_are_the_pruners():
         pruner.step()
     assert (kept, total) == (fewest, sum(p.numel() for p in model.parameters()))
     assert parameter_counts(nn.Linear(3, 2), Schedule((Segment(5),))) == (8, 8)
+    never = DSDSchedule(0.5, pretrain=2, prune=0, retrain=2)
+    assert parameter_counts(nn.Linear(3, 2), never) == (8, 8)
     per_layer = DSDSchedule({"0": 0.5, "*": 0.0}, pretrain=1, prune=1, retrain=1)
     plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     assert parameter_counts(plain, per_layer) == (32, 40)

@@ -79,6 +79,12 @@ def test_what_cannot_be_exported_or_read():
     with pytest.raises(TypeError, match="data must be bytes"):
         read_field("text", Siren())
     net = Siren(width=4)
+    masked = Siren(width=4)
+    Pruner(masked, DSDSchedule(0.5, pretrain=0, prune=1, retrain=0))
+    before = copy.deepcopy(masked.state_dict())
+    with pytest.raises(ValueError, match="field has masks"):
+        read_field(export_field(net), masked)
+    assert all(map(torch.equal, masked.state_dict().values(), before.values()))
     with torch.no_grad():
         net.layers[1].bias[0] = 1e6
     with pytest.raises(ValueError, match=r"layers\.1\.bias .* half precision"):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import math
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -324,6 +328,48 @@ def test_wrong_networks(tmp_path):
     with pytest.raises(ValueError, match=r"conv2\.weight has the shape \(4, 4, 3, 3\)"):
         load(tmp_path, narrow)
     assert all(map(torch.equal, more.state_dict().values(), before.values()))
+
+
+def test_a_network_with_another_layer_is_refused(tmp_path):
+    """ReLU and Tanh hold no tensors and no settings that differ."""
+    net = Conv4(5, 4)
+    net.features.relu2 = nn.Tanh()
+    export(net, tmp_path)
+    with pytest.raises(ValueError, match=r"relu2 is .*Tanh in the export and .*ReLU in model"):
+        load(tmp_path)
+    own = Conv4(5, 4)
+    own.features.relu2 = nn.Tanh()
+    x = torch.rand(3, 1, 28, 28)
+    assert torch.equal(load(tmp_path, own)(x), net(x))
+    rewrite(tmp_path, lambda told: told["network"].pop("layers"))  # as older versions wrote
+    load(tmp_path)
+
+
+def test_arguments_may_be_numpys(tmp_path):
+    export(Conv4(ways=np.int64(3), channels=np.int32(4), dropout=np.float32(0.5)), tmp_path)
+    again = load(tmp_path)
+    assert again.made_with["ways"] == 3
+    assert type(again.made_with["dropout"]) is float
+
+
+@pytest.mark.parametrize("failure", ["accuracy", "disk"])
+def test_an_earlier_export_outlives_one_that_fails(failure, tmp_path, monkeypatch):
+    first = Conv4(5, 4)
+    export(first, tmp_path)
+    accuracy = 0.5
+    if failure == "accuracy":
+        accuracy = Mean((math.nan, 0.5))
+    else:
+
+        def full(*_, **__):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises((ValueError, OSError), match=r"accuracy must be|No space left"):
+        export(Conv4(5, 4), tmp_path, accuracy=accuracy)
+    monkeypatch.undo()
+    assert equal_states(load(tmp_path), first)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export.json", "model.safetensors"]
 
 
 def test_what_cannot_be_exported(tmp_path):

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 import l2l_prune
+from l2l_prune._basics import checks
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.run_result import Progress
 from l2l_prune.experiments.running.checkpoint import remove_checkpoint
@@ -68,6 +69,8 @@ def run_all(
         ImportError: If ``cluster`` is given and submitit is missing.
         ValueError: If results in ``folder`` are damaged.
     """
+    if jobs is not None:
+        checks.whole_number("jobs", jobs, least=1)
     folder.mkdir(parents=True, exist_ok=True)
     missing = []
     for config in configs:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from l2l_prune._basics import checks
 from l2l_prune.experiments.algorithms import Algorithm, build
 from l2l_prune.experiments.config import RunConfig
 from l2l_prune.experiments.run_result import Point, Progress, RunResult
@@ -56,6 +57,7 @@ def run(
         FileNotFoundError: If a file of the data set is missing.
         FloatingPointError: If scores or the weights at the end are not finite: the run diverged.
     """
+    checks.whole_number("checkpoint_every", checkpoint_every, least=1)
     splits = ["train", config.held_out]
     if config.select == "best" and config.held_out != "validation":
         splits.append("validation")

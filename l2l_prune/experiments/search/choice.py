@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -373,9 +373,11 @@ def _search(
             "have finished are kept"
         ) from None
     seen: dict[str, Standing] = {}
+    tried: set[str] = set()  # those whose run failed among them
     for number in range(races):
         new = not runs.over(SEARCHING)
-        drawn = _taking_part(journal, space, number, seen, seed + number, new)
+        drawn = _taking_part(journal, space, number, tried, seed + number, new)
+        tried |= drawn.keys()
         if not drawn:
             break  # everything has been tried, or the hours are used up
         candidates = [candidate for _, candidate in drawn.values()]
@@ -405,7 +407,7 @@ def _search(
 
 
 def _taking_part(
-    journal: Any, space: Space, number: int, seen: Mapping[str, Any], seed: int, new: bool
+    journal: Any, space: Space, number: int, tried: Set[str], seed: int, new: bool
 ) -> dict[str, tuple[Any, Candidate]]:
     """A race's trials and candidates by the name of their runs: in the journal, or drawn now.
 
@@ -413,7 +415,7 @@ def _taking_part(
         journal: Optuna's study.
         space: What may be chosen.
         number: Number of the race.
-        seen: Names of candidates in earlier races.
+        tried: Names of candidates in earlier races.
         seed: Seed of the draws.
         new: Whether to draw candidates that the journal does not hold.
     """
@@ -437,7 +439,7 @@ def _taking_part(
         trial = journal.ask()
         candidate = space.draw(trial.suggest_categorical)
         name = run_name(candidate.whole)
-        if name in drawn or name in seen:
+        if name in drawn or name in tried:
             trial.set_user_attr("copy", True)
             trial.set_user_attr("race", number)
             journal.tell(trial, state=TrialState.FAIL)
@@ -486,14 +488,16 @@ def _choose(
     )
     lines = [f"# {titles[best]}: chosen by l2l-prune tune on validation tasks"]
     with replace_file(out / "chosen.toml") as path:
-        path.write_text("\n".join([*lines, *toml_lines(choice.settings)]) + "\n")
+        text = "\n".join([*lines, *toml_lines(choice.settings)]) + "\n"
+        path.write_text(text, encoding="utf-8")
     final = runs.beside(out / "chosen")
     entries = final.finish([c.config(length, "test") for c in (choice, dense.candidate)])
     scores = [
         None if entry is None else Mean(tuple(entry["test"]["per_task"]), choice.whole.measure)
         for entry in entries
     ]
-    words = _words(titles, standings, costs, best, within, scores)
+    failed = next(iter(final.failed.values()), None)
+    words = _words(titles, standings, costs, best, within, scores, failed)
     table = _table(titles, standings, costs, front, best)
     with replace_file(out / "tune.md") as path:
         path.write_text(
@@ -565,6 +569,7 @@ def _words(
     best: int,
     within: Sequence[int],
     test: Sequence[Mean | None],
+    failed: str | None,
 ) -> str:
     """The choice compared with dense, in sentences."""
     dense, *pruned = standings
@@ -592,11 +597,13 @@ def _words(
     if 0 not in within:
         said.append("Dense does not meet the budget.")
     own, theirs = test
-    if own is None:
+    if failed is not None:
+        said.append(f"A run on test tasks failed: {failed}.")
+    if own is None and failed is None:
         said.append("The hours ended before the choice was scored on test tasks.")
-    elif best == 0:
+    elif own is not None and best == 0:
         said.append(f"On test tasks, scored once: dense {own}.")
-    elif theirs is not None:
+    elif own is not None and theirs is not None:
         difference = paired_difference(own, theirs)
         said.append(
             f"On test tasks, scored once: {titles[best]} {own}, dense {theirs}, difference "

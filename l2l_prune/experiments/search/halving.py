@@ -180,7 +180,8 @@ class Runs:
         """
         [entry] = self.finish([config], share)
         if entry is None:
-            why = next(iter(self.failed.values()), "the hours were used up; repeat with more hours")
+            hours = "the hours were used up; repeat with more hours"
+            why = self.failed.get(run_name(config), hours)
             raise ValueError(f"{name} did not finish: {why}")
         return entry
 
@@ -225,7 +226,8 @@ def race(
     for length in lengths:
         entries = runs.finish([candidates[i].config(length) for i in left], share)
         found = {i: e for i, e in zip(left, entries, strict=True) if e is not None}
-        failed = [i for i in left if run_name(candidates[i].config(length)) in runs.failed]
+        names = {i: run_name(candidates[i].config(length)) for i in left}
+        failed = [i for i in left if names[i] in runs.failed and i not in found]
         if len(found) + len(failed) < len(left):
             break
         standings |= {i: Standing(candidates[i], length, e) for i, e in found.items()}
@@ -284,5 +286,11 @@ def base_settings(base: Mapping[str, Any], chosen: Sequence[str]) -> dict[str, A
 
 
 def toml_lines(settings: Mapping[str, Any]) -> list[str]:
-    """Plain values as lines of TOML, whose strings, numbers and booleans are those of JSON."""
-    return [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+    """Plain values as lines of TOML, whose strings, numbers and booleans are nearly JSON's.
+
+    TOML has no escapes for halves of a character, and wants one for "delete".
+    """
+    return [
+        f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
+        for name, value in settings.items()
+    ]

@@ -70,11 +70,12 @@ class Sensitivity:
 
     @property
     def _rates(self) -> tuple[float, ...]:
-        return (0.0, *self.rates, MOST_RATE)
+        return (0.0, *(rate for rate in self.rates if rate < MOST_RATE), MOST_RATE)
 
     def _losses(self, layer: str) -> list[float]:
         """Losses at all rates: never decreasing, and at the last rate larger by the whole score."""
-        lost = [max(0.0, self.dense - score) for score in self.scores[layer]]
+        measured = zip(self.rates, self.scores[layer], strict=True)
+        lost = [max(0.0, self.dense - score) for rate, score in measured if rate < MOST_RATE]
         risen = list(itertools.accumulate([0.0, *lost], max))
         return [*risen, risen[-1] + abs(self.dense)]
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from l2l_prune._basics import checks
 from l2l_prune._basics.files import replace_file
-from l2l_prune.experiments.methods import CANDIDATES, STUDY_RATES
+from l2l_prune.experiments.methods import STUDY_METHODS, STUDY_RATES
 from l2l_prune.experiments.report import same_settings
 from l2l_prune.experiments.report.comparisons import (
     Comparison,
@@ -28,7 +28,7 @@ from l2l_prune.experiments.report.report import write_report
 from l2l_prune.experiments.report.seed_statistics import amount
 from l2l_prune.experiments.report.tables import markdown_table
 from l2l_prune.experiments.running.run import load_split
-from l2l_prune.experiments.running.storage import locked_folder
+from l2l_prune.experiments.running.storage import locked_folder, run_name
 from l2l_prune.experiments.running.sweep import FIRST_REPLICATE, expand
 from l2l_prune.experiments.search.costs import cost_of, dense_width
 from l2l_prune.experiments.search.halving import (
@@ -62,7 +62,7 @@ def study(
     out: Path,
     console: Console,
     *,
-    methods: Sequence[str] = CANDIDATES,
+    methods: Sequence[str] = STUDY_METHODS,
     rates: Sequence[float] = STUDY_RATES,
     widths: Sequence[int] = (),
     lengths: Sequence[int] = (),
@@ -146,7 +146,7 @@ def study(
             with replace_file(out / "races.md") as path:
                 path.write_text(f"# Races on validation tasks\n\n{races}\n")
             with replace_file(plan) as path:
-                path.write_text(text)
+                path.write_text(text, encoding="utf-8")
             console.print(f"wrote {plan}: it states the comparisons before any training")
         document = read_toml(plan)
         configs = expand({}, document["grid"])
@@ -195,8 +195,9 @@ def _race(
     for place, group in enumerate(groups, start=1):
         mine = race(group, lengths, runs, before + (share - before) * place / len(groups))
         if not mine:
+            names = [run_name(one.config(lengths[0])) for one in group]
             why = next(
-                iter(runs.failed.values()),
+                (runs.failed[name] for name in names if name in runs.failed),
                 "its hours are used up; repeat the command with more hours",
             )
             raise ValueError(f"the race of {group[0].title} did not finish its first rung: {why}")
@@ -321,8 +322,8 @@ def _verdict(comparisons: Sequence[Comparison], runs: Runs, replicates: int) -> 
     lines = [*head, f"**{_answer(judged)}**", ""]
     lines += [f"- {_in_words(one, found)}" for one in judged]
     if done < replicates:
-        why = "runs failed" if failed else "the hours are used up"
-        how = "" if failed else " with more hours"
+        why = "runs failed" if runs.failed else "the hours are used up"
+        how = "" if runs.failed else " with more hours"
         lines.append(
             f"- {done} of {replicates} replicates are complete: {why}. Repeat the command{how} to "
             "go on; judging again after more replicates makes errors more frequent than 5%."

@@ -83,9 +83,7 @@ class Glyphs(Dataset[tuple[Tensor, int]]):
         glyphs = _load(root, size)
         chosen = _split(glyphs, split, split_by, seed)
         if max_classes is not None:
-            if isinstance(max_classes, bool) or not isinstance(max_classes, int):
-                raise ValueError(f"max_classes must be an integer, got {max_classes!r}")
-            if not 1 <= max_classes <= len(chosen):
+            if not 1 <= checks.whole_number("max_classes", max_classes) <= len(chosen):
                 raise ValueError(
                     f"max_classes must be in [1, {len(chosen)}] for this split, got {max_classes}"
                 )

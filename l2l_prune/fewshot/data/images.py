@@ -112,6 +112,8 @@ def load_images(
             grey=benchmark.channels == 1,
             numbered_anew=True,
         )
+        if name == "omniglot":  # published as black ink on white, and used as white on black
+            data = data._replace(images=255 - data.images)
     else:
         data = load_benchmark(name, split, folder, download=download)
     return _some_classes(data, max_classes, seed)

@@ -151,13 +151,18 @@ def note_file(digest: Any, path: str | os.PathLike[str], name: str) -> None:
 def picture_files(folder: str | os.PathLike[str]) -> list[Path]:
     """The picture files under a folder, by their suffixes, in the order of their names.
 
-    Hidden files are left out.
+    Hidden files and folders are left out: thumbnails would be the same pictures again.
 
     Raises:
         FileNotFoundError: If the folder does not exist, or has no pictures.
     """
-    found = Path(folder).rglob("*")
-    paths = sorted(path for path in found if is_picture(path.name) and not path.is_dir())
+    paths = sorted(
+        path
+        for path in Path(folder).rglob("*")
+        if is_picture(path.name)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not path.is_dir()
+    )
     if not paths:
         raise FileNotFoundError(f"there are no pictures ({', '.join(ENDINGS)}) under {folder}")
     return paths

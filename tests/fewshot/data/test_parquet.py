@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -148,6 +149,16 @@ def test_benchmarks_by_name(root, name, anew, below):
     (place / "test.parquet").unlink()
     with pytest.raises(ValueError, match=rf"not split like {name} in few-shot papers"):
         load_images(name, "train", root=root)
+
+
+def test_omniglot_is_white_ink_on_black_as_from_its_own_files(root):
+    for split, classes in zip(SPLITS, BENCHMARKS["omniglot"].classes, strict=True):
+        images = [encoded(np.full((105, 105), 250, np.uint8)) for _ in range(classes)]
+        made = pa.table({"image": images, "label": list(range(classes))})
+        write_parquet(made, root / f"{split}.parquet")
+    images, _ = load_images("omniglot", "validation", root=root)
+    assert images.shape == (BENCHMARKS["omniglot"].classes[1], 1, 28, 28)
+    assert (images == 5).all()
 
 
 def test_what_to_get_is_told(root):

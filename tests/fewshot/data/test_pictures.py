@@ -33,6 +33,7 @@ def test_hidden_files_and_folders_are_no_pictures(tmp_path):
     write(tmp_path / "a.png", np.full((6, 6), 9, np.uint8))
     (tmp_path / "._a.png").write_bytes(b"what macOS leaves beside it")
     (tmp_path / "b.png").mkdir()
+    write(tmp_path / ".thumbnails" / "a.png", np.full((6, 6), 9, np.uint8))
     assert len(load_pictures(tmp_path, 6)) == 1
 
 
