@@ -242,7 +242,8 @@ def _some_rows(everything: Images, survey: Survey, chosen: list[str], name: str)
     with locked(place):
         found = map_images(place)
         if found is None:
-            wanted = torch.tensor([survey.classes.index(name) for name in chosen], device="cpu")
+            numbers = {name: number for number, name in enumerate(survey.classes)}
+            wanted = torch.tensor([numbers[name] for name in chosen], device="cpu")
             rows = torch.isin(everything.labels, wanted).nonzero().flatten().tolist()
             pixels, labels = everything.images.numpy(), everything.labels.numpy()
             write_images(place, ((pixels[row], int(labels[row])) for row in rows))
