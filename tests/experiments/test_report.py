@@ -333,6 +333,7 @@ OTHER = {  # of settings that are names, or nothing by default
     "regrow": "random",
     "select": "best",
     "device": "cuda",
+    "pattern": "rows",
     "dropout_per": "task",
     "drop_grad_noise": "bernoulli",
     "mgaug": "catfish",
@@ -390,7 +391,7 @@ def test_runs_that_differ_in_any_setting_are_rows_of_their_own(tmp_path, no_curv
     for run in read_folder(tmp_path).runs:
         rows.setdefault((run.problem, run.size, run.shots, run.method), []).append(run)
     pooled = [same for same in rows.values() if len(same) > 1]
-    idle = {"criterion", "allocation", "regrow", "rewind", "layers", "prune_head"}
+    idle = {"criterion", "pattern", "allocation", "regrow", "rewind", "layers", "prune_head"}
     assert len(rows) == len(configs) - (len(idle) if schedule == "dense" else 0)
     assert [len(same) for same in pooled] == [2]
     assert {run.seed for run in pooled[0]} == {0, 1}

@@ -50,7 +50,7 @@ class Rendered:
 
 
 def render_glyphs(seed: int = 0, size: int = SIZE) -> Rendered:
-    """Draw every class; the same versions of Pillow, matplotlib and torch give the same bytes.
+    """Draw every class, on any processor alike by the same Pillow, matplotlib and torch.
 
     Args:
         seed: Seed of the jitter.
@@ -169,6 +169,14 @@ def _distinct(drawings: Mapping[str, Bytes]) -> dict[str, Bytes]:
     return {face: drawings[face] for face in by_pixels.values()}
 
 
+def _affine_grid(matrices: Tensor, side: int) -> Tensor:
+    """torch's, without its matrix product, which MKL rounds differently on each processor."""
+    along = torch.linspace(-1, 1, side, device="cpu") * (side - 1) / side
+    x, y = along[None, None, :], along[None, :, None]
+    a, b, c = matrices[..., None, None].unbind(2)  # each [n, 2, 1, 1]
+    return (x * a + y * b + c).movedim(1, -1)
+
+
 def _jitter(faces: Tensor, generator: torch.Generator, size: int = SIZE) -> Tensor:
     """Rotate, shear, scale, shift, bend and sometimes thicken uint8 ``[n, canvas, canvas]``."""
 
@@ -183,7 +191,7 @@ def _jitter(faces: Tensor, generator: torch.Generator, size: int = SIZE) -> Tens
     cosine, sine = scale * angle.cos(), scale * angle.sin()
     rows = [torch.stack([cosine, shear - sine, shift[:, 0]], 1)]
     rows.append(torch.stack([sine, cosine, shift[:, 1]], 1))
-    grid = F.affine_grid(torch.stack(rows, 1), [n, 1, sampled, sampled], align_corners=False)
+    grid = _affine_grid(torch.stack(rows, 1), sampled)
     mesh = 0.05 * torch.randn(n, 2, 4, 4, generator=generator, device="cpu")
     bend = F.interpolate(mesh, size=(sampled, sampled), mode="bicubic", align_corners=True)
     thick = torch.rand(n, generator=generator, device="cpu") < 0.25

@@ -131,7 +131,7 @@ def test_max_classes_is_a_seeded_draw():
     ],
 )
 def test_bad_input(options, culprit):
-    with pytest.raises(ValueError, match=culprit):
+    with pytest.raises((TypeError, ValueError), match=culprit):
         Glyphs(**options)
 
 
