@@ -343,9 +343,9 @@ class RunConfig:
             )
         sparse = [segment for segment in self.schedule.segments if segment.sparse]
         rates = {one.sparsity for one in sparse if isinstance(one.sparsity, float)}
-        if isinstance(pattern, NByM) and (wrong := rates - {1 - pattern.n / pattern.m}):
+        if isinstance(pattern, NByM) and (wrong := rates - {pattern.sparsity}):
             raise ValueError(
-                f"pattern {self.pattern} prunes {1 - pattern.n / pattern.m:g} of the weights, and "
+                f"pattern {self.pattern} prunes {pattern.sparsity:g} of the weights, and "
                 f"the schedule {', '.join(f'{rate:g}' for rate in sorted(wrong))}: set sparsity, "
                 "and choose a method whose rate does not rise"
             )
@@ -582,7 +582,7 @@ def make_config(algorithm: str, method: str, **settings: Any) -> RunConfig:
     elif chosen.get("pattern") is not None and phases.sparsity is None:
         pattern = read_pattern(chosen["pattern"])
         if isinstance(pattern, NByM):  # which leaves no choice
-            paper["sparsity"] = 1 - pattern.n / pattern.m
+            paper["sparsity"] = pattern.sparsity
     pruning = make_schedule(method, iterations, **(paper | shape))
     chosen = {**METHODS[method].settings, **chosen}
     if algorithm not in ("reptile", "metaoptnet") and "train_shots" not in given:

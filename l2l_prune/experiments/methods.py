@@ -48,10 +48,6 @@ def _dsd(
     )
 
 
-def _recommended(iterations: int, sparsity: float) -> DSDSchedule:
-    return DSDSchedule.recommended(iterations, sparsity)
-
-
 def _iht(
     iterations: int, sparsity: float, pretrain: float = 0.2, retrain: float = 0.25, rounds: int = 4
 ) -> IHTSchedule:
@@ -148,7 +144,11 @@ METHODS: dict[str, Method] = {
     "rigl": Method("RigL", _sparse, settings={"criterion": "random", "regrow": "gradient"}),
     "task-masks": Method("task masks", _task_masks, ("pretrain", "retrain", "task_share")),
     "recommended": Method(
-        "DSD, recommended", _recommended, (), settings={"criterion": "random"}, sparsity=0.8
+        "DSD, recommended",
+        DSDSchedule.recommended,
+        (),
+        settings={"criterion": "random"},
+        sparsity=0.8,
     ),
     "metasparse": Method(
         "Meta-SparseINR", _metasparse, settings={"allocation": "global"}, sparsity=0.95

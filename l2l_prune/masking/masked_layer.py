@@ -276,6 +276,16 @@ def held_names(module: nn.Module) -> tuple[str, ...]:
     return getattr(type(module), "_l2l_prune_held", ())
 
 
+def check_unmasked(name: str, model: nn.Module) -> None:
+    """Refuse a model with masks; ``name`` is what the message calls it.
+
+    Raises:
+        ValueError: Saying what to do.
+    """
+    if any(held_names(module) for module in model.modules()):
+        raise ValueError(f"{name} has masks: give one without (Pruner.finalize removes them)")
+
+
 def held_full_names(model: nn.Module) -> set[str]:
     """Dense names of all tensors of a model that are under a mask, whoever holds it."""
     return {

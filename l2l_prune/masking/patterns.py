@@ -84,6 +84,11 @@ class NByM(Pattern):
         if checks.whole_number("n", self.n, least=1) >= self.m:
             raise ValueError(f"n must be below m = {self.m}, got {self.n}")
 
+    @property
+    def sparsity(self) -> float:
+        """The only one that the pattern has: ``1 - n / m``."""
+        return 1 - self.n / self.m
+
     def count(self, shape: torch.Size, keep: int) -> int:
         """``keep``, if it is ``n / m`` of the tensor."""
         if len(shape) < 2 or shape[1] % self.m:
@@ -93,7 +98,7 @@ class NByM(Pattern):
         if keep * self.m != total * self.n:
             raise ValueError(
                 f"{self.n}:{self.m} keeps {self.n} of {self.m}, so the sparsity must be "
-                f"{1 - self.n / self.m:g}, but it was to keep {keep} of {total} weights"
+                f"{self.sparsity:g}, but it was to keep {keep} of {total} weights"
             )
         return keep
 

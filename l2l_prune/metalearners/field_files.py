@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from l2l_prune._basics import checks
 from l2l_prune._basics.packing import WAYS, Packed, as_bytes, from_bytes, pack, places_size, unpack
-from l2l_prune.masking.masked_layer import dense_state_dict, held_names
+from l2l_prune.masking.masked_layer import check_unmasked, dense_state_dict
 
 _MAGIC = b"l2F1"
 _HEAD = struct.Struct("<4sII")  # magic, checksum of what follows, checksum of names and shapes
@@ -63,8 +63,7 @@ def read_field(data: bytes, field: nn.Module) -> nn.Module:
     """
     checks.of_type("data", data, bytes, "bytes")
     checks.of_type("field", field, nn.Module, "a torch.nn.Module")
-    if any(held_names(module) for module in field.modules()):
-        raise ValueError("field has masks: give one without (Pruner.finalize removes them)")
+    check_unmasked("field", field)
     state = dense_state_dict(field)
     if len(data) < _HEAD.size or data[: len(_MAGIC)] != _MAGIC:
         raise ValueError("the bytes are not a field: they must come from export_field")

@@ -20,7 +20,7 @@ from l2l_prune._basics.tensor_files import DamagedFile
 from l2l_prune.channels.pruner import Exported
 from l2l_prune.fewshot.evaluation import Mean
 from l2l_prune.fewshot.models import CaviaConv4, CaviaMLP, Conv4
-from l2l_prune.masking.masked_layer import dense_state_dict, held_base, held_names
+from l2l_prune.masking.masked_layer import check_unmasked, dense_state_dict, held_base
 from l2l_prune.metalearners.cavia import CAVIA
 from l2l_prune.metalearners.fields import FourierFeatureMLP, Siren
 from l2l_prune.metalearners.sparse_maml import SparseMAML
@@ -147,8 +147,7 @@ def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
             if name in state and tensor.is_floating_point() and state[name].is_floating_point():
                 tensor.data = tensor.data.to(state[name].dtype)
     checks.of_type("model", model, nn.Module, "a torch.nn.Module")
-    if any(held_names(module) for module in model.modules()):
-        raise ValueError("model has masks: give one without (Pruner.finalize removes them)")
+    check_unmasked("model", model)
     if (given := _class_path(model)) != network["class"]:
         raise ValueError(f"{place} is an export of {network['class']}, but model is a {given}")
     _check_layers(model, network.get("layers"))

@@ -599,9 +599,9 @@ def _words(
     own, theirs = test
     if failed is not None:
         said.append(f"A run on test tasks failed: {failed}.")
-    if own is None and failed is None:
+    elif own is None:
         said.append("The hours ended before the choice was scored on test tasks.")
-    elif own is not None and best == 0:
+    if own is not None and best == 0:
         said.append(f"On test tasks, scored once: dense {own}.")
     elif own is not None and theirs is not None:
         difference = paired_difference(own, theirs)
