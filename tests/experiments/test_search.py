@@ -608,6 +608,7 @@ def test_a_verdict_says_what_was_shown_and_what_was_not(tmp_path, monkeypatch):
     [
         (-0.021, 0.03, "In the same time, not at the same length. RigL"),
         (0.02, 0.03, "Yes: RigL minus dense (channels 64, iterations 1000) is +2.0"),
+        (0.02, -0.01, "At the same length, not in the same time. RigL minus dense (channels 64, "),
     ],
 )
 def test_the_same_time_is_not_the_same_length(plain, timely, words):
@@ -652,6 +653,8 @@ def test_a_folder_that_another_process_writes_to_is_refused(tmp_path):
         (["tune", "--rate", "0.5", "--rate", "50"], "rate must be in"),
         (["study", "--hours", "0"], "hours"),
         (["study", "--split", "100"], "replicates use the rest"),
+        (["tune", "--ways", "130"], "the test split is too small: ways=130"),
+        (["study", "--ways", "130"], "the test split is too small: ways=130"),
     ],
 )
 def test_what_cannot_be_searched_is_told_in_a_line(tmp_path, arguments, words):

@@ -207,6 +207,19 @@ def load_split(config: RunConfig, split: str) -> Images:
         raise ValueError(f"device {config.device} cannot be used here: {reason}") from None
 
 
+def check_split(config: RunConfig, split: str) -> None:
+    """Refuse a split that is too small for the run's tasks, before hours of training.
+
+    Raises:
+        ValueError: If it has too few classes, or too few images of a class.
+    """
+    images = load_split(config, split)
+    try:
+        evaluation_tasks(images, config, "final tasks", split)
+    except ValueError as error:
+        raise ValueError(f"the {split} split is too small: {error}") from None
+
+
 def _training_tasks(data: Images, config: RunConfig) -> EpisodeSampler:
     return EpisodeSampler(
         data.images,

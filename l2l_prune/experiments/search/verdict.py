@@ -27,7 +27,7 @@ from l2l_prune.experiments.report.finished_runs import FinishedRun, mean_weights
 from l2l_prune.experiments.report.report import write_report
 from l2l_prune.experiments.report.seed_statistics import amount
 from l2l_prune.experiments.report.tables import markdown_table
-from l2l_prune.experiments.running.run import load_split
+from l2l_prune.experiments.running.run import check_split, load_split
 from l2l_prune.experiments.running.storage import locked_folder, run_name
 from l2l_prune.experiments.running.sweep import FIRST_REPLICATE, expand
 from l2l_prune.experiments.search.costs import cost_of, dense_width
@@ -128,6 +128,7 @@ def study(
             **({"split of the races": shared["split"]} if "split" in shared else {}),
         }
         check_search(out / "study.json", about)
+        check_split(whole[0], "test")
         record_search(out / "study.json", about)
         plan = out / "plan.toml"
         options: dict[str, Any] = {"jobs": jobs, "hours": hours, "clock": out / "clock.json"}
@@ -346,7 +347,13 @@ def _answer(judged: Sequence[Judged]) -> str:
     alike = [one for one in gains if not _differs(one, "iterations")]
     if alike:
         best = max(alike, key=lambda one: one.difference.mean)
-        return f"Yes: {_title(best)} is {amount(best.difference)}, and that is significant."
+        gain = f"{_title(best)} is {amount(best.difference)}, and that is significant"
+        for one in judged:
+            same = one.comparison.treatment == best.comparison.treatment
+            if same and _differs(one, "iterations") and one not in gains:
+                timely = f"{_title(one)} is {amount(one.difference)}, {one.verdict}"
+                return f"At the same length, not in the same time. {gain}; {timely}."
+        return f"Yes: {gain}."
     if gains:  # the control is as long in seconds, and has another number of meta-iterations
         best = max(gains, key=lambda one: one.difference.mean)
         return (

@@ -20,7 +20,7 @@ from l2l_prune._basics.files import replace_file
 from l2l_prune.fewshot.data.cache import cache_folder, locked
 from l2l_prune.fewshot.data.rendering import INSTANCES, SIZE, Rendered, render_glyphs
 
-_FORMAT = 1
+_FORMAT = 2  # a larger one whenever a class is drawn otherwise
 _SEED = 0
 _LARGEST = 100_000_000  # bytes at 28x28, ten times what all characters take
 _BY_SCRIPT = {
