@@ -1,32 +1,23 @@
-"""Scores the Reptile runs of a folder again with more adaptation steps, and judges a plan on them.
+"""Scores the Reptile runs of a folder again with more adaptation steps.
 
 python docs/results/more_steps.py runs/study docs/results/study/more-steps.toml more-steps.csv
 
 Only runs that the plan's comparisons name are scored, with their last weights, on the tasks of
 their own final scores. The inner optimizer starts afresh, so scores after the runs' own 5 steps
-stand beside those after 50, which are judged. Scores are kept in the CSV: repeat a stopped command
-to go on.
+stand beside those after 50. Scores are kept in the CSV, on which `verdicts.py` judges the plan:
+repeat a stopped command to go on.
 """
 
 from __future__ import annotations
 
 import csv
-import dataclasses
-import statistics
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 
 from l2l_prune.experiments.algorithms.reptile import tasks_at_once
-from l2l_prune.experiments.report.comparisons import (
-    comparison_table,
-    judge,
-    matching,
-    read_comparisons,
-)
+from l2l_prune.experiments.report.comparisons import matching, read_comparisons
 from l2l_prune.experiments.report.finished_runs import FinishedRun, read_folder
 from l2l_prune.experiments.restoring import restored_reptile
 from l2l_prune.experiments.running.run import evaluation_tasks, load_split
@@ -54,32 +45,26 @@ def score(run: FinishedRun, steps: int) -> float:
 
 
 def main(folder: Path, plan_file: Path, table: Path) -> None:
-    """Score what is missing, then print means and verdicts."""
+    """Score what is missing."""
     torch.set_num_threads(1)
     comparisons = read_comparisons(read_toml(plan_file)["comparison"])
     runs = read_folder(folder).runs
     sides = [side for c in comparisons for side in (c.treatment, c.control)]
+    sides = [{name: v for name, v in side.items() if name != "steps"} for side in sides]
     named = {id(run): run for side in sides for run in matching(side, runs).values()}
-    scores: dict[tuple[str, ...], str] = {}
+    scored: set[tuple[str, ...]] = set()
     if table.is_file():
         with table.open() as file:
-            scores = {tuple(row[:-1]): row[-1] for row in list(csv.reader(file))[1:]}
+            scored = {tuple(row[:-1]) for row in list(csv.reader(file))[1:]}
     else:
         table.write_text(",".join(COLUMNS) + "\n")
-    found, scored = defaultdict(list), []
     for run in sorted(named.values(), key=lambda run: (run.seed, run.method)):
         for steps in STEPS:
             key = (str(run.seed), run.config["name"], str(run.config["channels"]), str(steps))
-            if key not in scores:
-                scores[key] = f"{score(run, steps):.4f}"
+            if key not in scored:
+                row = (*key, f"{score(run, steps):.4f}")
                 with table.open("a") as file:
-                    csv.writer(file, lineterminator="\n").writerow((*key, scores[key]))
-            found[key[1:]].append(100 * float(scores[key]))
-        entry = {**run.entry, "test": {"mean": float(scores[key])}}  # after the most steps
-        scored.append(dataclasses.replace(run, entry=entry))
-    rows = [(*key, f"{statistics.mean(values):.1f}") for key, values in found.items()]
-    print(tabulate(sorted(rows), headers=COLUMNS[1:], tablefmt="github"))
-    print(comparison_table(judge(comparisons, scored)))
+                    csv.writer(file, lineterminator="\n").writerow(row)
 
 
 if __name__ == "__main__":

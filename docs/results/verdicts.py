@@ -14,6 +14,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -117,16 +118,18 @@ def means(rows: Sequence[Row]) -> list[dict[str, Any]]:
     shown = []
     for one in dict.fromkeys(map(arm, rows)):
         own = [row for row in rows if arm(row) == one]
-        train, test = ([float(row[part]) for row in own] for part in ("train", "test"))
-        gap = [a - b for a, b in zip(train, test, strict=True)]
-        scores = {"train": train, "test": test, "gap": gap}
+        columns = {name: [float(row[name]) for row in own] for name in SCORES if name in own[0]}
+        scores = {name: columns[name] for name in ("train", "test") if name in columns}
+        if len(scores) == 2:
+            scores["gap"] = [a - b for a, b in zip(*scores.values(), strict=True)]
         shown.append(
             dict(one)
             | {"replicates": len(own)}
             | {part: str(OverSeeds(tuple(values))) for part, values in scores.items()}
             | {
-                name: round(sum(float(row[name]) for row in own) / len(own))
+                name: round(fmean(columns[name]))
                 for name in ("weights", "seconds")
+                if name in columns
             }
         )
     return shown

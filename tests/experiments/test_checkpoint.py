@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import weakref
 
 import pytest
@@ -84,6 +85,18 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     with pytest.raises(ValueError, match="other settings"):
         load_checkpoint(file, settings(seed=1))
     assert load_checkpoint(tmp_path / "none.pt", settings()) is None
+
+
+def test_a_checkpoint_from_before_a_setting_existed_goes_on(tmp_path):
+    file = tmp_path / "run.pt"
+    save_checkpoint(file, settings(), {"done": 3})
+    saved = torch.load(file, weights_only=True)
+    known = json.loads(saved["config"])
+    del known["pattern"]
+    torch.save({**saved, "config": json.dumps(known)}, file)
+    assert load_checkpoint(file, settings()) == {"done": 3}
+    with pytest.raises(ValueError, match="other settings"):
+        load_checkpoint(file, settings(pattern="2:4"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "code", "empty"])

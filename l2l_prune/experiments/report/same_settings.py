@@ -7,6 +7,7 @@ listed here, with the reason.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Hashable, Iterable
 from typing import Any
 
@@ -43,6 +44,12 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
         if field.default is not dataclasses.MISSING
     }
     return defaults | config
+
+
+def made_for(saved: dict[str, Any], config: RunConfig) -> bool:
+    """Whether the settings in a file, perhaps of an older version, are those of ``config``."""
+    own: dict[str, Any] = json.loads(json.dumps(config.to_json()))
+    return complete(saved) == own
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from l2l_prune._basics.files import linked_file
 from l2l_prune._basics.tensor_files import DamagedFile, load_tensors, save_tensors
 from l2l_prune.experiments.config import RunConfig
+from l2l_prune.experiments.report import same_settings
 
 _VERSION = 2
 
@@ -26,7 +27,8 @@ def save_checkpoint(path: Path, config: RunConfig, state: dict[str, Any]) -> Non
     Raises:
         OSError: If it cannot be written; existing checkpoints stay as they are.
     """
-    document = {"version": _VERSION, "config": _text(config), "state": state}
+    made_for = json.dumps(config.to_json(), sort_keys=True)
+    document = {"version": _VERSION, "config": made_for, "state": state}
     save_tensors(document, path, backup=_previous(path))
 
 
@@ -48,7 +50,7 @@ def load_checkpoint(path: Path, config: RunConfig) -> dict[str, Any] | None:
         except DamagedFile as error:
             damaged.append(str(error))
             continue
-        if made_for != _text(config):
+        if not same_settings.made_for(made_for, config):
             raise ValueError(f"{file} was made with other settings: choose another folder")
         if damaged:
             warnings.warn(f"{damaged[0]}: resuming from the previous checkpoint", stacklevel=2)
@@ -66,9 +68,11 @@ def remove_checkpoint(path: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _parts(file: Path, saved: Any) -> tuple[str, dict[str, Any]]:
+def _parts(file: Path, saved: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings that a checkpoint was made for, and its state."""
     try:
-        version, made_for, state = saved["version"], saved["config"], dict(saved["state"])
+        version, state = saved["version"], dict(saved["state"])
+        made_for = dict(json.loads(saved["config"]))
     except (LookupError, TypeError, ValueError) as error:
         raise DamagedFile(file, type(error).__name__) from None
     if version != _VERSION:
@@ -79,7 +83,3 @@ def _parts(file: Path, saved: Any) -> tuple[str, dict[str, Any]]:
 def _previous(path: Path) -> Path:
     real = linked_file(path)
     return real.with_name(f"{real.name}.previous")
-
-
-def _text(config: RunConfig) -> str:
-    return json.dumps(config.to_json(), sort_keys=True)

@@ -56,7 +56,7 @@ def finished_run(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     run = read_runs(file)[0]
-    if same_settings.complete(run["config"]) != json.loads(json.dumps(config.to_json())):
+    if not same_settings.made_for(run["config"], config):
         raise ValueError(f"{file} was made with other settings: choose another folder")
     return run
 
