@@ -34,7 +34,7 @@ def restored_network(run: FinishedRun, data: Images) -> nn.Module:
     if sizes != {name: tensor.shape for name, tensor in state.items()}:
         raise ValueError(f"{run.weights_file.path} holds the weights of another network")
     net.load_state_dict(state)
-    last = config.schedule.segment(config.schedule.iterations)
+    last = config.schedule.last
     if not config.structured or not last.held:
         return net
     # Of the channels that the run had cut out all weights are 0, so that none is worth less.

@@ -148,7 +148,7 @@ class CAVIA(nn.Module):
         checks.number("lr", lr, above=0)
         self.module = model
         self.lr = lr
-        self.first_order = first_order
+        self.first_order = checks.true_or_false("first_order", first_order)
         self._context: Tensor | None = None
 
     @property

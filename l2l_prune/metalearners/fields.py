@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from l2l_prune._basics import checks
 from l2l_prune._basics.arguments import keeps_arguments
-from l2l_prune._basics.generators import drawn_by
+from l2l_prune._basics.generators import check_generator, drawn_by
 
 
 @keeps_arguments
@@ -117,8 +117,7 @@ class FourierFeatureMLP(nn.Module):
         checks.whole_number("in_features", in_features, least=1)
         checks.whole_number("features", features, least=1)
         checks.number("scale", scale, above=0)
-        drawn_on = None if generator is None else generator.device
-        drawn = torch.randn(in_features, features, generator=generator, device=drawn_on)
+        drawn = torch.randn(in_features, features, **_source(generator))
         layers = _linear_layers(2 * features, out_features, width, depth)
         self.register_buffer("frequencies", scale * drawn.to(layers[0].weight.device))
         self.layers = nn.ModuleList(layers)
@@ -146,9 +145,13 @@ def _linear_layers(in_features: int, out_features: int, width: int, depth: int) 
 
 
 def _uniform(tensor: Tensor, bound: float, generator: torch.Generator | None) -> None:
-    drawn = torch.empty_like(tensor, device=None if generator is None else generator.device)
+    drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device=_source(generator)["device"])
     with torch.no_grad():
         tensor.copy_(drawn.uniform_(-bound, bound, generator=generator))
+
+
+def _source(generator: torch.Generator | None) -> dict[str, Any]:
+    return drawn_by(None if generator is None else check_generator(generator))
 
 
 def coordinates(height: int, width: int) -> Tensor:
@@ -212,7 +215,7 @@ class ImageSignals:
         """
         if not 1 <= signals <= len(self):
             raise ValueError(f"signals must be in [1, {len(self)}], got {signals}")
-        order = torch.randperm(len(self), **drawn_by(generator))[:signals]
+        order = torch.randperm(len(self), **_source(generator))[:signals]
         return self.values[order.to(self.values.device)]
 
     def pictures(self, values: Tensor) -> Tensor:

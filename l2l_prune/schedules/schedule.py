@@ -167,6 +167,11 @@ class Schedule:
         """The segment that holds ``iteration`` (see :meth:`index`)."""
         return self.segments[self.index(iteration)]
 
+    @property
+    def last(self) -> Segment:
+        """The segment in which the run ends: the last that is not empty."""
+        return self.segment(self.iterations)
+
     def per_task(self, share: float = 1.0) -> Schedule:
         """The same phases, with masks drawn for each task instead of once per sparse phase.
 

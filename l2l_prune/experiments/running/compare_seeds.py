@@ -50,7 +50,7 @@ def compare_seeds(
         entries = finish_all(configs, folder, console, jobs=jobs, logger=logger)
         text = _markdown(list(zip(configs, entries, strict=True)))
         with replace_file(folder / "table.md") as path:
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
     return text
 
 

@@ -177,7 +177,7 @@ def _local(
                     with suppress(OSError):  # a report reads it; the folder may be full
                         place = logs.parent / run_name(config)
                         place.mkdir(exist_ok=True)
-                        (place / "error.txt").write_text(f"{message.error}\n")
+                        (place / "error.txt").write_text(f"{message.error}\n", encoding="utf-8")
                 else:
                     if isinstance(message, Outcome):
                         del running[receiving]

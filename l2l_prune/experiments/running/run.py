@@ -99,7 +99,7 @@ def _trained(
     splits = tuple(data)
     tasks, algorithm = _training_tasks(data["train"], config), _fresh(config, data["train"])
     curve_episodes = {s: list(evaluation_tasks(data[s], config, "curve tasks", s)) for s in splits}
-    state, last = _State(), config.schedule.segment(config.schedule.iterations)
+    state, last = _State(), config.schedule.last
     if saved:
         state.restore(saved, algorithm, tasks, config.measure)
     log = EventLog(

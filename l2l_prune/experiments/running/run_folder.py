@@ -98,7 +98,7 @@ def _train(
         remove_checkpoint(checkpoint)
     except Exception as error:
         with suppress(OSError):  # such as a full disk: the outcome holds the error too
-            (place / "error.txt").write_text(traceback.format_exc())
+            (place / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         return Outcome(place.name, _in_a_line(error))
     return outcome
 

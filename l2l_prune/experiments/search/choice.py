@@ -201,7 +201,7 @@ class Space:
     def _ends(self, candidate: Candidate) -> str:
         """A name for the kind of the final network, on which all costs depend."""
         config = candidate.whole
-        last = config.schedule.segment(config.schedule.iterations)
+        last = config.schedule.last
         if not last.held:
             return "dense"
         kind = "channels" if config.structured else config.allocation
@@ -503,7 +503,8 @@ def _choose(
     with replace_file(out / "tune.md") as path:
         path.write_text(
             f"# Chosen: {titles[best]}\n\n{words}\n\n{table}\n\n![Pareto front](front.png)\n"
-            + ("\n![Sensitivity](sensitivity.png)\n" if space.by_layer else "")
+            + ("\n![Sensitivity](sensitivity.png)\n" if space.by_layer else ""),
+            encoding="utf-8",
         )
     console.print(table, markup=False, soft_wrap=True)
     console.print(words, markup=False, soft_wrap=True)

@@ -98,7 +98,7 @@ def end_network(config: RunConfig, image_shape: Sequence[int]) -> nn.Module:
         config: The run.
         image_shape: ``(C, H, W)``.
     """
-    last = config.schedule.segment(config.schedule.iterations)
+    last = config.schedule.last
     schedule = Schedule((dataclasses.replace(last, iterations=1),))
     # The number of remaining weights does not depend on how they are chosen.
     counted = config.rebuilt(schedule)

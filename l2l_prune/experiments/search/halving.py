@@ -66,8 +66,7 @@ class Candidate:
     @property
     def ends_sparse(self) -> bool:
         """Whether weights are 0, or channels are cut, at the end."""
-        schedule = self.whole.schedule
-        return schedule.segment(schedule.iterations).held
+        return self.whole.schedule.last.held
 
 
 @dataclass(frozen=True)

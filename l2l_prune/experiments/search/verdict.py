@@ -145,7 +145,7 @@ def study(
             text = _plan([standings for _, standings in raced], replicates, vary_split)
             races = "\n\n".join(f"{title}\n\n{_race_table(rows)}" for title, rows in raced)
             with replace_file(out / "races.md") as path:
-                path.write_text(f"# Races on validation tasks\n\n{races}\n")
+                path.write_text(f"# Races on validation tasks\n\n{races}\n", encoding="utf-8")
             with replace_file(plan) as path:
                 path.write_text(text, encoding="utf-8")
             console.print(f"wrote {plan}: it states the comparisons before any training")
@@ -156,7 +156,7 @@ def study(
         confirming.finish(configs)
         verdict = _verdict(comparisons, confirming, replicates)
         with replace_file(out / "verdict.md") as path:
-            path.write_text(verdict)
+            path.write_text(verdict, encoding="utf-8")
     return verdict
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from l2l_prune._basics import checks
+from l2l_prune._basics.cores import usable_cores
 from l2l_prune._basics.files import replace_file
 from l2l_prune.fewshot.data.benchmarks import SPLITS
 from l2l_prune.fewshot.data.cache import Images, cache_folder, locked, map_images, write_images
@@ -347,7 +348,7 @@ def _in_threads(
     pictures: Iterable[Picture], size: int | None, grey: bool | None
 ) -> Iterator[_Result]:
     """Decode in order, a few batches ahead: Pillow lets other threads run in the meantime."""
-    threads = _processors()
+    threads = usable_cores()
     pictures = iter(pictures)
     waiting: collections.deque[Future[list[_Result]]] = collections.deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -374,12 +375,6 @@ def _read(batch: list[Picture], size: int | None, grey: bool | None) -> list[_Re
         except DamagedPicture as error:
             results.append((picture, error))
     return results
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class Bar:

@@ -347,7 +347,7 @@ def test_the_listing_is_a_stream(root, monkeypatch):
     write_images = folder.write_images
     monkeypatch.setattr(folder, "read_picture", counting)
     monkeypatch.setattr(folder, "write_images", Counted)
-    monkeypatch.setattr(folder, "_processors", lambda: 2)
+    monkeypatch.setattr(folder, "usable_cores", lambda: 2)
     folder._decode(
         source := find_source(root), source.survey(), root.parent / "out", None, False, False
     )
