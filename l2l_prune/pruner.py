@@ -288,7 +288,12 @@ class Pruner(ScheduledPruner):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Set the pruned weights to exactly 0 (:meth:`step` does it; harmless to repeat)."""
+        """Set the pruned weights to exactly 0 (:meth:`step` does it; harmless to repeat).
+
+        Raises:
+            RuntimeError: Within :meth:`task_masks`.
+        """
+        self._tasks.check_outside()
         if self.sparse:
             self._held.project(nan_too=self._optimizers.may_divide_by_zero)
 
@@ -358,8 +363,7 @@ class Pruner(ScheduledPruner):
     def _check_usable(self, *, thoroughly: bool = False, masks: bool = True) -> None:
         if self._finalized:
             raise RuntimeError("the Pruner was finalized: make a new one to prune again")
-        if self._tasks.inside:
-            raise RuntimeError("this cannot be done within task_masks(): leave that block first")
+        self._tasks.check_outside()
         self._held.check_there()
         if masks:
             self._held.check_same(self._iteration, thoroughly=thoroughly)

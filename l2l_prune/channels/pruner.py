@@ -338,8 +338,7 @@ class ChannelPruner(ScheduledPruner):
     def _check_usable(self, *, thoroughly: bool = False) -> None:
         if self._finalized:
             raise RuntimeError("the ChannelPruner was finalized: make a new one to prune again")
-        if self._tasks.inside:
-            raise RuntimeError("this cannot be done within task_masks(): leave that block first")
+        self._tasks.check_outside()
         here = {id(module) for module in self.model.modules()}
         for slot in self._channels.slots:
             if id(slot.module) not in here:

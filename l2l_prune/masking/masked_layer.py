@@ -26,6 +26,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -162,6 +163,44 @@ def put_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     module._buffers[f"{name}_mask"] = _marked(new.data)  # counts its versions from 0
 
 
+_OWN: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+"""The own masks of modules that lend others. Clones and copies lend nothing."""
+
+
+def lend_mask(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Put another mask in place until :func:`return_mask`, for what runs or is cloned meanwhile.
+
+    Stored weights keep what it prunes, also when they are written, saved or loaded: then the
+    module's own mask holds.
+
+    Args:
+        module: A module that holds a mask on ``name``, and lends none there.
+        name: Name of the parameter in ``module``.
+        mask: Boolean tensor of the parameter's shape; True stays.
+    """
+    _OWN.setdefault(module, {})[name] = cast(Tensor, module._buffers[f"{name}_mask"])
+    put_mask(module, name, mask)
+
+
+def return_mask(module: nn.Module, name: str) -> None:
+    """Undo :func:`lend_mask`; clones that were made since keep what was lent."""
+    module._buffers[f"{name}_mask"] = _OWN[module].pop(name)
+
+
+@contextmanager
+def _own_masks(module: nn.Module) -> Iterator[None]:
+    """Within the block the module has its own masks again, whatever it lends."""
+    own = dict(_OWN.get(module, {}))
+    lent = {name: cast(Tensor, module._buffers[f"{name}_mask"]) for name in own}
+    for name in own:
+        return_mask(module, name)
+    try:
+        yield
+    finally:
+        for name, mask in lent.items():
+            lend_mask(module, name, mask)
+
+
 def open_mask(module: nn.Module, name: str) -> bool:
     """Let gradients of ``<name>_orig`` reach its pruned entries, until :func:`close_mask`.
 
@@ -264,7 +303,7 @@ def stored_weights(module: nn.Module) -> Iterator[None]:
     finally:
         if type(module) is opened:
             module.__class__ = held_class(base, names)
-        with torch.no_grad():
+        with torch.no_grad(), _own_masks(module):
             for name in held_names(module):
                 original, mask = held_tensors(module, name)
                 if original.is_leaf:
@@ -376,8 +415,9 @@ def _make_held_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.M
             for key in (f"{prefix}{name}_mask" for name in names):
                 if isinstance(state_dict.get(key), Tensor):  # fractions, if it was averaged
                     state_dict[key] = (state_dict[key] != 0).to(state_dict[key].dtype)
-            _translate_dense_keys(self, state_dict, prefix, error_msgs=args[-1])
-            base._load_from_state_dict(self, state_dict, prefix, *args)
+            with _own_masks(self):
+                _translate_dense_keys(self, state_dict, prefix, error_msgs=args[-1])
+                base._load_from_state_dict(self, state_dict, prefix, *args)
 
         def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
             if name in names:  # torch's message would say that the attribute already exists
@@ -514,11 +554,12 @@ def _give_dense_keys(
     them.
     """
     mine = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    own = _OWN.get(module, {})
     for name in held_names(module):
         mask, key = mine.pop(f"{prefix}{name}_mask"), f"{prefix}{name}_orig"
         if module._parameters[key.removeprefix(prefix)].is_leaf:  # type: ignore[union-attr]
-            with torch.no_grad():
-                mine[key].masked_fill_(mask == 0, 0)  # an outer step may not have been ended yet
+            with torch.no_grad():  # an outer step may not have been ended yet
+                mine[key].masked_fill_(own.get(name, mask) == 0, 0)
         else:  # a clone in the middle of an inner loop keeps its graph
             mine[key] = mine[key] * (mask != 0)
     dense = {f"{prefix}{name}_orig": f"{prefix}{name}" for name in held_names(module)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from random import Random
 from typing import Any
 
@@ -17,7 +17,7 @@ from l2l_prune._basics.generators import check_generator, drawn_by
 from l2l_prune.masking.allocation import Allocation, global_masks, kept_counts
 from l2l_prune.masking.attached import HeldMasks
 from l2l_prune.masking.criteria import scores_of
-from l2l_prune.masking.masked_layer import put_mask
+from l2l_prune.masking.masked_layer import lend_mask, return_mask
 from l2l_prune.masking.one_mask import all_true, arranged, named
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.prunable import LayerTensor
@@ -175,6 +175,15 @@ class TaskDraws:
                 "the schedule draws masks for each task: say how, with "
                 "task_masks=TaskMasks(generator)"
             )
+
+    def check_outside(self) -> None:
+        """Refuse, while a task is running, what would act on its masks instead of the model's.
+
+        Raises:
+            RuntimeError: Saying what to do.
+        """
+        if self.inside:
+            raise RuntimeError("this cannot be done within task_masks(): leave that block first")
 
     def check_begun(self, position: int, iteration: int) -> None:
         """Refuse to end a meta-iteration that should have drawn masks but has not.
@@ -344,11 +353,8 @@ def _lent(tensors: Sequence[LayerTensor], masks: Sequence[Tensor]) -> Iterator[N
 
     Clones and functional copies that are made within the block keep these masks.
     """
-    own = [tensor.module._buffers[f"{tensor.name}_mask"] for tensor in tensors]
-    try:
+    with ExitStack() as stack:
         for tensor, mask in zip(tensors, masks, strict=True):
-            put_mask(tensor.module, tensor.name, mask)
+            lend_mask(tensor.module, tensor.name, mask)
+            stack.callback(return_mask, tensor.module, tensor.name)
         yield
-    finally:
-        for tensor, buffer in zip(tensors, own, strict=True):
-            tensor.module._buffers[f"{tensor.name}_mask"] = buffer

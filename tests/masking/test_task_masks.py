@@ -324,3 +324,66 @@ def test_given_masks_count_as_a_task_also_after_resuming_within_the_iteration(ne
     old = pruner.state_dict()
     del old["task_masks"]["begun"]  # as older versions saved it
     resumed.load_state_dict(old)
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["dense", "held"])
+@pytest.mark.parametrize("dense_keys", [False, True], ids=["torch's keys", "dense keys"])
+@pytest.mark.parametrize("what", ["apply", "reset", "save"])
+def test_what_writes_within_a_block_leaves_what_only_the_task_prunes(what, dense_keys, held):
+    net = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    first = Segment(1, sparse=held, sparsity=0.25 if held else 0.0)
+    schedule = Schedule((first, Segment(3, sparse=True, sparsity=0.5, masks="task")))
+    pruner = Pruner(net, schedule, task_masks=drawing(), dense_keys=dense_keys)
+    given = {name: torch.rand(w.shape) > 0.5 for name, w in pruner.weights.items()}
+    before = {name: weight.clone() for name, weight in pruner.weights.items()}
+    with pruner.task_masks(given) as masks:
+        if what == "apply":
+            net.apply(lambda module: module.eval())
+        elif what == "save":
+            saved = {name: value.clone() for name, value in net.state_dict().items()}
+        else:
+            net[0].reset_parameters()
+            before["0.weight"] = net[0].weight_orig.detach().clone()
+            own = pruner.masks["0.weight"]
+            assert torch.equal(before["0.weight"] != 0, own)
+        for name, mask in masks.items():
+            inside = net.get_submodule(name.rpartition(".")[0]).weight
+            assert torch.equal(inside, before[name] * mask)
+        with pytest.raises(RuntimeError, match="leave that block first"):
+            pruner.project()
+    assert all(torch.equal(weight, before[name]) for name, weight in pruner.weights.items())
+    if what == "save" and dense_keys:
+        assert all(torch.equal(saved[name], weight) for name, weight in before.items())
+    pruner.step()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dense_keys", [False, True], ids=["torch's keys", "dense keys"])
+def test_weights_loaded_within_a_block_keep_the_tasks_masks(dense_keys, assign):
+    """As in loops that start each task from the meta-weights."""
+    net = nn.Linear(6, 8)
+    schedule = Schedule((Segment(9, sparse=True, sparsity=0.5, masks="task"),))
+    pruner = Pruner(net, schedule, task_masks=drawing(), dense_keys=dense_keys)
+    meta = copy.deepcopy(net.state_dict())
+    with pruner.task_masks() as masks:
+        with torch.no_grad():
+            pruner.weights["weight"].add_(1)
+        net.load_state_dict(meta, assign=assign)
+        mask = masks["weight"]
+        assert int(mask.sum()) == 24
+        value = meta["weight" if dense_keys else "weight_orig"]
+        assert torch.equal(net.weight, value * mask)
+    assert torch.equal(net.weight, value)
+    pruner.step()
+
+
+def test_a_clone_saved_within_a_block_has_the_tasks_masks():
+    net = nn.Linear(6, 8)
+    pruner = Pruner(net, PER_TASK, task_masks=drawing())
+    with pruner.task_masks() as masks:
+        twin = copy.deepcopy(net)
+        twin.apply(lambda module: None)
+        assert torch.equal(twin.weight_mask.bool(), masks["weight"])
+        assert torch.equal(twin.weight_orig != 0, masks["weight"])
+    assert torch.equal(twin.weight_mask.bool(), masks["weight"])
+    assert bool((net.weight_orig != 0).all())
