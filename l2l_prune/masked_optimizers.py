@@ -14,7 +14,7 @@ from l2l_prune import optimizer_state
 from l2l_prune._basics.optimizers import held_ids
 from l2l_prune._basics.precision import skips_step
 from l2l_prune.masking.layers import learning_rates
-from l2l_prune.masking.masked_layer import held_tensors
+from l2l_prune.masking.masked_layer import stored_tensor
 from l2l_prune.masking.prunable import LayerTensor
 
 
@@ -40,30 +40,35 @@ class MaskedOptimizers:
         match: bool,
     ) -> None:
         self.all = optimizer_state.as_optimizers(optimizer)
-        weights = [tensor.module._parameters[tensor.name] for tensor in tensors]
+        self._tensors, self._rates = tensors, learning_rates(model, tensors)
         for given in self.all:
-            optimizer_state.check_holds(given, weights)
+            optimizer_state.check_holds(given, self.followed)
         self.released: dict[str, Tensor] = {}
         self._masks: Sequence[Tensor] = []
         self._stepped: set[tuple[str, int, bool]] = set()  # name, which optimizer, whether rates
-        self._tensors, self._rates = tensors, learning_rates(model, tensors)
         self._match = match
         self._handles: list[RemovableHandle] = []
 
     @property
+    def followed(self) -> list[Tensor]:
+        """The parameters whose state follows the masks: the weights, and rates learned for them."""
+        weights = [stored_tensor(tensor.module, tensor.name) for tensor in self._tensors]
+        return [*weights, *(rates for rates in self._rates if rates is not None)]
+
+    @property
     def may_divide_by_zero(self) -> bool:
         """Whether a step may make pruned weights, whose gradients are 0, NaN."""
-        return any(group.get("eps") == 0 for held in self.all for group in held.param_groups)
+        return any(_eps_vanishes(group) for held in self.all for group in held.param_groups)
 
     def watch(self) -> None:
         """From now on, look at the gradients before the first step after each release."""
         for optimizer in self.all:
             self._watch(optimizer)
 
-    def add(self, optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
-        """Add an optimizer, which must hold some of ``weights``, the pruned ones."""
+    def add(self, optimizer: Optimizer) -> None:
+        """Add an optimizer, which must hold some of what is followed."""
         optimizer = optimizer_state.plain_optimizer(optimizer)
-        optimizer_state.check_holds(optimizer, weights)
+        optimizer_state.check_holds(optimizer, self.followed)
         if any(optimizer is held for held in self.all):
             raise ValueError("this optimizer already follows the masks")
         self.all.append(optimizer)
@@ -109,6 +114,13 @@ class MaskedOptimizers:
         """Follow none of the optimizers from now on; others may be added."""
         self.let_go()
         self.all, self._stepped = [], set()
+
+    def release(self) -> None:
+        """All weights may move from now on, and nothing is watched: level what is released."""
+        if self._masks:
+            self.follow(self._masks, [torch.ones_like(mask) for mask in self._masks])
+        self.released = {}
+        self.let_go()
 
     def let_go(self) -> None:
         """Stop watching."""
@@ -170,8 +182,17 @@ class MaskedOptimizers:
         The third entry is a key for the pair, which is the same in copies.
         """
         tensor, rates = self._tensors[position], self._rates[position]
-        original, _ = held_tensors(tensor.module, tensor.name)
+        original = stored_tensor(tensor.module, tensor.name)
         for number, optimizer in enumerate(self.all):
             yield optimizer, original, (tensor.full_name, number, False)
             if rates is not None:
                 yield optimizer, rates, (tensor.full_name, number, True)
+
+
+def _eps_vanishes(group: dict[str, Any]) -> bool:
+    """Whether the term that keeps divisors above 0 is 0, as written or in half precision."""
+    eps = group.get("eps")
+    if not isinstance(eps, float) and eps != 0:
+        return False
+    halves = (parameter.dtype == torch.float16 for parameter in group["params"])
+    return eps == 0 or (eps < 2**-25 and any(halves))

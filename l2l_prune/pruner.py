@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from l2l_prune import optimizer_state
 from l2l_prune._basics import checks, ranks
 from l2l_prune._basics.moved import renamed
 from l2l_prune.masked_optimizers import MaskedOptimizers
@@ -212,10 +213,15 @@ class Pruner(ScheduledPruner):
 
         Raises:
             TypeError: If it is no optimizer.
-            ValueError: If it holds none of the pruned weights, or follows them already.
+            ValueError: If it holds none of the pruned weights and no learning rates of theirs, or
+                follows them already.
         """
         self._check_usable(masks=False)
-        self._optimizers.add(optimizer, self._held.originals())
+        self._optimizers.add(optimizer)
+
+    def concerns(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer holds pruned weights, or learning rates of theirs (Meta-SGD)."""
+        return optimizer_state.holds(optimizer, self._optimizers.followed)
 
     def forget_optimizers(self) -> None:
         """Let the state of no optimizer follow the masks any more, until others are added."""
@@ -358,7 +364,7 @@ class Pruner(ScheduledPruner):
 
     def _let_go(self) -> None:
         self._held.take_off()
-        self._optimizers.let_go()
+        self._optimizers.release()
 
     def _check_usable(self, *, thoroughly: bool = False, masks: bool = True) -> None:
         if self._finalized:

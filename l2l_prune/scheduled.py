@@ -112,7 +112,8 @@ class ScheduledPruner(ServesLearners, ABC):
     def finalize(self) -> nn.Module:
         """End the pruning and leave a plain module: original classes, names, order and shapes.
 
-        What is pruned at that moment keeps the value 0, but is free to change from then on.
+        Weights under a mask at that moment keep the value 0, and channels that are cut out come
+        back as at the end of a sparse phase; both are free to change from then on.
 
         Returns:
             The model that was given, changed in place.

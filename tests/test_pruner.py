@@ -269,6 +269,35 @@ def test_without_the_rule_they_would(beta1):
     assert max(regrown) > 3
 
 
+def test_weights_freed_by_finalize_do_not_jump():
+    """As if the sparse phase had ended there: the same layer, with and without the rule."""
+
+    def first_step(release_state):
+        generator = torch.Generator().manual_seed(0)
+        layer = nn.Linear(20, 1, bias=False)
+        target = torch.randn(20, 1, generator=generator)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3)
+        schedule = DSDSchedule(0.5, pretrain=10, prune=5000, retrain=0)
+        pruner = Pruner(layer, schedule, optimizer, release_state=release_state)
+        for iteration in range(3012):
+            x = torch.randn(64, 20, generator=generator)
+            optimizer.zero_grad()
+            (layer(x) - x @ target).square().mean().backward()
+            before = layer.weight.detach().clone()
+            optimizer.step()
+            if iteration < 3010:
+                pruner.step()
+                mask = pruner.masks.get("weight")
+            elif iteration == 3010:
+                pruner.finalize()
+        moved = (layer.weight.detach() - before).abs() / 1e-3
+        return float(moved[mask].max()), float(moved[~mask].max())
+
+    kept, freed = first_step("match")
+    assert 0 < freed <= kept
+    assert first_step("keep")[1] > 2
+
+
 def test_regrow_rule_under_an_optimizer_closure():
     """Lightning passes a closure: the gradients exist only inside optimizer.step."""
 
@@ -650,6 +679,33 @@ def test_a_step_that_divides_by_zero_leaves_no_nan_under_the_mask():
     (mask,) = pruner.masks.values()
     assert (layer.weight_orig[~mask] == 0).all()
     assert layer.weight_orig.isfinite().all()
+
+
+def test_an_eps_that_is_0_in_half_precision_leaves_no_nan_under_the_mask():
+    layer = torch.nn.Linear(16, 8).half()
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)  # eps 1e-8
+    pruner = Pruner(layer, DSDSchedule(0.5, pretrain=0, prune=9, retrain=1), optimizer)
+    layer(torch.ones(4, 16).half()).float().square().mean().backward()
+    optimizer.step()
+    assert layer.weight_orig[~pruner.masks["weight"]].isnan().any()  # torch's own
+    pruner.step()
+    assert (layer.weight_orig[~pruner.masks["weight"]] == 0).all()
+
+
+def test_a_head_beside_the_network_of_ones_own_wrapper_is_pruned():
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def clone(self):
+            return self
+
+        def adapt(self, loss):
+            pass
+
+    pruner = Pruner(Mine(), DSDSchedule(0.5, pretrain=0, prune=2, retrain=1))
+    assert list(pruner.masks) == ["module.weight", "head.weight"]
 
 
 def test_finalized_pruners_still_name_their_weights(net):

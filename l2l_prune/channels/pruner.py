@@ -285,6 +285,7 @@ class ChannelPruner(ScheduledPruner):
             "kept": None if self._kept is None else self._by_name(),
             "full": {name: tensor.clone() for name, tensor in self._full.items()},
             "regrown": {name: mask.clone() for name, mask in self.released.items()},
+            "stepped": self._stepped,
         }
 
     @torch.no_grad()
@@ -295,7 +296,9 @@ class ChannelPruner(ScheduledPruner):
             ValueError: If the state belongs to another model or schedule; nothing is changed.
         """
         self._check_usable()
-        keys = {"version", "schedule", "iteration", "kept", "full", "regrown"}
+        keys = {"version", "schedule", "iteration", "kept", "full", "regrown", "stepped"}
+        if isinstance(state, dict):  # of older versions
+            state = {"stepped": False, **state}
         self._check_state(state, keys | set(self._tasks.state_dict()), _STATE_VERSION)
         self._tasks.check_state(state)
         check_channels_of(state, self.schedule, self._channels, self._counts, self._shapes)
@@ -314,6 +317,7 @@ class ChannelPruner(ScheduledPruner):
                 self._full[name].copy_(tensor)
         for name, mask in state["regrown"].items():
             self.released[name] = mask.to(self.model.get_parameter(name).device, copy=True)
+        self._stepped = bool(state["stepped"])
 
     # ---- inside -----------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from l2l_prune.masking.masked_layer import (
 )
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.task_masks import TaskMasks, check_broadcasts
-from l2l_prune.optimizer_state import holds, plain_optimizer
+from l2l_prune.optimizer_state import plain_optimizer
 from l2l_prune.pruner import Pruner
 from l2l_prune.schedules.schedule import Schedule
 
@@ -159,9 +159,8 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         if any(segment.per_task for segment in self.schedule.segments):
             check_broadcasts(trainer.strategy.model)
         pruner.forget_optimizers()  # of an earlier fit
-        weights = list(pruner.weights.values())
         plain = [plain_optimizer(optimizer) for optimizer in trainer.optimizers]
-        found = [optimizer for optimizer in plain if holds(optimizer, weights)]
+        found = [optimizer for optimizer in plain if pruner.concerns(optimizer)]
         if not found:
             raise ValueError(
                 "none of the trainer's optimizers holds a pruned weight: check layers, only and "

@@ -194,18 +194,27 @@ def _learning_rates(model: nn.Module) -> dict[int, nn.Parameter]:
 def _beside_the_network(model: nn.Module) -> set[nn.Module]:
     """Modules that a meta-learning wrapper holds beside its network.
 
-    learn2learn's algorithms (clone, adapt) keep the network under ``module``; whatever else they
-    hold, such as GBML's gradient transforms, is not a layer of the network.
+    learn2learn's algorithms and those of this library keep the network under ``module``; whatever
+    else they hold, such as GBML's gradient transforms, is not a layer of the network.
     """
     aside: set[nn.Module] = set()
     for wrapper in model.modules():
-        if all(callable(getattr(wrapper, verb, None)) for verb in ("clone", "adapt")):
+        if any(map(_is_meta_learner, type(wrapper).__mro__)):
             network = wrapper._modules.get("module")
             for child in wrapper.children() if network is not None else ():
                 if child is not network:
                     aside.update(child.modules())
             aside -= set(network.modules()) if network is not None else set()
     return aside
+
+
+def _is_meta_learner(cls: type) -> bool:
+    """Of a class, not of those made from it: others' may hold a head beside their ``module``."""
+    return (
+        cls.__module__.partition(".")[0] in ("learn2learn", "l2l_prune")
+        and cls.__name__ != "BaseLearner"
+        and all(callable(getattr(cls, verb, None)) for verb in ("clone", "adapt"))
+    )
 
 
 def _prunable_names(module: nn.Module, *, everything: bool) -> list[str]:

@@ -187,6 +187,17 @@ def return_mask(module: nn.Module, name: str) -> None:
     module._buffers[f"{name}_mask"] = _OWN[module].pop(name)
 
 
+def lent_masks(model: nn.Module) -> dict[str, Tensor]:
+    """The masks that the modules of ``model`` lend now, by the names of their buffers."""
+    return {
+        f"{path}.{name}_mask" if path else f"{name}_mask": cast(
+            Tensor, module._buffers[f"{name}_mask"]
+        )
+        for path, module in model.named_modules()
+        for name in _OWN.get(module, {})
+    }
+
+
 @contextmanager
 def _own_masks(module: nn.Module) -> Iterator[None]:
     """Within the block the module has its own masks again, whatever it lends."""

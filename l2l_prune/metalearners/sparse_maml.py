@@ -11,6 +11,7 @@ from torch.func import functional_call
 from l2l_prune._basics import checks
 from l2l_prune._basics.generators import check_generator, drawn_by
 from l2l_prune._basics.losses import inner_gradients
+from l2l_prune.masking.masked_layer import lent_masks
 
 
 class _Step(torch.autograd.Function):
@@ -82,6 +83,7 @@ class SparseMAML(nn.Module):
             for p in model.parameters()
         )
         self._adapted: dict[str, Tensor] | None = None
+        self._masks: dict[str, Tensor] = {}  # of the learner's task
 
     @property
     def frozen(self) -> float:
@@ -101,6 +103,7 @@ class SparseMAML(nn.Module):
         learner.module, learner.scores, learner.lr = self.module, self.scores, self.lr
         learner.first_order = self.first_order if first_order is None else first_order
         learner._adapted = None if self._adapted is None else dict(self._adapted)
+        learner._masks = self._masks or lent_masks(self.module)
         learner.training = self.training
         return learner
 
@@ -132,9 +135,10 @@ class SparseMAML(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with this learner's weights."""
-        if self._adapted is None:
-            return self.module(*args, **kwargs)
-        return functional_call(self.module, self._adapted, args, kwargs)
+        own = {**(self._adapted or {}), **self._masks}
+        return (
+            functional_call(self.module, own, args, kwargs) if own else self.module(*args, **kwargs)
+        )
 
     def _weights(self) -> dict[str, Tensor]:
         return dict(self.module.named_parameters()) if self._adapted is None else self._adapted

@@ -19,6 +19,9 @@ class TaskDropout(nn.Dropout):
     In evaluation mode nothing is dropped. Masks are drawn on the CPU, so that all devices get the
     same ones; on a GPU each forward pass in training waits for it.
 
+    A layer that one forward pass calls several times drops the same units each time: register one
+    for each place.
+
     Compiled steps would compile anew for each task, and learners that are adapted together
     (:class:`~l2l_prune.reptile.batched.BatchedLearners`) cannot have masks of their own: torch
     raises an error.

@@ -350,6 +350,28 @@ def test_resume_in_mid_phase_is_exact():
     assert other.features.conv1.weight.shape[0] == 4
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_resume_between_the_optimizers_step_and_the_pruners_is_exact(amsgrad):
+    def start():
+        torch.manual_seed(0)
+        net = Conv4(5, 8).double()
+        opt = torch.optim.Adam(net.parameters(), 0.01, amsgrad=amsgrad)
+        return net, opt, ChannelPruner(net, SCHEDULE, opt, example_inputs=IMAGES)
+
+    net, opt, pruner = start()
+    train(net, opt, 4, pruner.step)  # released, and no step since
+    train(net, opt, 1, lambda: None)
+    saved = copy.deepcopy((pruner.state_dict(), net.state_dict(), opt.state_dict()))
+    pruner.step()
+    train(net, opt, 2, pruner.step)
+    other, their_opt, twin = start()
+    for thing, state in zip((twin, other, their_opt), saved, strict=True):
+        thing.load_state_dict(state)
+    twin.step()
+    train(other, their_opt, 2, twin.step)
+    assert all(map(torch.equal, net.parameters(), other.parameters()))
+
+
 def test_channels_that_are_gone_stay_gone_without_a_dense_phase():
     net = Conv4(5, 8)
     schedule = IHTSchedule(0.75, pretrain=1, prune=1, retrain=0, rounds=3, initial_sparsity=0.25)

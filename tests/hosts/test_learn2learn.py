@@ -177,6 +177,31 @@ def test_metasgd_rates_of_pruned_entries_stay_put(optimizer):
             held = {n: r.detach().clone() for n, r in zip(names, meta.lrs, strict=True)}
 
 
+def test_an_optimizer_of_the_rates_alone_follows_the_masks():
+    meta = MetaSGD(TinyNet(), lr=0.1)
+    of_weights = torch.optim.Adam(meta.module.parameters(), lr=0.01)
+    of_rates = torch.optim.Adam(meta.lrs.parameters(), lr=0.01)
+    schedule = Schedule((Segment(3), Segment(20, sparse=True, sparsity=0.5)))
+    pruner = Pruner(meta, schedule, of_weights)
+    pruner.add_optimizer(of_rates)
+    names = [f"module.{name}" for name, _ in TinyNet().named_parameters()]
+    for iteration in range(9):
+        before = {n: rate.detach().clone() for n, rate in zip(names, meta.lrs, strict=True)}
+        of_weights.zero_grad()
+        of_rates.zero_grad()
+        objective(meta, iteration, None).backward()
+        of_weights.step()
+        of_rates.step()
+        if pruner.sparse:
+            rates = dict(zip(names, meta.lrs, strict=True))
+            for name, mask in pruner.masks.items():
+                assert torch.equal(rates[name][~mask], before[name][~mask])
+                assert (rates[name][mask] != before[name][mask]).any()
+        pruner.step()
+    with pytest.raises(ValueError, match="holds none of the weights"):
+        pruner.add_optimizer(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1))
+
+
 class WithUnused(TinyNet):
     def __init__(self):
         super().__init__()

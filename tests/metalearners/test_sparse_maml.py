@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from l2l_prune import DSDSchedule, Pruner
+from l2l_prune import DSDSchedule, Pruner, TaskMasks
 from l2l_prune.metalearners.sparse_maml import SparseMAML
 
 X, Y = (
@@ -159,3 +159,27 @@ def test_frozen_weights_stay_and_the_others_step_as_without_them(net):
         wanted[name] = torch.where(scores[name] >= 0, p - 0.1 * g, p)
     expected = torch.func.functional_call(net, wanted, (X,))
     assert torch.allclose(learner(X), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_learner_cloned_in_a_tasks_block_keeps_its_masks(net, steps):
+    """As learn2learn's do: what the task prunes gets no gradient, and is 0 in its outputs."""
+    maml = SparseMAML(net.double(), lr=0.1)
+    schedule = DSDSchedule(0.5, pretrain=0, prune=3, retrain=2).per_task()
+    masks = TaskMasks(torch.Generator().manual_seed(0))
+    pruner = Pruner(maml, schedule, task_masks=masks)
+    with pruner.task_masks() as held:
+        learner = maml.clone()
+    for _ in range(steps):
+        learner.adapt(F.cross_entropy(learner(X), Y))
+    out = learner.clone()(X)
+    F.cross_entropy(out, Y).backward()
+    for name, mask in held.items():
+        gradient = pruner.weights[name].grad
+        assert not gradient[~mask].any()
+        assert gradient[mask].any()
+    masked = {f"module.{n}": w for n, w in learner._weights().items()}
+    dense = {n.removesuffix("_orig"): w for n, w in masked.items()}
+    values = {n.removeprefix("module."): w * held.get(n, 1) for n, w in dense.items()}
+    pruner.finalize()
+    torch.testing.assert_close(out, torch.func.functional_call(net, values, (X,)))
