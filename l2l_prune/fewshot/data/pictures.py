@@ -142,10 +142,15 @@ def shown(name: str | os.PathLike[str]) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def note_file(digest: Any, path: str | os.PathLike[str], name: str) -> None:
-    """Update a hash with a file's name, size and time, by which a change is noticed."""
+def note_file(digest: Any, path: str | os.PathLike[str], name: str) -> tuple[int, int]:
+    """Update a hash with a file's name, size and time, by which a change is noticed.
+
+    Returns:
+        What tells the file from all others, whatever links lead to it: device and inode.
+    """
     state = os.stat(path)
     digest.update(os.fsencode(name) + f"\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+    return state.st_dev, state.st_ino
 
 
 def picture_files(folder: str | os.PathLike[str]) -> list[Path]:

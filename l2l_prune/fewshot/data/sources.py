@@ -1,6 +1,7 @@
 """The contents of a folder of images: class folders, CSV lists or tables, listed as a stream.
 
-No object is kept for a single file, since a folder may hold millions.
+A folder may hold millions of files: all that is kept of one is its place on the disk, so that no
+picture counts twice, in whatever splits and classes and by whatever links.
 """
 
 from __future__ import annotations
@@ -37,11 +38,19 @@ _LAYOUTS = (
 )
 
 
+Seen = dict[tuple[int, int], str]
+"""Where each file was met first, by device and inode."""
+
+
 class Part(Protocol):
     """A split, or the whole of a source without splits."""
 
-    def survey(self, digest: Any) -> Counter[str]:
-        """Number of pictures in each class; names, sizes and times update ``digest``."""
+    def survey(self, digest: Any, seen: Seen) -> Counter[str]:
+        """Number of pictures in each class; names, sizes and times update ``digest``.
+
+        Raises:
+            ValueError: If a file is in ``seen``, to which all are added, or cannot be used.
+        """
 
     def pictures(self) -> Iterator[Picture]:
         """All pictures, always in the same order."""
@@ -95,9 +104,10 @@ class Source:
             OSError: If a file cannot be accessed.
         """
         survey, digest = Survey(), sha256()
+        seen: Seen = {}
         for split, part in self.parts.items():
             digest.update(f"{split}\0".encode())
-            counts = part.survey(digest)
+            counts = part.survey(digest, seen)
             if not counts:
                 kind = f"{split} pictures" if split else "pictures"
                 raise ValueError(f"{shown(self.root)} has no {kind}")
@@ -194,7 +204,7 @@ class _ClassFolders:
 
     root: Path
 
-    def survey(self, digest: Any) -> Counter[str]:
+    def survey(self, digest: Any, seen: Seen) -> Counter[str]:
         counts: Counter[str] = Counter()
         for folder in _folders(self.root):
             names, others = _pictures_in(folder)
@@ -205,8 +215,10 @@ class _ClassFolders:
                     f"{', '.join(ENDINGS)}): remove it"
                 )
             digest.update(os.fsencode(folder.name) + b"\0")
+            where = shown(folder)
             for name in names:
-                note_file(digest, os.path.join(folder, name), name)
+                path = os.path.join(folder, name)
+                _note(note_file(digest, path, name), seen, where, shown(path))
             counts[folder.name] = len(names)
         return counts
 
@@ -224,21 +236,13 @@ class _List:
     file: Path
     images: Path
 
-    def survey(self, digest: Any) -> Counter[str]:
+    def survey(self, digest: Any, seen: Seen) -> Counter[str]:
         counts: Counter[str] = Counter()
-        lines: dict[str, int] = {}
         for line, name, label in self._lines():
-            path = os.path.normpath(os.path.join(self.images, name))
-            if (first := lines.setdefault(path, line)) != line:
-                raise ValueError(
-                    f"{shown(self.file)}, line {line}: {name} is in line {first}, too, so that it "
-                    "could be in the support set and a query at once: keep one of them"
-                )
+            path, where = os.path.join(self.images, name), f"{shown(self.file)}, line {line}"
             if not os.path.isfile(path):
-                raise FileNotFoundError(
-                    f"{shown(self.file)}, line {line}: there is no file {shown(path)}"
-                )
-            note_file(digest, path, f"{name}\0{label}")
+                raise FileNotFoundError(f"{where}: there is no file {shown(path)}")
+            _note(note_file(digest, path, f"{name}\0{label}"), seen, where, f"{where}: {name}")
             counts[label] += 1
         return counts
 
@@ -254,11 +258,22 @@ class _List:
                 if not {"filename", "label"} <= set(reader.fieldnames or ()):
                     raise ValueError("its first line must be filename,label")
                 for row in reader:
-                    if not row["filename"] or not row["label"]:
+                    name, label = ((row[column] or "").strip() for column in ("filename", "label"))
+                    if not name or not label:
                         raise ValueError(f"line {reader.line_num} has no file name or no label")
-                    yield reader.line_num, row["filename"], row["label"]
+                    yield reader.line_num, name, label
             except (csv.Error, ValueError) as error:
                 raise ValueError(f"{shown(self.file)}: {error}") from None
+
+
+def _note(place: tuple[int, int], seen: Seen, where: str, what: str) -> None:
+    """Add a file that is met at ``where``; refuse one that was met before."""
+    if place in seen:
+        raise ValueError(
+            f"{what} was met before, in {seen[place]}, so that it could be in training and test, "
+            "or in the support set and a query, at once: keep one of them"
+        )
+    seen[place] = where
 
 
 def _folders(root: Path) -> list[Path]:

@@ -32,11 +32,15 @@ class Table:
     files: tuple[Path, ...]
     root: Path
 
-    def survey(self, digest: Any) -> Counter[str]:
+    def survey(self, digest: Any, seen: Any) -> Counter[str]:
         """Number of rows in each class.
 
         Names, sizes and times of the files update ``digest``, and those of pictures that they only
         name.
+
+        Args:
+            digest: The hash.
+            seen: Not used, since rows hold their pictures.
 
         Raises:
             ValueError: If a file is damaged or lacks these columns; the message names it.

@@ -302,7 +302,8 @@ def test_links(root):
     outside = root.parent / "outside"
     write_classes(outside, ["c5"], first=5)
     (root / "c5").symlink_to(outside / "c5")
-    (root / "c0" / "7.png").symlink_to(root / "c0" / "1.png")
+    write_classes(outside, ["c6"], first=6)
+    (root / "c0" / "7.png").symlink_to(next((outside / "c6").glob("*.png")))
     assert sum(len(load_folder(root, split).labels) for split in ("train", "test")) < 19
     assert find_source(root).survey().counts[""]["c0"] == 4
     (root / "loop").symlink_to(root)
@@ -320,6 +321,26 @@ def test_links(root):
     (root / "c1" / "gone.png").symlink_to(root / "nowhere.png")
     with pytest.raises(FileNotFoundError, match=r"c1/gone\.png"):
         load_folder(root, "train")
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "two lists", "one list", "blanks"])
+def test_no_picture_counts_twice(kind, root):
+    """In two splits of folders or lists, or in one class."""
+    write_classes(root, NAMES[:4])
+    first = sorted((root / NAMES[0]).glob("*.png"))[0]
+    where = root
+    if kind in ("link", "hard link"):
+        twin = root / NAMES[3] / "twin.png"
+        twin.symlink_to(first) if kind == "link" else twin.hardlink_to(first)
+    else:
+        where = root.parent
+        name = first.relative_to(root)
+        (where / "train.csv").write_text(f"filename,label\n{name},a\n")
+        again = {"two lists": f"{name},b", "blanks": f" {name} ,a ", "one list": f"./{name},a"}
+        lines = again[kind] if kind != "one list" else f"{again[kind]}\n{name},a"
+        (where / "test.csv").write_text(f"filename,label\n{lines}\n")
+    with pytest.raises(ValueError, match=r"was met before, in .*: keep one of them"):
+        load_folder(where, "train", split_seed=0)
 
 
 def test_the_listing_is_a_stream(root, monkeypatch):
