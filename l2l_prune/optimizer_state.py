@@ -145,8 +145,8 @@ def raise_to_gradient(
     rate. This raises the second moment of released entries further, so that a gradient of this
     size moves them by as much as the kept entries of the tensor moved on average in their last
     step (between a tenth of a learning rate and one), even where those have converged and their
-    second moments are tiny. The surplus decays like all of Adam's memory. A step that a gradient
-    scaler skips changes nothing here either.
+    second moments are tiny. The surplus decays like all of Adam's memory, except with AMSGrad,
+    which never forgets a maximum. A step that a gradient scaler skips changes nothing here either.
 
     Args:
         optimizer: Any torch optimizer, about to step with ``parameter.grad``.

@@ -112,7 +112,9 @@ def assert_said(one, row):
     if "p" in row:
         assert float(row["p"]) == pytest.approx(one.p, rel=0.05)
     if "could be seen" in row:
-        assert row["could be seen"] == f"{100 * one.detectable:.1f}"
+        least = 100 * one.detectable
+        seen = f"from {least:+.1f} on" if one.comparison.margin else f"{least:.1f}"
+        assert row["could be seen"] == seen
     if "comparison" in row:
         label = next(text for name, text in row.items() if name.startswith("comparison"))
         treatment, control = label.split(" minus ")

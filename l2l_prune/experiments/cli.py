@@ -415,8 +415,8 @@ def data(
 
     with plain_errors(sheet.absolute().parent, hint="--sheet"):
         found = look(folder)
-        for line in [*found.lines(), *split_lines(found.source, split)]:
-            typer.echo(line)
+        typer.echo("\n".join(found.lines()))  # also of splits that cannot be used
+        typer.echo("\n".join(split_lines(found.source, split)))
         drawn = contact_sheet(folder, sheet)
         typer.echo(f"wrote {sheet}: the first pictures of {drawn} classes")
 

@@ -132,7 +132,10 @@ def measure_adaptation(folder: Path) -> list[Path]:
         )
     first = next(iter(runs.values()))
     config, data = first.settings_on_cpu(), _unseen_images(first)
-    tasks = ("data", "data_root", "split", "image_size", "ways", "shots", "queries")
+    tasks = (
+        *("data", "data_root", "split", "image_size", "ways", "shots", "queries", "held_out"),
+        *("eval_steps", "eval_batch", "transductive", "bf16"),
+    )
     for run in runs.values():
         own = run.settings_on_cpu()
         if other := [n for n in tasks if getattr(own, n) != getattr(config, n)]:

@@ -39,9 +39,10 @@ def _dsd(
     iterations: int, sparsity: float, pretrain: float = 0.3, retrain: float = 0.1
 ) -> DSDSchedule:
     prune = round(1 - pretrain - retrain, 12)  # 0.6 and not 0.6000000000000001
-    if prune < 0:
+    if prune <= 0:
         raise ValueError(
-            f"pretrain={pretrain} and retrain={retrain} must not add up to more than 1, the run"
+            f"pretrain={pretrain} and retrain={retrain} leave none of the run for pruning: they "
+            "must add up to less than 1"
         )
     return DSDSchedule.from_fractions(
         sparsity, iterations, pretrain=pretrain, prune=prune, retrain=retrain
@@ -54,6 +55,11 @@ def _iht(
     checks.whole_number("rounds", rounds)
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if pretrain >= 1 or retrain >= 1:
+        raise ValueError(
+            f"pretrain={pretrain} and retrain={retrain} leave none of the run for pruning: each "
+            "must be less than 1"
+        )
     round_share = (1 - pretrain) / rounds
     return IHTSchedule.from_fractions(
         sparsity,
@@ -106,6 +112,8 @@ def _dense_start(iterations: int, pretrain: float) -> int:
     dense = round(pretrain * iterations)
     if dense >= iterations:
         raise ValueError(f"pretrain={pretrain} leaves none of {iterations} iterations for pruning")
+    if pretrain and not dense:
+        raise ValueError(f"pretrain={pretrain} of {iterations} iterations is none: make it longer")
     return dense
 
 

@@ -19,7 +19,9 @@ from l2l_prune.schedules.schedule import Schedule, Segment
 
 
 def restored_network(run: FinishedRun, data: Images) -> nn.Module:
-    """The network of a finished run with its weights; small if it ended with channels cut out.
+    """The network of a finished run with its weights, in the mode in which the run was scored.
+
+    It is small if the run ended with channels cut out.
 
     Raises:
         FileNotFoundError: If the file of its weights is gone.
@@ -29,7 +31,8 @@ def restored_network(run: FinishedRun, data: Images) -> nn.Module:
     state = read_weights(run.weights_file.path)
     with torch.random.fork_rng(devices=[]):
         dense = config.rebuilt(Schedule((Segment(1),)), structured=False)
-        net = build(dense, shape).finalize()
+        algorithm = build(dense, shape)
+        net = algorithm.finalize().train(algorithm.scored_in_training)
     sizes = {name: tensor.shape for name, tensor in net.state_dict().items()}
     if sizes != {name: tensor.shape for name, tensor in state.items()}:
         raise ValueError(f"{run.weights_file.path} holds the weights of another network")

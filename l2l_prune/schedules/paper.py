@@ -315,6 +315,8 @@ class IHTSchedule(Schedule):
             raise ValueError(f"total={total} does not divide into rounds={rounds} of equal length")
         length = in_rounds // rounds
         whole = (prune + retrain) or 1  # rounds may be empty
+        if pretrain and rounds * length == total:
+            raise ValueError(f"pretrain={pretrain:.2g} of total={total} is no iteration")
         parts = apportion(length, {"prune": prune / whole, "retrain": retrain / whole})
         return cls(
             sparsity,

@@ -246,9 +246,12 @@ class Schedule:
                 ) from None
             _, ax = plt.subplots(figsize=(6, 2.2), layout="constrained")
         edges, values = [0], []
-        for _, stop, segment in self.spans():
+        for start, stop, segment in self.spans():
             edges.append(stop)
             values.append(100 * _plotted(segment))
+            if math.isnan(values[-1]):
+                where = {"ha": "center", "va": "center"}
+                ax.text((start + stop) / 2, 50, segment.sparsity_label, where)
         ax.stairs(values, edges, lw=2)
         self.shade(ax)
         ax.set(xlabel="meta-iteration", ylabel="pruned weights [%]", xlim=(0, self.iterations))
@@ -283,9 +286,14 @@ def _described(segment: Segment) -> str:
 
 
 def _plotted(segment: Segment) -> float:
-    """One height for the plot: if sparsity is a mapping, the mean over its layers."""
+    """One height for the plot: if sparsity is a mapping, the mean over its layers.
+
+    NaN if there are only counts, whose share depends on the network.
+    """
     if not segment.sparse:
         return 0.0
+    if segment.keep and not segment.sparsity:
+        return math.nan
     if isinstance(segment.sparsity, tuple):
         return math.fsum(rate for _, rate in segment.sparsity) / len(segment.sparsity)
     return float(segment.sparsity)  # type: ignore[arg-type]

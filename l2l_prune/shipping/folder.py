@@ -307,7 +307,7 @@ def _remade(network: dict[str, Any], place: Path) -> nn.Module:
     kind = {_path(known): known for known in _NETWORKS}.get(network["class"])
     if kind is None or network["arguments"] is None:
         raise ValueError(
-            f"{place} is an export of {network['class']}, which is not a network of this library: "
+            f"{place} is an export of {network['class']}, which cannot be made from its export: "
             "make one yourself and call load(folder, model)"
         )
     arguments = {

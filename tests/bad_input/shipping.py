@@ -43,7 +43,7 @@ CASES = [
     unread("an empty folder", "export.json", lambda s: load("."), FileNotFoundError, False),
     unread(
         "a network that is not the library's",
-        "which is not a network of this library",
+        "which cannot be made from its export",
         lambda s: load("done"),
     ),
     unread("into a masked model", "model has masks", lambda s: load("done", s.net)),

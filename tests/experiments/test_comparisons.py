@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from l2l_prune.experiments.report.comparisons import (
     _detectable,
     comparison_table,
     judge,
+    judge_differences,
     read_comparisons,
 )
 from l2l_prune.experiments.report.finished_runs import FinishedRun
@@ -87,7 +89,7 @@ def test_what_could_be_seen_is_found_in_four_of_five_simulated_studies():
 @pytest.mark.parametrize(("replicates", "family"), [(2, 2), (3, 40), (4, 10), (8, 8), (20, 3)])
 def test_what_could_be_seen_has_the_power_of_the_noncentral_t(replicates, family):
     values = np.random.default_rng(replicates).normal(0, 0.01, replicates)
-    effect = _detectable(OverSeeds(tuple(values)), family, one_sided=False) / values.std(ddof=1)
+    effect = _detectable(OverSeeds(tuple(values)), family) / values.std(ddof=1)
     threshold = stats.t.ppf(1 - 0.05 / family / 2, replicates - 1)
     shift = effect * replicates**0.5
     power = [stats.nct.sf(threshold, replicates - 1, side) for side in (shift, -shift)]
@@ -122,10 +124,33 @@ def test_replicates_without_a_partner_are_left_out_and_bad_plans_refused():
 
 @pytest.mark.parametrize(("loss", "verdict"), [(0.25, "not shown"), (0.0, "not worse by more")])
 def test_a_margin_has_a_side_even_without_any_spread(loss, verdict):
-    runs = [finished(n, s, 0.75 - loss * (n == "dsd")) for n in ("dense", "dsd") for s in (0, 1)]
-    [one] = judge([Comparison("A", {"name": "DSD"}, {"name": "dense"}, margin=-0.02)], runs)
+    scores = {"dense": 0.75, "dsd": 0.75 - loss}
+    runs = [finished(name, seed, scores[name]) for name in scores for seed in range(5)]
+    stated = Comparison("A", {"name": "DSD"}, {"name": "dense"}, margin=-0.02)
+    [one] = judge([stated], runs)
     assert one.verdict.startswith(verdict)
     assert "margin -0.02" in comparison_table([one])
+    assert math.isnan(one.detectable)
+    [few] = judge([stated], [run for run in runs if run.seed < 4])  # of four signs, one in 16
+    assert few.verdict == "not shown"
+
+
+def test_equal_differences_are_as_sure_as_their_signs():
+    one = Comparison("A", {"name": "DSD"}, {"name": "dense"})
+    for replicates, verdict in ((2, "not shown"), (5, "not shown"), (6, "better")):
+        [judged] = judge_differences([one], [OverSeeds((0.02,) * replicates)])
+        assert judged.p == 2 * 0.5**replicates
+        assert judged.verdict == verdict
+
+
+@pytest.mark.parametrize("margin", [-0.01, -0.03])
+def test_with_a_margin_too_four_of_five_simulated_studies_see_it(margin):
+    generator = np.random.default_rng(2)
+    values = generator.normal(0, 0.02, 8)
+    least = _detectable(OverSeeds(tuple(values)), 1, margin)
+    simulated = least + values.std(ddof=1) * generator.standard_normal((4000, 8))
+    found = stats.ttest_1samp(simulated, margin, axis=1, alternative="greater").pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.025)
 
 
 def test_what_a_comparison_means_is_told_without_a_name_too():

@@ -194,6 +194,10 @@ def test_all_classes_are_trained_on_outside_glyphs():
             "ramp does not fit into 50% of 3 iter",
         ),
         (lambda: make_config("maml", "lottery", pretrain=1.0), "leaves none of 400 iterations"),
+        (lambda: make_config("maml", "lottery", pretrain=0.001), "of 400 iterations is none"),
+        (lambda: make_config("maml", "dsd", pretrain=0.7, retrain=0.3), "none of the run for pru"),
+        (lambda: make_config("maml", "iht", retrain=1.0), "leave none of the run for pruning"),
+        (lambda: make_config("maml", "task-masks", pretrain=1.0), "none of the run for pruning"),
         (lambda: make_config("maml", "iht", rounds=0), "rounds must be >= 1"),
         (
             lambda: make_config("maml", "dsd", pretrain=0.9, retrain=0.2),

@@ -56,6 +56,14 @@ def test_the_live_line_has_phase_accuracy_and_time_left_at_any_width(clock, widt
     assert len(last) <= width
 
 
+def test_on_a_very_narrow_console_the_time_left_stays(clock):
+    file = io.StringIO()
+    watched(clock, Console(file=file, force_terminal=True, width=40, color_system=None))
+    last = re.sub(r"\x1b\[[0-9?]*[A-Za-z]", "", file.getvalue()).splitlines()[-1].rstrip()
+    assert " ".join(last.split()).endswith("40% prune 50% 0:10:00")
+    assert len(last) <= 40
+
+
 def test_a_name_may_hold_brackets(clock):
     """Rich would take them for markup, and stop at a closing one."""
     file = io.StringIO()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -164,6 +165,15 @@ def test_a_run_whose_tasks_had_channels_of_their_own_ends_whole(tmp_path):
     assert cost_of(config, (1, 28, 28)).weights == sum(p.numel() for p in whole.parameters())
 
 
+def test_runs_that_adapt_differently_have_no_common_costs(runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs")
+    config = make_config("reptile", "dense", **SETTINGS, eval_steps=9)
+    assert run_into(config, tmp_path / "runs").error is None
+    done = command("report", tmp_path / "runs", "--adaptation")
+    assert done.exit_code == 2
+    assert "differ in eval_steps" in done.stderr
+
+
 def test_the_report_shows_what_adapting_costs(runs):
     done = command("report", runs, "--adaptation")
     assert done.exit_code == 0, done.output
@@ -247,3 +257,19 @@ def test_an_export_says_what_was_learned_besides_weights(tmp_path):
     done = command("export", tmp_path / "run", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert "not exported" in read_manifest(tmp_path / "out")["about"]["inner_steps"]
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("algorithm", ["protonet", "metaoptnet", "maml"])
+def test_an_export_is_in_the_mode_that_was_scored(algorithm, tmp_path):
+    pytest.importorskip("learn2learn")
+    more = {"backbone": "conv4"} if algorithm == "metaoptnet" else {}
+    config = make_config(algorithm, "dense", **SETTINGS, **more)
+    assert run_into(config, tmp_path / "run").error is None
+    done = command("export", tmp_path / "run", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    [run] = read_folder(tmp_path / "run").runs
+    net = restored_network(run, load_images("glyphs", "test"))
+    scored_in_training = algorithm == "maml"
+    assert all(module.training == scored_in_training for module in net.modules())
+    assert read_manifest(tmp_path / "out")["network"]["training"] == scored_in_training

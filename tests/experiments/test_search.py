@@ -55,6 +55,7 @@ from l2l_prune.experiments.search.sensitivity import Sensitivity, measure
 from l2l_prune.experiments.search.verdict import _answer, _plan, _verdict
 from l2l_prune.experiments.toml_files import read_toml
 from l2l_prune.fewshot.models import Conv4
+from tests.fewshot.data.picture_files import write_classes
 
 BASE = {
     "algorithm": "reptile",
@@ -562,6 +563,27 @@ def test_a_plan_of_a_fixed_split_keeps_the_split_that_was_chosen(tmp_path):
     assert {(c.seed, c.split) for c in configs} == {(100, 5), (101, 5), (102, 5)}
 
 
+@pytest.mark.parametrize(
+    ("own", "split", "varies"), [(True, None, 0), (True, 3, 1), (False, None, 1)]
+)
+def test_a_folders_own_splits_are_kept(own, split, varies, tmp_path, monkeypatch):
+    pytest.importorskip("statsmodels")
+    for number, part in enumerate(("train", "val", "test") if own else ("a",)):
+        names = [f"{part}{i}" for i in range(6 if own else 18)]
+        write_classes(tmp_path / "data" / (part if own else ""), names, first=6 * number)
+    asked = []
+    monkeypatch.setattr(
+        "l2l_prune.experiments.search.verdict.record_search",
+        lambda path, about: asked.append(about["split"]) or sys.exit(),
+    )
+    base = {"algorithm": "reptile", "data": "folder", "data_root": str(tmp_path / "data")}
+    base |= {"shots": 1, "queries": 1, "train_shots": 2, "inner_batch": 2, "iterations": 100}
+    base |= {} if split is None else {"split": split}
+    with pytest.raises(SystemExit):
+        study(base | {"ways": 2}, tmp_path / "out", QUIET)
+    assert asked == ["varies" if varies else "fixed"]
+
+
 def finished(folder, config, score, seconds=10.0):
     """A run folder as a report reads it."""
     place = folder / run_name(config)
@@ -591,7 +613,7 @@ def test_a_verdict_says_what_was_shown_and_what_was_not(tmp_path, monkeypatch):
     monkeypatch.setattr("l2l_prune.experiments.search.verdict.write_report", lambda *_: [])
     text = _verdict(stated, runs, 4)
     assert "**For size, not for accuracy. RigL, rate 0.75 minus dense" in text
-    assert "**not worse by more than 1 points**" in text
+    assert "**not worse by more than 1 point**" in text
     assert "**not shown**" in text
     assert "could have been seen" in text
     assert "Training took 0.50 of its seconds" in text

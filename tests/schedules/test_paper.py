@@ -181,6 +181,23 @@ def test_plot_draws_sparsity_and_shades_sparse_phases():
     assert len(ax.patches) == 2  # the stairs and one shaded phase
 
 
+def test_plot_says_what_counts_alone_leave_open():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    schedule = DSDSchedule(keep={"fc": 3}, pretrain=2, prune=2, retrain=2)
+    ax = schedule.plot(figure.subplots())
+    values, _, _ = ax.patches[0].get_data()
+    assert [str(value) for value in values] == ["0.0", "nan", "0.0"]
+    assert [text.get_text() for text in ax.texts] == ["per layer"]
+    figure.canvas.draw()
+
+
+def test_a_dense_start_is_not_rounded_away():
+    schedule = IHTSchedule(0.5, pretrain=1, prune=15, retrain=5, rounds=4)
+    with pytest.raises(ValueError, match=r"pretrain=0\.012 of total=40 is no iteration"):
+        schedule.scaled(40)
+    assert schedule.scaled(162).pretrain == 2
+
+
 def test_mappings_are_frozen_copies():
     rates = {"conv*": 0.5}
     schedule = DSDSchedule(rates, pretrain=1, prune=1, retrain=1, keep={"fc": 3})

@@ -23,6 +23,8 @@ class Algorithm(ABC):
     pruner: ScheduledPruner
     network: nn.Module
     """The network that :meth:`finalize` makes plain; it can load the weights of a result."""
+    scored_in_training = True
+    """Whether learners are scored in training mode, with their own batch statistics."""
 
     @abstractmethod
     def train(self, tasks: Sequence[Episode]) -> None:

@@ -105,6 +105,8 @@ class ANIL(Adapting):
 class ProtoNet(Classifier):
     """Distances to class means; evaluated with running batch statistics."""
 
+    scored_in_training = False
+
     def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
         self._classifier = _learn2learn().nn.PrototypicalClassifier
         net = conv4(config, image_shape)

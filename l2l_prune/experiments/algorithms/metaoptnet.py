@@ -24,6 +24,8 @@ from l2l_prune.fewshot.evaluation import Mean
 class MetaOptNetLearner(Classifier):
     """SVM head on an embedding, SGD with the published steps, running batch statistics."""
 
+    scored_in_training = False
+
     def __init__(self, config: RunConfig, image_shape: Sequence[int]) -> None:
         from l2l_prune.metalearners import metaoptnet
 

@@ -57,7 +57,8 @@ class Judged:
         p: The p-value of the paired t-test, before the correction.
         corrected: The p-value after Holm's correction over the family.
         detectable: The smallest true difference that as many replicates find in 80% of studies,
-            at the strictest of the family's levels.
+            at the strictest of the family's levels; with a margin, the smallest from which they
+            find that it is above the margin. NaN if the replicates do not differ.
     """
 
     comparison: Comparison
@@ -74,7 +75,8 @@ class Judged:
         if self.comparison.margin:
             measure = self.difference.measure
             most = measure.read(-self.comparison.margin)
-            return f"not worse by more than {most:g}{measure.ending or ' points'}"
+            unit = measure.ending or (" point" if most == 1 else " points")
+            return f"not worse by more than {most:g}{unit}"
         return "better" if self.difference.mean > 0 else "worse"
 
 
@@ -146,7 +148,7 @@ def judge_differences(
         for place, value in zip(places, adjusted, strict=False):
             corrected[place], sizes[place] = float(value), size
     return [
-        Judged(c, d, p, q, _detectable(d, size, one_sided=bool(c.margin)))
+        Judged(c, d, p, q, _detectable(d, size, c.margin))
         for c, d, p, q, size in zip(comparisons, differences, raw, corrected, sizes, strict=True)
     ]
 
@@ -175,7 +177,7 @@ def comparison_table(judged: Iterable[Judged]) -> str:
                 "p": f"{one.p:.2g}",
                 "p (Holm)": f"{one.corrected:.2g}",
                 "verdict": one.verdict,
-                "could be seen": f"{one.difference.measure.read(one.detectable):.1f}",
+                "could be seen": _seen(one),
             }
             for one in judged
         ]
@@ -234,29 +236,39 @@ def nameable(run: FinishedRun) -> dict[str, Any]:
     }
 
 
+def _seen(judged: Judged) -> str:
+    """``"0.6"``; with a margin ``"from -0.1 on"``."""
+    least = judged.difference.measure.read(judged.detectable)
+    if not math.isfinite(least):
+        return "-"
+    return f"from {least:+.1f} on" if judged.comparison.margin else f"{least:.1f}"
+
+
 def _p_value(difference: OverSeeds, margin: float) -> float:
-    if len(set(difference.values)) == 1:  # no spread: the test is not defined
+    values = difference.values
+    if len(set(values)) == 1:  # no spread: the t-test is not defined, but the sign test is
+        sign = 0.5 ** len(values)
         if margin:
-            return 0.0 if difference.mean > margin else 1.0
-        return 1.0 if difference.mean == 0 else 0.0
+            return sign if difference.mean > margin else 1.0
+        return 1.0 if difference.mean == 0 else 2 * sign
     alternative = "greater" if margin else "two-sided"
-    return float(stats.ttest_1samp(difference.values, margin, alternative=alternative).pvalue)
+    return float(stats.ttest_1samp(values, margin, alternative=alternative).pvalue)
 
 
-def _detectable(difference: OverSeeds, family: int, *, one_sided: bool) -> float:
+def _detectable(difference: OverSeeds, family: int, margin: float = 0.0) -> float:
     from statsmodels.stats.power import TTestPower
 
     spread = float(stats.tstd(difference.values))
     if spread == 0 or not math.isfinite(spread):
-        return 0.0
+        return math.nan
     # Its solver for two sides fails in small samples; the other side hardly adds any power.
     effect = TTestPower().solve_power(
         nobs=len(difference.values),
-        alpha=0.05 / family / (1 if one_sided else 2),
+        alpha=0.05 / family / (1 if margin else 2),
         power=0.8,
         alternative="larger",
     )
-    return float(effect) * spread
+    return float(effect) * spread + margin
 
 
 def _in_words(settings: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
@@ -40,7 +41,8 @@ def results_table(
     table = Table(title=f"{escape(str(measure))}, mean ± 95% CI over {tasks} tasks")
     held_out = configs[0].held_out
     for header in ("method", "sparsity", "weights", "train", held_out, "gap", "seconds"):
-        table.add_column(header, justify="left" if header == "method" else "right")
+        justify: JustifyMethod = "left" if header == "method" else "right"
+        table.add_column(header, justify=justify, overflow="fold")  # no digit is left out
     for config, result, size in zip(configs, results, weights, strict=True):
         gap, width = unpaired_difference(result.train, result.test)
         table.add_row(

@@ -18,7 +18,7 @@ from l2l_prune.experiments.run_result import Progress
 from l2l_prune.experiments.running.run_folder import Outcome
 from l2l_prune.experiments.running.storage import run_name
 
-_WIDE = 100
+_WIDE, _NARROW = 100, 60
 
 
 class Display:
@@ -118,7 +118,7 @@ class Display:
 
 
 def _bars(console: Console) -> Bars:
-    """On a narrow console the name is shortened, never the remaining time."""
+    """On a narrow console the name is shortened and the scores go, never the remaining time."""
 
     def fixed(text: str, width: int) -> ProgressColumn:
         return TextColumn(text, table_column=Column(min_width=width, no_wrap=True))
@@ -129,12 +129,10 @@ def _bars(console: Console) -> Bars:
     ]
     if console.width >= _WIDE:
         columns.append(BarColumn(bar_width=20))
-    columns += [
-        fixed("{task.percentage:>3.0f}%", 4),
-        fixed("{task.fields[phase]}", 11),
-        fixed("{task.fields[numbers]}", 19),
-        fixed("{task.fields[left]:>7}", 7),
-    ]
+    columns += [fixed("{task.percentage:>3.0f}%", 4), fixed("{task.fields[phase]}", 11)]
+    if console.width >= _NARROW:
+        columns.append(fixed("{task.fields[numbers]}", 19))
+    columns.append(fixed("{task.fields[left]:>7}", 7))
     return Bars(*columns, console=console, refresh_per_second=4, expand=True)
 
 

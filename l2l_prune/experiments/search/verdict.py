@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -43,6 +44,7 @@ from l2l_prune.experiments.search.halving import (
     toml_lines,
 )
 from l2l_prune.experiments.toml_files import read_toml
+from l2l_prune.fewshot.data.folder import has_own_splits
 from l2l_prune.fewshot.data.images import OWN_SPLITS
 
 RACING = 0.4
@@ -116,7 +118,10 @@ def study(
     ]
     candidates = [_candidates(own, methods, rates) for own in settings]
     whole = [one.whole for each in candidates for one in each]  # impossible settings fail here
-    vary_split = whole[0].data not in OWN_SPLITS and not fixed_split
+    own_split = whole[0].data in OWN_SPLITS
+    if whole[0].data == "folder" and whole[0].split is None:
+        own_split = has_own_splits(str(whole[0].data_root))
+    vary_split = not own_split and not fixed_split
     with locked_folder(out):
         about = {
             **shared,
@@ -396,7 +401,11 @@ def _in_words(judged: Judged, runs: Sequence[FinishedRun]) -> str:
         f"replicates, **{judged.verdict}** (p = {judged.corrected:.2g})"
     )
     if judged.verdict == "not shown":
-        text += f"; {measure.read(judged.detectable):.1f}{unit} could have been seen"
+        least = measure.read(judged.detectable)
+        if judged.comparison.margin:
+            text += f"; a true difference of {least:+.1f}{unit} or more could have been seen"
+        elif math.isfinite(least):
+            text += f"; {least:.1f}{unit} could have been seen"
     sides = [
         list(matching(side, runs).values())
         for side in (judged.comparison.treatment, judged.comparison.control)

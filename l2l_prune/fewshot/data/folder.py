@@ -91,6 +91,16 @@ def load_folder(
     )
 
 
+def has_own_splits(root: str | os.PathLike[str]) -> bool:
+    """Whether a folder says which of its classes are for training and which for test.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If it holds nothing usable.
+    """
+    return WHOLE not in find_source(root).parts
+
+
 def folder_classes(root: str | os.PathLike[str]) -> list[str]:
     """The names of all classes of a folder, in numerical order if all are numbers, else by name.
 

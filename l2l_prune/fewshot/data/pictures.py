@@ -76,8 +76,8 @@ def read_picture(
     called = shown(content if isinstance(content, (str, os.PathLike)) else "a picture")
     called = called if name is None else name
     with _opened(content, called) as picture:
-        plain = _eight_bits(ImageOps.exif_transpose(picture))
-        one = plain.mode in _GREY if grey is None else grey
+        plain = _eight_bits(ImageOps.exif_transpose(picture), picture.format)
+        one = _is_grey(plain) if grey is None else grey
         plain = plain.convert("L" if one else "RGB")
         if size is not None:
             plain = ImageOps.fit(plain, (size, size), Image.Resampling.BICUBIC)
@@ -96,7 +96,15 @@ def picture_facts(content: str | bytes, name: str) -> tuple[int, int, bool]:
         width, height = picture.size
         if picture.getexif().get(0x0112, 1) >= 5:  # rotated by 90 degrees
             width, height = height, width
-        return width, height, picture.mode in _GREY
+        return width, height, _is_grey(picture)
+
+
+def _is_grey(picture: PILImage.Image) -> bool:
+    """Whether it has no colour, by its mode or by its palette."""
+    if picture.mode in ("P", "PA"):
+        colours = np.reshape(picture.getpalette("RGB") or [], (-1, 3))
+        return bool((colours == colours[:, :1]).all())
+    return picture.mode in _GREY
 
 
 @contextmanager
@@ -120,16 +128,16 @@ def _opened(content: str | os.PathLike[str] | bytes, called: str) -> Iterator[PI
             raise DamagedPicture(f"{called} cannot be read as a picture: {error}") from error
 
 
-def _eight_bits(picture: PILImage.Image) -> PILImage.Image:
+def _eight_bits(picture: PILImage.Image, made_as: str | None) -> PILImage.Image:
     """Keep the upper eight of 16 bits (Pillow would clip), and remove transparency."""
     from PIL import Image
 
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and made_as == "PNG"):
         return Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8))
     if picture.mode in ("I", "F"):
         raise ValueError("its values do not have 8 or 16 bits")
     if picture.has_transparency_data:
-        kind = "LA" if picture.mode in _GREY else "RGBA"
+        kind = "LA" if _is_grey(picture) else "RGBA"
         ground = Image.new(kind, picture.size, "white")
         return Image.alpha_composite(ground.convert("RGBA"), picture.convert("RGBA")).convert(
             kind[:-1]

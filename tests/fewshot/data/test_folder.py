@@ -181,8 +181,26 @@ def test_sixteen_bits_and_transparency():
 def test_formats(ending, tmp_path):
     write(tmp_path / f"p.{ending}", np.full((8, 8, 3), 120, np.uint8))
     read = pictures.read_picture(tmp_path / f"p.{ending}")
-    assert read.shape == (3, 8, 8)
+    assert read.shape == (1 if ending == "gif" else 3, 8, 8)  # a palette without any colour
     assert np.abs(read.astype(int) - 120).max() <= 3
+
+
+@pytest.mark.parametrize("ending", ["png", "gif"])
+def test_a_palette_tells_grey_from_colour(ending, tmp_path):
+    from PIL import Image
+
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
+    Image.fromarray(grey).convert("P").save(tmp_path / f"grey.{ending}")
+    Image.fromarray(grey).save(tmp_path / f"plain.{ending}")
+    colour = np.stack([grey, grey // 2, grey], -1)
+    Image.fromarray(colour).quantize(64).save(tmp_path / f"colour.{ending}")
+    for name, channels in (("grey", 1), ("plain", 1), ("colour", 3)):
+        path = tmp_path / f"{name}.{ending}"
+        read = pictures.read_picture(path)
+        assert read.shape == (channels, 8, 8)
+        assert pictures.picture_facts(str(path), name)[2] == (channels == 1)
+        if channels == 1:
+            assert np.array_equal(read[0], grey)
 
 
 def test_it_is_decoded_once_until_a_file_changes(root, cache, monkeypatch):
@@ -341,6 +359,15 @@ def test_no_picture_counts_twice(kind, root):
         (where / "test.csv").write_text(f"filename,label\n{lines}\n")
     with pytest.raises(ValueError, match=r"was met before, in .*: keep one of them"):
         load_folder(where, "train", split_seed=0)
+
+
+def test_data_shows_what_it_found_before_it_says_what_is_wrong(root):
+    write_classes(root / "train", NAMES[:4])
+    write_classes(root / "test", NAMES[2:6], first=7)
+    result = CliRunner().invoke(app, ["data", str(root), "--sheet", str(root.parent / "s.png")])
+    assert result.exit_code == 2
+    assert "24 pictures" in result.stdout
+    assert NAMES[2] in result.stderr
 
 
 def test_the_listing_is_a_stream(root, monkeypatch):
