@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -23,6 +23,8 @@ from l2l_prune.fewshot.evaluation import Measure
 from l2l_prune.masking.allocation import ALLOCATIONS
 from l2l_prune.masking.layers import Layers
 from l2l_prune.masking.patterns import NByM, read_pattern
+from l2l_prune.methods.drop_grad import Noise
+from l2l_prune.methods.mgaug import Way
 from l2l_prune.schedules.schedule import Schedule, Segment
 
 _BY_ALGORITHM, _BY_METHOD = "by algorithm", "by method"
@@ -174,13 +176,11 @@ class RunConfig:
     drop_grad: float = setting(
         0.0, "Rate of DropGrad's noise on inner gradients in training (reptile only).", share=True
     )
-    drop_grad_noise: str = setting(
-        "gaussian", "Noise of DropGrad", choices=("gaussian", "bernoulli")
-    )
+    drop_grad_noise: str = setting("gaussian", "Noise of DropGrad", choices=get_args(Noise))
     mgaug: str | None = setting(
         None,
         "Add the meta-gradients of pruned sub-networks; they are chosen by",
-        choices=("width", "parameters", "catfish"),
+        choices=get_args(Way),
         shown="none",
     )
     mgaug_rate: float = setting(
@@ -191,7 +191,7 @@ class RunConfig:
     layers: Layers = setting(  # noqa: RUF009 - it makes a field
         "authors",
         "Layers to prune (authors: all but the first convolution)",
-        choices=("all", "authors"),
+        choices=get_args(Layers),
         shown=_BY_ALGORITHM,
     )
     criterion: str = setting(

@@ -23,14 +23,7 @@ def demo_configs(
     """The four runs: they share tasks, and those of 64 channels their initial weights."""
     methods: tuple[dict[str, Any], ...] = (
         {"method": "dense"},
-        {
-            "method": "dsd",
-            "name": "DSD",
-            "sparsity": sparsity,
-            "pretrain": 0.2,
-            "retrain": 0.3,
-            "criterion": "random",
-        },
+        {"method": "recommended", "name": "DSD", "sparsity": sparsity},
         {"method": "rigl", "name": "RigL", "sparsity": 0.9},
         {"method": "dense", "name": _NARROW, "channels": 20},
     )
