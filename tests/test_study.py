@@ -122,8 +122,8 @@ def assert_said(one, row):
             (treatment, one.comparison.treatment),
             (control, one.comparison.control),
         ):
-            if "rate" in side:
-                assert f"{100 * side['rate']:g}%" in words
+            if "sparsity" in side:
+                assert f"{100 * side['sparsity']:g}%" in words
         if "channels" in one.comparison.control and one.comparison.family != "A":
             if one.comparison.control["name"] == "dense":
                 assert f"{one.comparison.control['channels']} channels" in control

@@ -33,7 +33,7 @@ from l2l_prune.experiments.report.seed_statistics import OverSeeds
 from l2l_prune.experiments.toml_files import read_toml
 
 SCORES = ("train", "test", "weights", "seconds")
-COLUMN_OF = {"name": "method", "rate": "sparsity"}
+COLUMN_OF = {"name": "method"}
 
 Row = dict[str, str]
 Arm = tuple[tuple[str, str], ...]

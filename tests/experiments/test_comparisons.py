@@ -155,9 +155,10 @@ def test_with_a_margin_too_four_of_five_simulated_studies_see_it(margin):
 
 def test_what_a_comparison_means_is_told_without_a_name_too():
     _, runs = study()
-    by_method = Comparison("A", {"rate": 0.5, "iterations": 40}, {"name": "nobody"})
-    with pytest.raises(ValueError, match=r"rate 0\.5, iterations 40 means both"):
-        judge([by_method], runs)
+    table = {"family": "A", "treatment": {"rate": 0.5, "iterations": 40}, "control": {}}
+    by_method = read_comparisons([table])  # in an older version's words
+    with pytest.raises(ValueError, match=r"sparsity 0\.5, iterations 40 means both"):
+        judge(by_method, runs)
     with pytest.raises(ValueError, match="no run is chanels 4: runs have no setting chanels"):
         judge([Comparison("A", {"chanels": 4}, {"name": "dense"})], runs)
 

@@ -612,7 +612,7 @@ def test_a_verdict_says_what_was_shown_and_what_was_not(tmp_path, monkeypatch):
             finished(tmp_path / "runs", config, 0.4)
     monkeypatch.setattr("l2l_prune.experiments.search.verdict.write_report", lambda *_: [])
     text = _verdict(stated, runs, 4)
-    assert "**For size, not for accuracy. RigL, rate 0.75 minus dense" in text
+    assert "**For size, not for accuracy. RigL, sparsity 0.75 minus dense" in text
     assert "**not worse by more than 1 point**" in text
     assert "**not shown**" in text
     assert "could have been seen" in text

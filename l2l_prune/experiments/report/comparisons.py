@@ -102,8 +102,14 @@ def read_comparisons(tables: Any) -> list[Comparison]:
         if not isinstance(margin, (int, float)) or not -math.inf < margin <= 0:
             raise ValueError(f"margin must be a number <= 0, got {margin!r}")
         checks.whole_number("family_size", table.get("family_size", 0), least=0)
-        found.append(Comparison(**table))
+        sides = {side: _in_todays_words(table[side]) for side in ("treatment", "control")}
+        found.append(Comparison(**{**table, **sides}))
     return found
+
+
+def _in_todays_words(side: dict[str, Any]) -> dict[str, Any]:
+    """Plans of older versions call the sparsity ``rate``."""
+    return {"sparsity" if name == "rate" else name: value for name, value in side.items()}
 
 
 def judge(
@@ -231,7 +237,7 @@ def nameable(run: FinishedRun) -> dict[str, Any]:
     return run.identity | {
         "seed": run.seed,
         "name": run.config["name"],
-        "rate": run.rate,
+        "sparsity": run.rate,
         "iterations": run.iterations,
     }
 
@@ -258,9 +264,9 @@ def _p_value(difference: OverSeeds, margin: float) -> float:
 def _detectable(difference: OverSeeds, family: int, margin: float = 0.0) -> float:
     from statsmodels.stats.power import TTestPower
 
-    spread = float(stats.tstd(difference.values))
-    if spread == 0 or not math.isfinite(spread):
+    if len(set(difference.values)) == 1:
         return math.nan
+    spread = float(stats.tstd(difference.values))
     # Its solver for two sides fails in small samples; the other side hardly adds any power.
     effect = TTestPower().solve_power(
         nobs=len(difference.values),

@@ -95,7 +95,7 @@ def _markdown(runs: list[tuple[RunConfig, Any]]) -> str:
     held_out = config.held_out
     table = tabulate(
         rows,
-        headers=("method", "rate", "train", held_out, "gap", "seconds"),
+        headers=("method", "sparsity", "train", held_out, "gap", "seconds"),
         tablefmt="github",
         disable_numparse=True,
     )

@@ -292,7 +292,7 @@ def _known_by(arm: Mapping[str, Any], varying: Sequence[str] | None = None) -> d
     rates = [float(s.sparsity) for s in config.schedule.segments if s.sparse]  # type: ignore[arg-type]
     known: dict[str, Any] = {"name": config.name}
     if rates:
-        known["rate"] = max(rates)
+        known["sparsity"] = max(rates)
     known["iterations"] = config.schedule.iterations
     if config.backbone != "resnet12":
         known["channels"] = config.channels
@@ -300,7 +300,7 @@ def _known_by(arm: Mapping[str, Any], varying: Sequence[str] | None = None) -> d
         known["train_classes"] = config.train_classes
     if varying is None:
         return known
-    always = ("name", "rate")
+    always = ("name", "sparsity")
     return {name: value for name, value in known.items() if name in always or name in varying}
 
 
