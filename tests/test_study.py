@@ -45,6 +45,7 @@ TABLES = {
     "more-steps": ["more-steps"],
     "distil": ["distil"],
     "meta-learners": ["meta-learners"],
+    "task-masks-maml": ["task-masks-maml"],
 }
 """The tables on which each plan is judged."""
 
