@@ -46,6 +46,7 @@ TABLES = {
     "distil": ["distil"],
     "meta-learners": ["meta-learners"],
     "task-masks-maml": ["task-masks-maml"],
+    "with-decay": ["with-decay"],
 }
 """The tables on which each plan is judged."""
 
