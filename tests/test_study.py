@@ -117,8 +117,7 @@ def assert_said(one, row):
         least = 100 * one.detectable
         seen = f"from {least:+.1f} on" if one.comparison.margin else f"{least:.1f}"
         assert row["could be seen"] == seen
-    if "comparison" in row:
-        label = next(text for name, text in row.items() if name.startswith("comparison"))
+    for label in (text for name, text in row.items() if name.startswith("comparison")):
         treatment, control = label.split(" minus ")
         for words, side in (
             (treatment, one.comparison.treatment),

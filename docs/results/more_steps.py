@@ -49,8 +49,11 @@ def main(folder: Path, plan_file: Path, table: Path) -> None:
     torch.set_num_threads(1)
     comparisons = read_comparisons(read_toml(plan_file)["comparison"])
     runs = read_folder(folder).runs
-    sides = [side for c in comparisons for side in (c.treatment, c.control)]
-    sides = [{name: v for name, v in side.items() if name != "steps"} for side in sides]
+    sides = [
+        {name: value for name, value in side.items() if name != "steps"}  # of scores, not of runs
+        for comparison in comparisons
+        for side in (comparison.treatment, comparison.control)
+    ]
     named = {id(run): run for side in sides for run in matching(side, runs).values()}
     scored: set[tuple[str, ...]] = set()
     if table.is_file():
