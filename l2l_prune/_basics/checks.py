@@ -30,6 +30,15 @@ def of_type(name: str, value: object, kind: type[Wanted], called: str) -> Wanted
     return value
 
 
+def one_of(name: str, value: object, choices: Iterable[object]) -> None:
+    """Refuse a value that is not one of ``choices``, which may be of any kind."""
+    known = list(choices)
+    if value not in known:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(str, known))}, got {describe(value)}"
+        )
+
+
 def true_or_false(name: str, value: object) -> bool:
     """``value``, if it is True or False; a string like ``"no"`` would count as true."""
     if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):

@@ -358,8 +358,7 @@ def importance_function(importance: str | Importance) -> Importance:
         "taylor": scores.GroupTaylorImportance,
         "bn_scale": scores.BNScaleImportance,
     }
-    if importance not in made:
-        raise ValueError(f"importance must be one of {', '.join(made)}, got {importance!r}")
+    checks.one_of("importance", importance, made)
     function: Importance = made[importance]()
     return function
 

@@ -545,8 +545,7 @@ def make_config(algorithm: str, method: str, **settings: Any) -> RunConfig:
         TypeError: If a value has the wrong type.
         ValueError: If a value is not possible, or a setting is unknown.
     """
-    if algorithm not in DEFAULTS:
-        raise ValueError(f"algorithm must be one of {', '.join(DEFAULTS)}, got {algorithm!r}")
+    checks.one_of("algorithm", algorithm, DEFAULTS)
     if unknown := sorted(settings.keys() - KNOWN):
         raise ValueError(
             f"there is no setting {', '.join(unknown)}; the settings are {sorted(KNOWN)}"

@@ -232,8 +232,7 @@ def make_schedule(
         ValueError: If ``method`` is not in :data:`METHODS`, a number is out of range, or the method
             does not take it (dense ignores all numbers but ``iterations``).
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    checks.one_of("method", method, METHODS)
     row = METHODS[method]
     if method == "dense":
         return row.make(iterations, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from l2l_prune._basics import checks
 from l2l_prune.schedules.paper import DSDSchedule, IHTSchedule
 
 Grid = dict[str, Any]
@@ -88,8 +89,7 @@ def experiment(name: str, data: str | None = None) -> tuple[Grid, list[Grid]]:
     Raises:
         ValueError: If there is no such table or figure.
     """
-    if name not in EXPERIMENTS:
-        raise ValueError(f"name must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
+    checks.one_of("name", name, EXPERIMENTS)
     own_data, grids = EXPERIMENTS[name]
     base = {"algorithm": "reptile", "published": True, "data": data or own_data}
     return base, grids

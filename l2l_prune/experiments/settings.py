@@ -63,8 +63,7 @@ class Setting:
         elif kind is float:
             checks.number(name, value, above=self.above)
         elif self.choices:
-            if value not in self.choices:
-                raise ValueError(f"{name} must be one of {', '.join(self.choices)}, got {value!r}")
+            checks.one_of(name, value, self.choices)
         else:
             checks.of_type(name, value, str, "a string")
 

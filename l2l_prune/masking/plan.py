@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from l2l_prune._basics import ranks
-from l2l_prune._basics.checks import describe, of_type
+from l2l_prune._basics.checks import describe, of_type, one_of
 from l2l_prune.masking.allocation import ALLOCATIONS, Allocation, global_masks, kept_counts
 from l2l_prune.masking.criteria import Criterion, scores_of
 from l2l_prune.masking.one_mask import all_true, arranged, check_weight, named
@@ -48,8 +48,7 @@ class MaskChoice:
         if not callable(criterion):
             raise TypeError(f"criterion must be a function of a weight, got {describe(criterion)}")
         of_type("pattern", pattern, Pattern, "a Pattern")  # type: ignore[type-abstract]
-        if allocation not in ALLOCATIONS:
-            raise ValueError(f"allocation must be one of {ALLOCATIONS}, got {allocation!r}")
+        one_of("allocation", allocation, ALLOCATIONS)
         self._global = allocation == "global"
         if self._global and pattern != UNSTRUCTURED:
             raise ValueError(

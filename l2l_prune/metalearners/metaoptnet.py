@@ -43,8 +43,7 @@ class MetaOptNet(nn.Module):
     def __init__(self, features: nn.Module, head: str = "svm") -> None:
         super().__init__()
         checks.of_type("features", features, nn.Module, "a torch.nn.Module")
-        if head not in HEADS:
-            raise ValueError(f"head must be one of {sorted(HEADS)}, got {head!r}")
+        checks.one_of("head", head, sorted(HEADS))
         self.features = features
         self.head = head
         self.scale = nn.Parameter(torch.ones(1))

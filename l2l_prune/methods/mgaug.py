@@ -93,8 +93,7 @@ class MGAug:
     ) -> None:
         self._pruner = checks.of_type("pruner", pruner, Pruner, "a Pruner")
         check_generator(generator)
-        if way not in get_args(Way):
-            raise ValueError(f"way must be one of {', '.join(get_args(Way))}, got {way!r}")
+        checks.one_of("way", way, get_args(Way))
         if any(segment.sparse for segment in pruner.schedule.segments):
             raise ValueError(
                 "MGAug prunes sub-networks of a dense model: give the pruner a schedule without "

@@ -13,6 +13,7 @@ from l2l_prune._basics.checks import (
     fraction,
     frozen_counts,
     frozen_sparsity,
+    one_of,
     set_field,
     whole_number,
 )
@@ -358,8 +359,6 @@ def _freeze_fields(schedule: DSDSchedule | IHTSchedule, *counts: str) -> None:
 
 
 def _paper_sparsity(table: dict[str, dict[int, float]], dataset: str, channels: int) -> float:
-    if dataset not in table:
-        raise ValueError(f"dataset must be one of {sorted(table)}, got {dataset!r}")
-    if channels not in table[dataset]:
-        raise ValueError(f"channels must be one of {sorted(table[dataset])}, got {channels!r}")
+    one_of("dataset", dataset, sorted(table))
+    one_of("channels", channels, sorted(table[dataset]))
     return table[dataset][channels]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from l2l_prune._basics import checks
 from l2l_prune._basics.files import replace_file
 
 
@@ -167,8 +168,7 @@ def check_logger(name: str) -> str:
     Raises:
         ValueError: If there is no such logger.
     """
-    if name not in LOGGERS:
-        raise ValueError(f"logger must be one of {', '.join(LOGGERS)}, got {name!r}")
+    checks.one_of("logger", name, LOGGERS)
     return name
 
 

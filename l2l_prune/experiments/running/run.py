@@ -23,7 +23,7 @@ from l2l_prune.experiments.running.loggers import EventLog
 from l2l_prune.experiments.running.rank_processes import shared_tasks
 from l2l_prune.experiments.streams import stream
 from l2l_prune.fewshot.data import Episode, EpisodeSampler, Images, load_images
-from l2l_prune.fewshot.data.benchmarks import SPLITS
+from l2l_prune.fewshot.data.splits import SPLITS
 from l2l_prune.fewshot.evaluation import Mean, Measure
 
 

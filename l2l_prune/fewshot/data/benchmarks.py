@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from l2l_prune.fewshot.data.cache import Images, cache_folder, locked, map_images, write_images
+from l2l_prune.fewshot.data.cache import Images, cache_folder, locked, mapped_images, write_images
 from l2l_prune.fewshot.data.safe_pickle import safe_loaders
+from l2l_prune.fewshot.data.splits import SPLITS
 
-SPLITS = ("train", "validation", "test")
 _FORMAT = 1
 
 
@@ -200,14 +200,9 @@ def load_benchmark(name: str, split: str, root: Path, *, download: bool = False)
     check_benchmark(name, split, root)
     key = _fingerprint(name, split, root)  # of the files as they are now
     place = cache_folder() / f"{name}-{split}-{key}"
-    with locked(place):
-        decoded = map_images(place, BENCHMARKS[name].shape)
-        if decoded is None:
-            _decode(name, split, root, place, data)
-            decoded = map_images(place, BENCHMARKS[name].shape)
-    if decoded is None:
-        raise ValueError(f"{place}.npy cannot be read back: is the disk in order?")
-    return decoded
+    return mapped_images(
+        place, lambda: _decode(name, split, root, place, data), shape=BENCHMARKS[name].shape
+    )
 
 
 def _downloaded(name: str, split: str, root: Path) -> Any:

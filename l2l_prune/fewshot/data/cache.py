@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -60,6 +60,34 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def mapped_images(
+    place: Path,
+    write: Callable[[], None],
+    *,
+    shape: tuple[int, ...] | None = None,
+    complete: Callable[[], bool] = lambda: True,
+) -> Images:
+    """Map the files that :func:`write_images` wrote, or write them first; one process at a time.
+
+    Args:
+        place: Path of the files without their suffixes.
+        write: Writes them, if they are missing or damaged.
+        shape: ``(C, H, W)`` that the images must have, if it is known.
+        complete: Whether what belongs to them is there too; else all is written again.
+
+    Raises:
+        ValueError: If they cannot be read back.
+    """
+    with locked(place):
+        images = _map(place, shape) if complete() else None
+        if images is None:
+            write()
+            images = _map(place, shape) if complete() else None
+    if images is None:
+        raise ValueError(f"{place}.npy cannot be read back: is the disk in order?")
+    return images
+
+
 def write_images(place: Path, images: Iterable[tuple[npt.NDArray[np.uint8], int]]) -> None:
     """Write images and labels one after the other; the files appear complete or not at all.
 
@@ -97,13 +125,8 @@ def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> int:
     return file.tell()
 
 
-def map_images(place: Path, shape: tuple[int, ...] | None = None) -> Images | None:
-    """What :func:`write_images` wrote, or ``None`` if it is missing or damaged.
-
-    Args:
-        place: Path of the files without their suffixes.
-        shape: ``(C, H, W)`` that the images must have, if it is known.
-    """
+def _map(place: Path, shape: tuple[int, ...] | None) -> Images | None:
+    """What :func:`write_images` wrote, or ``None`` if it is missing or damaged."""
     files = place.with_suffix(".npy"), place.with_suffix(".labels.npy")
     if not all(file.exists() for file in files):
         return None
@@ -112,11 +135,11 @@ def map_images(place: Path, shape: tuple[int, ...] | None = None) -> Images | No
         images = np.load(files[0], mmap_mode="c")
         labels = np.array(np.load(files[1], mmap_mode="r"))
     except (ValueError, EOFError) as error:
-        warnings.warn(f"{place}.npy is damaged ({error}); decoding it again", stacklevel=4)
+        warnings.warn(f"{place}.npy is damaged ({error}); decoding it again", stacklevel=5)
         return None
     expected = (len(labels), *(images.shape[1:] if shape is None else shape))
     right = images.shape == expected and images.ndim == 4
     if not right or images.dtype != np.uint8 or labels.dtype != np.int64:
-        warnings.warn(f"{place}.npy has unexpected content; decoding it again", stacklevel=4)
+        warnings.warn(f"{place}.npy has unexpected content; decoding it again", stacklevel=5)
         return None
     return Images(torch.from_numpy(images), torch.from_numpy(labels))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,7 @@ from torch import Tensor
 from l2l_prune._basics import checks
 from l2l_prune._basics.cores import usable_cores
 from l2l_prune._basics.files import replace_file
-from l2l_prune.fewshot.data.benchmarks import SPLITS
-from l2l_prune.fewshot.data.cache import Images, cache_folder, locked, map_images, write_images
-from l2l_prune.fewshot.data.glyphs import shuffled
+from l2l_prune.fewshot.data.cache import Images, cache_folder, mapped_images, write_images
 from l2l_prune.fewshot.data.pictures import (
     DamagedPicture,
     Picture,
@@ -34,6 +32,7 @@ from l2l_prune.fewshot.data.pictures import (
     shown,
 )
 from l2l_prune.fewshot.data.sources import WHOLE, Source, Survey, find_source
+from l2l_prune.fewshot.data.splits import check_split, random_split
 
 _FORMAT = 1
 _BATCH = 16  # pictures that a thread takes at once
@@ -128,8 +127,7 @@ def load_source(
     numbers.
     """
     need_pillow()
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    check_split(split)
     if image_size is not None:
         checks.whole_number("image_size", image_size, least=1)
     if split_seed is not None:
@@ -144,14 +142,13 @@ def load_source(
     options = (_FORMAT, str(source.root.resolve()), survey.key, image_size, grey, skip_damaged)
     key = hashlib.sha256(os.fsencode(repr(options))).hexdigest()[:16]
     place = cache_folder() / f"folder-{key}"
-    with locked(place):
-        found = _map(place)
-        if found is None:
-            _decode(source, survey, place, image_size, grey, skip_damaged)
-            found = _map(place)
-    if found is None:
-        raise ValueError(f"{place}.npy cannot be read back after writing: check the disk")
-    everything, about = found
+    everything = mapped_images(
+        place,
+        lambda: _decode(source, survey, place, image_size, grey, skip_damaged),
+        complete=lambda: _about(place) is not None,
+    )
+    about = _about(place)
+    assert about is not None  # it is complete
     if about["damaged"]:
         warnings.warn(f"left out: {about['damaged']}", stacklevel=3)
         _check_left(source, survey, everything.labels, chosen, least_images)
@@ -186,11 +183,8 @@ def split_classes(
             )
         return sorted(survey.counts[split], key=survey.classes.index)
     classes = survey.classes
-    order = shuffled(len(classes), seed or 0)
-    half, quarter = len(classes) // 2, len(classes) // 4
-    bounds = {"train": (0, half), "validation": (half, half + quarter)}
-    start, stop = bounds.get(split, (half + quarter, len(classes)))
-    return [classes[i] for i in sorted(order[start:stop].tolist())]
+    count = len(classes)
+    return [classes[i] for i in random_split(count, split, seed or 0, count // 2, count // 4)]
 
 
 def _check_apart(source: Source, survey: Survey) -> None:
@@ -238,30 +232,26 @@ def _some(names: list[str], kind: str) -> str:
     return f"{what}: {', '.join(shown(name[:80]) for name in names[:_NAMED])}{more}"
 
 
-def _map(place: Path) -> tuple[Images, dict[str, Any]] | None:
+def _about(place: Path) -> dict[str, Any] | None:
+    """What :func:`_decode` wrote beside the images, if it is there."""
     try:
-        about = json.loads(place.with_suffix(".json").read_text())
+        return cast(dict[str, Any], json.loads(place.with_suffix(".json").read_text()))
     except (FileNotFoundError, ValueError):
         return None
-    images = map_images(place)
-    return None if images is None else (images, about)
 
 
 def _some_rows(everything: Images, survey: Survey, chosen: list[str], name: str) -> Images:
     """The images of some classes, also in a mapped file, since they might not fit in memory."""
     place = cache_folder() / f"folder-{name}"
-    with locked(place):
-        found = map_images(place)
-        if found is None:
-            numbers = {name: number for number, name in enumerate(survey.classes)}
-            wanted = torch.tensor([numbers[name] for name in chosen], device="cpu")
-            rows = torch.isin(everything.labels, wanted).nonzero().flatten().tolist()
-            pixels, labels = everything.images.numpy(), everything.labels.numpy()
-            write_images(place, ((pixels[row], int(labels[row])) for row in rows))
-            found = map_images(place)
-    if found is None:
-        raise ValueError(f"{place}.npy cannot be read back: is the disk in order?")
-    return found
+
+    def write() -> None:
+        numbers = {name: number for number, name in enumerate(survey.classes)}
+        wanted = torch.tensor([numbers[name] for name in chosen], device="cpu")
+        rows = torch.isin(everything.labels, wanted).nonzero().flatten().tolist()
+        pixels, labels = everything.images.numpy(), everything.labels.numpy()
+        write_images(place, ((pixels[row], int(labels[row])) for row in rows))
+
+    return mapped_images(place, write)
 
 
 class _Colour(Exception):

@@ -19,6 +19,7 @@ from l2l_prune._basics import checks
 from l2l_prune._basics.files import replace_file
 from l2l_prune.fewshot.data.cache import cache_folder, locked
 from l2l_prune.fewshot.data.rendering import INSTANCES, SIZE, Rendered, render_glyphs
+from l2l_prune.fewshot.data.splits import check_split, most_for_training, random_split, shuffled
 
 _FORMAT = 2  # a larger one whenever a class is drawn otherwise
 _SEED = 0
@@ -28,8 +29,6 @@ _BY_SCRIPT = {
     "validation": ("greek",),
     "test": ("cyrillic", "armenian", "georgian"),
 }
-RANDOM_SPLITS = {"train": (0.0, 0.6), "validation": (0.6, 0.75), "test": (0.75, 1.0)}
-"""Where the splits of a random order begin and end."""
 
 
 class Glyphs(Dataset[tuple[Tensor, int]]):
@@ -74,8 +73,7 @@ class Glyphs(Dataset[tuple[Tensor, int]]):
         transform: Callable[[Tensor], Any] | None = None,
         target_transform: Callable[[int], Any] | None = None,
     ) -> None:
-        if split not in _BY_SCRIPT:
-            raise ValueError(f"split must be one of {list(_BY_SCRIPT)}, got {split!r}")
+        check_split(split)
         if split_by not in ("script", "random"):
             raise ValueError(f'split_by must be "script" or "random", got {split_by!r}')
         if checks.whole_number("size", size, least=16) > 128:
@@ -133,19 +131,8 @@ def _split(glyphs: Rendered, split: str, split_by: str, seed: int) -> list[int]:
     if split_by == "script":
         wanted = _BY_SCRIPT[split]
         return [i for i, script in enumerate(glyphs.scripts) if script in wanted]
-    return random_split(len(glyphs.characters), split, seed)
-
-
-def shuffled(count: int, seed: int) -> Tensor:
-    """The numbers below ``count`` in random order, on the CPU."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
-
-
-def random_split(count: int, split: str, seed: int) -> list[int]:
-    """Which of ``count`` items are in a split of a random order."""
-    order = shuffled(count, seed)
-    low, high = (round(count * edge) for edge in RANDOM_SPLITS[split])
-    return sorted(order[low:high].tolist())
+    count = len(glyphs.characters)
+    return random_split(count, split, seed, *most_for_training(count))
 
 
 def _load(root: str | os.PathLike[str] | None, size: int = SIZE) -> Rendered:

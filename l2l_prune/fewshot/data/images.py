@@ -10,17 +10,17 @@ import torch
 from l2l_prune._basics import checks
 from l2l_prune.fewshot.data.benchmarks import (
     BENCHMARKS,
-    SPLITS,
     check_benchmark,
     has_benchmark,
     load_benchmark,
 )
 from l2l_prune.fewshot.data.cache import Images
 from l2l_prune.fewshot.data.folder import load_folder, load_source
-from l2l_prune.fewshot.data.glyphs import Glyphs, shuffled
+from l2l_prune.fewshot.data.glyphs import Glyphs
 from l2l_prune.fewshot.data.pictures import load_pictures, picture_files, shown
 from l2l_prune.fewshot.data.rendering import SIZE
 from l2l_prune.fewshot.data.sources import Source, find_tables
+from l2l_prune.fewshot.data.splits import SPLITS, check_split, shuffled
 
 DATA_SETS = ("glyphs", "pictures", *BENCHMARKS, "folder")
 OWN_SPLITS = tuple(BENCHMARKS)
@@ -72,8 +72,7 @@ def load_images(
         FileNotFoundError: If a file is missing; the message says which and where it comes from.
     """
     _check_name(name)
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    check_split(split)
     if name == "glyphs":
         by = "script" if split_seed is None else "random"
         chosen = seed if split_seed is None else split_seed
@@ -199,8 +198,7 @@ def _in_words(classes: dict[str, int]) -> str:
 
 
 def _check_name(name: str) -> None:
-    if name not in DATA_SETS:
-        raise ValueError(f"data must be one of {', '.join(DATA_SETS)}, got {name!r}")
+    checks.one_of("data", name, DATA_SETS)
 
 
 def _folder(name: str, root: str | os.PathLike[str] | None) -> Path:

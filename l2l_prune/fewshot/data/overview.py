@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from l2l_prune._basics.files import replace_file
-from l2l_prune.fewshot.data.benchmarks import SPLITS
 from l2l_prune.fewshot.data.folder import Bar, split_classes
 from l2l_prune.fewshot.data.pictures import (
     DamagedPicture,
@@ -18,6 +17,7 @@ from l2l_prune.fewshot.data.pictures import (
     shown,
 )
 from l2l_prune.fewshot.data.sources import WHOLE, Source, find_source
+from l2l_prune.fewshot.data.splits import SPLITS
 
 _NAMED = 10
 _ROWS, _COLUMNS, _TILE, _MARGIN = 40, 8, 64, 140

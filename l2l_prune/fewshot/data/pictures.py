@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from l2l_prune._basics import checks
-from l2l_prune.fewshot.data.glyphs import RANDOM_SPLITS, random_split
+from l2l_prune.fewshot.data.splits import check_split, most_for_training, random_split
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -211,11 +211,11 @@ def load_pictures(
     need_pillow()
     checks.whole_number("size", size, least=1)
     checks.true_or_false("grey", grey)
-    if split is not None and split not in RANDOM_SPLITS:
-        raise ValueError(f"split must be one of {', '.join(RANDOM_SPLITS)}, got {split!r}")
+    if split is not None:
+        check_split(split)
     paths = picture_files(folder)
     if split is not None:
-        chosen = random_split(len(paths), split, seed)
+        chosen = random_split(len(paths), split, seed, *most_for_training(len(paths)))
         if not chosen:
             raise ValueError(
                 f"{len(paths)} pictures under {folder} leave none for {split}: add more pictures"
