@@ -111,17 +111,5 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 5.1, and the defaults of the authors' scripts of CAVIA and MetaOptNet; for fields those of
 Meta-SparseINR on CelebA, with as many iterations as its rounds take down to 5% of the weights."""
 
-PUBLISHED_SINE: dict[str, Any] = {
-    "iterations": 50_000,
-    "tasks": 25,
-    "shots": 10,
-    "queries": 10,
-    "inner_steps": 1,
-    "inner_lr": 1.0,
-    "meta_lr": 1e-3,
-}
-"""CAVIA's settings for :class:`~l2l_prune.fewshot.data.SineTasks` with ``CaviaMLP()``: the defaults
-of the authors' regression script."""
-
 INSTANCES = {"glyphs": 20, "omniglot": 20}
 """Examples of a class, where MetaOptNet's published 15 shots and 6 queries do not fit."""

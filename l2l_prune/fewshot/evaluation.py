@@ -58,6 +58,16 @@ class Measure:
         """The unit after a number, with a space; per cent goes without saying."""
         return "" if self.unit == "%" else f" {self.unit}"
 
+    def difference(self, number: str) -> str:
+        """A difference in the unit, followed by it; of percentages, in points.
+
+        Examples:
+            >>> ACCURACY.difference("1"), ACCURACY.difference("+1.2 ± 0.5"), PSNR.difference("2")
+            ('1 point', '+1.2 ± 0.5 points', '2 dB')
+        """
+        points = " point" if number.lstrip("+-") == "1" else " points"
+        return number + (points if self.unit == "%" else self.ending)
+
 
 ACCURACY = Measure("accuracy", "%", 100.0)
 """The fraction of queries that are classified correctly, displayed in per cent."""

@@ -625,6 +625,20 @@ def test_a_verdict_says_what_was_shown_and_what_was_not(tmp_path, monkeypatch):
     assert "failed" not in text
 
 
+def test_equal_differences_show_nothing_about_what_could_have_been_seen(tmp_path, monkeypatch):
+    pytest.importorskip("statsmodels")
+    raced = [standing("dense", 0.6), standing("rigl", 0.5, sparsity=0.75)]
+    (tmp_path / "plan.toml").write_text(_plan([raced], replicates=4, vary_split=True))
+    document = read_toml(tmp_path / "plan.toml")
+    for config in expand({}, document["grid"]):
+        finished(tmp_path / "runs", config, 0.5 if config.name == "RigL" else 0.6)
+    runs = Runs(tmp_path / "runs", QUIET, jobs=1, hours=None, clock=tmp_path / "clock.json")
+    monkeypatch.setattr("l2l_prune.experiments.search.verdict.write_report", lambda *_: [])
+    text = _verdict(read_comparisons(document["comparison"]), runs, 4)
+    assert "**not shown** (p = 1)" in text
+    assert "nan" not in text
+
+
 @pytest.mark.parametrize(
     ("plain", "timely", "words"),
     [

@@ -74,9 +74,8 @@ class Judged:
             return "not shown"
         if self.comparison.margin:
             measure = self.difference.measure
-            most = measure.read(-self.comparison.margin)
-            unit = measure.ending or (" point" if most == 1 else " points")
-            return f"not worse by more than {most:g}{unit}"
+            most = measure.difference(f"{measure.read(-self.comparison.margin):g}")
+            return f"not worse by more than {most}"
         return "better" if self.difference.mean > 0 else "worse"
 
 

@@ -210,5 +210,5 @@ def _at_equal_size(runs: Sequence[FinishedRun]) -> list[str]:
 
 
 def _read(difference: OverSeeds, value: float) -> str:
-    number = difference.measure.read(value)
-    return f"{number:g}{difference.measure.ending or (' point' if number == 1 else ' points')}"
+    measure = difference.measure
+    return measure.difference(f"{measure.read(value):g}")

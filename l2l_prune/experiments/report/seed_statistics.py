@@ -43,7 +43,7 @@ def signed(difference: Mean) -> str:
 
 def amount(difference: Mean) -> str:
     """A difference with its sign and unit: ``"+1.2 ± 0.5 points"``, or in decibels."""
-    return f"{signed(difference)}{difference.measure.ending or ' points'}"
+    return difference.measure.difference(signed(difference))
 
 
 def with_verdict(part: str, difference: OverSeeds) -> str:

@@ -395,17 +395,17 @@ def _differs(judged: Judged, setting: str) -> bool:
 def _in_words(judged: Judged, runs: Sequence[FinishedRun]) -> str:
     """A comparison with its certainty and its costs."""
     measure = judged.difference.measure
-    unit = measure.ending or " points"
     text = (
         f"{_title(judged)}: {amount(judged.difference)} over {len(judged.difference.values)} "
         f"replicates, **{judged.verdict}** (p = {judged.corrected:.2g})"
     )
-    if judged.verdict == "not shown":
-        least = measure.read(judged.detectable)
+    least = measure.read(judged.detectable)
+    if judged.verdict == "not shown" and math.isfinite(least):
         if judged.comparison.margin:
-            text += f"; a true difference of {least:+.1f}{unit} or more could have been seen"
-        elif math.isfinite(least):
-            text += f"; {least:.1f}{unit} could have been seen"
+            seen = f"a true difference of {measure.difference(f'{least:+.1f}')} or more"
+        else:
+            seen = measure.difference(f"{least:.1f}")
+        text += f"; {seen} could have been seen"
     sides = [
         list(matching(side, runs).values())
         for side in (judged.comparison.treatment, judged.comparison.control)
