@@ -47,6 +47,7 @@ TABLES = {
     "meta-learners": ["meta-learners"],
     "task-masks-maml": ["task-masks-maml"],
     "with-decay": ["with-decay"],
+    "regime": ["regime"],
 }
 """The tables on which each plan is judged."""
 
