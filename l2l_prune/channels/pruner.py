@@ -104,8 +104,9 @@ class ChannelPruner(ScheduledPruner):
         task_masks: Whose generator draws the channels of single tasks, for schedules with sparse
             segments of ``masks="task"``: the network stays whole, and each learner of
             :class:`~l2l_prune.PrunedReptile` that is cloned in :meth:`task_masks` is small.
-        group: Ranks of torch.distributed that train the same model; they compare the channels that
-            they keep at each change.
+        group: Ranks of torch.distributed that train the same model and average its gradients
+            themselves; they compare the channels that they keep at each change. Not for
+            DistributedDataParallel, which loses track of parameters that change their shape.
 
     Raises:
         ImportError: If torch-pruning is missing.
@@ -143,6 +144,11 @@ class ChannelPruner(ScheduledPruner):
         super().__init__(model, schedule)
         if group is not None:
             checks.of_type("group", group, dist.ProcessGroup, "a torch.distributed ProcessGroup")
+        if ranks.group_of(model) is not None:
+            raise ValueError(
+                "a DistributedDataParallel model cannot lose channels: it would stop averaging "
+                "gradients. Average them by hand, with group=, or mask weights with Pruner"
+            )
         self._group = group
         self._importance = importance_function(importance)
         self._needs_gradients = importance == "taylor"

@@ -211,9 +211,11 @@ class CAVIA(nn.Module):
                 layer.context = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> CAVIA:
-        """Move or cast; the context would keep its old device and type, so it is reset."""
+        """Move or cast, with the context that a learner has adapted."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._context = None
+        if self._context is not None:
+            with torch.enable_grad():  # meta-gradients flow back through it
+                self._context = fn(self._context) if self.has_adapted else None
         return self
 
 

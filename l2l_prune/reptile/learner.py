@@ -150,13 +150,11 @@ class Workspace:
         self._fresh = [copied_state(self.optimizer.state.get(p, {})) for p in self.parameters]
         self._by_name = dict(self.module.named_parameters())
         self._trained = {name: p.requires_grad for name, p in self._by_name.items()}
-        self._narrowed = False  # whether not all of them adapt now
         self.partly: list[tuple[Tensor, Tensor, Tensor]] = []  # weight, what adapts, the start
         self._first_step: RemovableHandle | None = None
         if hook := pruner.first_step_hook(self.module):
             self._first_step = self.optimizer.register_step_pre_hook(hook)
         self.masks: dict[str, Tensor] = {}  # in the dtype of the weights, while sparse
-        self._masked: list[Tensor] = []
         self._masks_of_a_task = False  # where they prune, the model's own weights are not 0
         self._foml = foml
         self.before_last: list[Tensor] = []
@@ -190,7 +188,6 @@ class Workspace:
             name: torch.empty_like(self._by_name[name].data).copy_(mask)
             for name, mask in masks.items()
         }
-        self._masked = [self._by_name[name].data for name in self.masks]
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Take along what belongs to the module, which was moved or cast by itself."""
@@ -215,7 +212,6 @@ class Workspace:
             chosen: By name, ``None`` (all entries) or which entries adapt
                 (:func:`~l2l_prune.reptile.adapt_only.chosen_parameters`).
         """
-        self._narrowed = True
         for name, parameter in self._by_name.items():
             parameter.requires_grad_(self._trained[name] and name in chosen)
         self.partly = [
@@ -225,10 +221,10 @@ class Workspace:
         ]
 
     def _adapt_all(self) -> None:
-        if self._narrowed:
-            for name, parameter in self._by_name.items():
-                parameter.requires_grad_(self._trained[name])
-            self._narrowed, self.partly = False, []
+        """Also what a caller froze in the learner before."""
+        for name, parameter in self._by_name.items():
+            parameter.requires_grad_(self._trained[name])
+        self.partly = []
 
     def adapt(self, loss: Tensor) -> None:
         """One step of the inner optimizer."""
@@ -267,8 +263,9 @@ class Workspace:
 
     def project(self) -> None:
         """Set pruned weights to exactly 0; ``.data`` leaves a pending backward undisturbed."""
-        if self._masked:
-            torch._foreach_mul_(self._masked, list(self.masks.values()))
+        if self.masks:
+            weights = [self._by_name[name].data for name in self.masks]
+            torch._foreach_mul_(weights, list(self.masks.values()))
 
     def adapted(self, start: Iterable[Tensor]) -> list[Tensor]:
         """The parameters, with the values of ``start`` where masks prune: there nothing moved."""

@@ -10,8 +10,10 @@ from typing import ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from l2l_prune import DSDSchedule, IHTSchedule, PrunedReptile, Pruner, Schedule, Segment
 from l2l_prune.channels.pruner import ChannelPruner, Structured
@@ -819,3 +821,13 @@ def test_a_lazy_layer_is_named():
     net = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2))
     with pytest.raises(ValueError, match=r"^0\.weight is not initialized yet"):
         ChannelPruner(net, SCHEDULE, example_inputs=torch.zeros(1, 4))
+
+
+def test_channels_of_a_distributed_model_are_refused():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+        with pytest.raises(ValueError, match="would stop averaging gradients"):
+            ChannelPruner(model, SCHEDULE, example_inputs=torch.zeros(1, 4))
+    finally:
+        dist.destroy_process_group()

@@ -118,7 +118,7 @@ def test_what_cannot_be_global_is_refused(net, options, schedule, words):
 
 
 def test_unknown_allocation(net):
-    with pytest.raises(ValueError, match=r"'layerwise', 'erk', 'global'.*, got 'fair'"):
+    with pytest.raises(ValueError, match="one of layerwise, erk, global, got 'fair'"):
         Pruner(net, SCHEDULE, allocation="fair")
     with pytest.raises(TypeError, match="model"):
         erk(3, 0.5)

@@ -135,6 +135,19 @@ def test_a_move_or_cast_takes_the_context_along():
     assert cavia(torch.randn(2, 1, 4, 4)).dtype == torch.float32
 
 
+def test_a_move_keeps_what_a_learner_has_adapted():
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    learner = CAVIA(BothForms(), lr=0.1).clone()
+    fresh = learner(x).detach()
+    learner.adapt(learner(x).square().mean())
+    adapted = learner(x).detach()
+    assert not torch.equal(adapted, fresh)
+    learner.to("cpu")
+    assert torch.equal(learner(x), adapted)
+    learner.float()
+    assert torch.allclose(learner(x.float()).double(), adapted, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [28, 84])
 def test_classification_network(size):
     """Named and ordered as the published one; the map before the classifier is 5x5 for 84x84."""

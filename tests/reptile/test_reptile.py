@@ -736,3 +736,25 @@ def test_masks_of_another_pruner_are_refused_where_learners_would_lose_them(net,
         reptile.clone()
     others[0].finalize()
     iterate(reptile, 1)
+
+
+def test_what_a_caller_freezes_in_a_learner_ends_with_it():
+    net = SmallNet()
+    reptile = PrunedReptile(net, SCHEDULE, inner_lr=0.1)
+    scored = reptile.clone()
+    scored.module.conv1.requires_grad_(False)
+    reptile.discard(adapt(scored, task(0)))
+    before = net.conv1.weight.detach().clone()
+    reptile.collect(adapt(reptile.clone(), task(1)))
+    reptile.step()
+    assert not torch.equal(net.conv1.weight, before)
+
+
+def test_a_copy_of_a_learner_keeps_its_masks():
+    reptile = PrunedReptile(SmallNet(), Schedule([Segment(4, sparse=True, sparsity=0.5)]))
+    learner = adapt(reptile.clone(), task(0))
+    pruned = learner.module.fc.weight == 0
+    assert pruned.any()
+    copied = adapt(copy.deepcopy(learner), task(1))
+    assert (copied.module.fc.weight[pruned] == 0).all()
+    assert not torch.equal(copied.module.fc.weight, learner.module.fc.weight)
