@@ -166,15 +166,16 @@ def learning_rates(model: nn.Module, tensors: Iterable[LayerTensor]) -> list[nn.
 
 
 def refuse_learning_rates(model: nn.Module) -> None:
-    """Refuse a model that learns something about each entry of its weights, as Meta-SGD does.
+    """Refuse a model that learns something about its weights' shapes, as Meta-SGD and GBML do.
 
     Raises:
         ValueError: Naming its class.
     """
-    if _learning_rates(model):
+    updates = any(hasattr(module, "compute_update") for module in model.modules())  # GBML
+    if updates or _learning_rates(model):
         raise ValueError(
-            f"{type(model).__name__} holds learning rates or scores of the shapes of its weights, "
-            "which would no longer fit without channels: use a Pruner"
+            f"{type(model).__name__} holds learning rates, updates or scores of the shapes of its "
+            "weights, which would no longer fit without channels: use a Pruner"
         )
 
 

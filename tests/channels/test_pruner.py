@@ -752,6 +752,13 @@ def test_rates_of_meta_sgd_would_not_fit():
         ChannelPruner(meta, SCHEDULE, example_inputs=IMAGES.float())
 
 
+def test_learned_updates_would_not_fit():
+    l2l = pytest.importorskip("learn2learn")
+    meta = l2l.algorithms.GBML(Conv4(5, 8), l2l.optim.MetaCurvatureTransform, lr=0.1)
+    with pytest.raises(ValueError, match=r"GBML holds .* use a Pruner"):
+        ChannelPruner(meta, SCHEDULE, example_inputs=IMAGES.float())
+
+
 @pytest.mark.parametrize("importance", ["l1", "l2"])
 def test_groups_of_transposed_convolutions_are_scored_by_their_own_weights(importance):
     net = nn.Sequential(
