@@ -112,8 +112,9 @@ class ChannelPruner(ScheduledPruner):
         ImportError: If torch-pruning is missing.
         TypeError: If an argument has the wrong type.
         ValueError: If the network cannot be shrunk, a name matches nothing, a segment would leave
-            a layer no channel, ``model`` is learn2learn's Meta-SGD, whose rates would not fit, or
-            an optimizer's state cannot be cut (L-BFGS, Adafactor).
+            a layer no channel, ``model`` is learn2learn's Meta-SGD or GBML, whose rates or updates
+            would not fit, or is trained by DistributedDataParallel, or an optimizer's state cannot
+            be cut (L-BFGS, Adafactor).
 
     Examples:
         >>> from l2l_prune import DSDSchedule

@@ -176,7 +176,7 @@ class Workspace:
         self._masks_of_a_task = self._pruner.in_masked_task
         self._put_on(self._pruner.learner_masks)
         self.project()  # the model's own weights are not pruned by a task's masks
-        self._adapt_all()
+        self.narrow(dict.fromkeys(self._by_name))  # all adapt, also what a caller froze before
         # Some optimizers (Adagrad in older torch) make their state when they are made.
         _restore_state(self.optimizer, self.parameters, state if any(state) else self._fresh)
         forget_casts()
@@ -219,12 +219,6 @@ class Workspace:
             for name, keep in chosen.items()
             if keep is not None
         ]
-
-    def _adapt_all(self) -> None:
-        """Also what a caller froze in the learner before."""
-        for name, parameter in self._by_name.items():
-            parameter.requires_grad_(self._trained[name])
-        self.partly = []
 
     def adapt(self, loss: Tensor) -> None:
         """One step of the inner optimizer."""
