@@ -122,16 +122,12 @@ def check_same(
 
 
 @torch.no_grad()
-def sum_over_ranks(tensors: Sequence[Tensor], count: int, group: dist.ProcessGroup) -> int:
+def sum_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Replace tensors by their sums over the ranks, in one message for each type.
 
     Args:
         tensors: Tensors with the same shapes on all ranks.
-        count: A number, summed likewise.
         group: The ranks.
-
-    Returns:
-        The sum of ``count``.
     """
     # Step counts may be on the CPU while weights are on a GPU, the only device nccl knows.
     device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
@@ -143,27 +139,61 @@ def sum_over_ranks(tensors: Sequence[Tensor], count: int, group: dist.ProcessGro
         parts = torch.split(flat, [tensor.numel() for tensor in mine])
         for tensor, part in zip(mine, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
-    total = torch.tensor([count], device=device)
-    dist.all_reduce(total, group=group)
-    return int(total)
 
 
 @torch.no_grad()
-def average_states(states: Sequence[dict[str, Any]], weight: int, group: dist.ProcessGroup) -> None:
+def average_states(
+    states: Sequence[dict[str, Any]], weight: int, group: dist.ProcessGroup, device: torch.device
+) -> None:
     """Replace optimizer states by their mean over the ranks, weighted by ``weight``.
 
+    A parameter that only some ranks have trained has a state only there: the mean is over these
+    ranks, and the others take it over.
+
     Args:
-        states: A dict per parameter, with the same tensors on all ranks.
-        weight: How many tasks this rank's states have seen last; 0 leaves them out.
+        states: A dict for each parameter; empty where this rank has not trained it.
+        weight: How many tasks this rank's states have seen last.
         group: The ranks.
+        device: A device whose tensors the group can exchange.
     """
-    held = [
-        v for s in states for v in s.values() if isinstance(v, Tensor) and v.is_floating_point()
+    held = torch.tensor([*(weight if state else 0 for state in states), weight], device=device)
+    dist.all_reduce(held, group=group)
+    *weights, everyone = held.tolist()
+    if any(0 < some < everyone for some in weights):
+        _take_over_missing(states, group, device)
+    summed = [
+        (value, total)
+        for state, total in zip(states, weights, strict=True)
+        for value in state.values()
+        if isinstance(value, Tensor) and value.is_floating_point()
     ]
-    if not held:
+    if not summed:
         return
-    for tensor in held:
+    for tensor, _ in summed:
         tensor.mul_(weight)
-    total = sum_over_ranks(held, weight, group)
-    for tensor in held:
+    sum_over_ranks([tensor for tensor, _ in summed], group)
+    for tensor, total in summed:
         tensor.div_(total)
+
+
+def _take_over_missing(
+    states: Sequence[dict[str, Any]], group: dist.ProcessGroup, device: torch.device
+) -> None:
+    """Fill states that only other ranks have with zeros, which add nothing to a sum."""
+    mine = [
+        {
+            k: torch.empty_like(v, device="meta") if isinstance(v, Tensor) else v
+            for k, v in s.items()
+        }
+        for s in states
+    ]
+    of_all: list[list[dict[str, Any]]] = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(of_all, mine, group=group)
+    for state, *theirs in zip(states, *of_all, strict=True):
+        if state:
+            continue
+        for key, value in next((s for s in theirs if s), {}).items():
+            state[key] = value
+            if isinstance(value, Tensor):
+                where = device if value.dim() else "cpu"  # optimizers count on the CPU
+                state[key] = torch.zeros_like(value, device=where)

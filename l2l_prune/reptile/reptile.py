@@ -303,10 +303,12 @@ class PrunedReptile(nn.Module):
             raise RuntimeError("step() without a task: collect(learner) at least once before it")
         tasks, mean = self._tasks, [total.clone() for total in self._collected]
         if self._group is not None:
-            ranks.check_same_iteration(self.iteration, self._group, mean[0].device)
+            device = mean[0].device
+            ranks.check_same_iteration(self.iteration, self._group, device)
             if self.carry_state:
-                ranks.average_states(self._inner_state, tasks, self._group)
-            tasks = ranks.sum_over_ranks(mean, tasks, self._group)
+                ranks.average_states(self._inner_state, tasks, self._group, device)
+            ranks.sum_over_ranks(mean, self._group)
+            tasks = int(ranks.total(torch.tensor(tasks, device=device), self._group))
         torch._foreach_div_(mean, tasks)
         parameters = list(self.module.parameters())
         before = [p.detach().clone() for p in parameters]

@@ -226,7 +226,7 @@ def test_a_mask_on_the_cpu_is_noticed(monkeypatch):
 def test_states_that_count_on_the_cpu_are_averaged_over_ranks(monkeypatch):
     """One message holds tensors of one device, and nccl speaks of GPUs only."""
     sent = []
-    monkeypatch.setattr(FakeTensor, "__int__", lambda self: 1, raising=False)
+    monkeypatch.setattr(FakeTensor, "tolist", lambda self: [1] * len(self))
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: sent.append(tensor.device.type))
     net = network()
     optimizer = OPTIMIZERS["Adam"](net.parameters())
@@ -234,6 +234,6 @@ def test_states_that_count_on_the_cpu_are_averaged_over_ranks(monkeypatch):
     with allowed_to_wait():
         optimizer.step()
         states = list(optimizer.state.values())
-        ranks.average_states(states, 1, None)
+        ranks.average_states(states, 1, None, torch.device("cuda"))
     assert set(sent) == {"cuda"}
     assert {state["step"].device.type for state in states} == {"cpu"}

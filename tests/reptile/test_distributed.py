@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -183,6 +184,58 @@ def test_reptile_shares_its_tasks(tmp_path, carry_state):
         for mine, theirs in zip(*states, strict=True):
             assert all(torch.equal(mine[key], theirs[key]) for key in mine)
             assert bool(mine) == carry_state
+
+
+class TwoHeads(nn.Module):
+    """A body that all ranks train, and a head of another size for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(36, 8)
+        self.heads = nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 5)])
+
+    def forward(self, x, head):
+        return self.heads[head](self.body(x.flatten(1)).relu())
+
+
+def head_for_each_rank(rank, folder):
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
+    torch.manual_seed(0)
+    reptile = PrunedReptile(TwoHeads(), SCHEDULE, group=dist.group.WORLD)
+    for iteration in range(3):
+        x, y = batch(iteration, rank)
+        learner = reptile.clone()
+        learner.adapt(F.cross_entropy(learner(x, rank), y))
+        reptile.collect(learner)
+        reptile.step()
+        torch.save(reptile.state_dict(), f"{folder}/{rank}-{iteration}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.process
+def test_a_state_that_only_one_rank_has_is_taken_over_by_the_others(tmp_path):
+    on_two_ranks(head_for_each_rank, str(tmp_path))
+    for iteration in range(3):
+        first, second = (
+            torch.load(tmp_path / f"{rank}-{iteration}.pt", weights_only=True) for rank in (0, 1)
+        )
+        states = [state.pop("_extra_state")["inner_state"] for state in (first, second)]
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        for mine, theirs in zip(*states, strict=True):
+            assert all(torch.equal(mine[key], theirs[key]) for key in ("step", "exp_avg_sq"))
+        if iteration == 0:
+            start = states[0]
+    torch.manual_seed(0)
+    net = TwoHeads()
+    gradients = []
+    for rank in (0, 1):
+        x, y = batch(0, rank)
+        loss = F.cross_entropy(net(x, rank), y)
+        gradients.append(torch.autograd.grad(loss, list(net.parameters()), allow_unused=True))
+    for state, *of_ranks in zip(start, *gradients, strict=True):
+        squares = torch.stack([g.square() for g in of_ranks if g is not None])
+        assert state["step"] == 1
+        assert torch.allclose(state["exp_avg_sq"], 0.001 * squares.mean(0), rtol=1e-4)
 
 
 SPARSE = Schedule((Segment(1), Segment(6, sparse=True, sparsity=0.5), Segment(1)))
