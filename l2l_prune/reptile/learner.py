@@ -120,7 +120,8 @@ class Workspace:
     """A plain working copy of the model with its inner optimizer, used for task after task.
 
     Attributes:
-        origin: What it was copied from; Reptile makes another copy where this has changed.
+        origin: What it was copied from; Reptile makes another copy where this has changed, or
+            where a caller has altered the working copy (:attr:`altered`).
     """
 
     origin: object = None
@@ -150,6 +151,7 @@ class Workspace:
         self._fresh = [copied_state(self.optimizer.state.get(p, {})) for p in self.parameters]
         self._by_name = dict(self.module.named_parameters())
         self._trained = {name: p.requires_grad for name, p in self._by_name.items()}
+        self._options = [_options(group) for group in self.optimizer.param_groups]
         self.partly: list[tuple[Tensor, Tensor, Tensor]] = []  # weight, what adapts, the start
         self._first_step: RemovableHandle | None = None
         if hook := pruner.first_step_hook(self.module):
@@ -159,6 +161,26 @@ class Workspace:
         self._foml = foml
         self.before_last: list[Tensor] = []
         self._grow: Callable[[list[Tensor]], list[Tensor]] | None = None  # while it is small
+        self._parts = self._structure()
+
+    def _structure(self) -> list[object]:
+        held = [
+            (id(p), *(p._backward_hooks or ()), *(p._post_accumulate_grad_hooks or ()))
+            for p in self.module.parameters()
+        ]
+        return [*structure(self.module), *held, len(self.optimizer.param_groups)]
+
+    @property
+    def altered(self) -> bool:
+        """Whether a caller put other layers, parameters, hooks or parameter groups into it."""
+        return self._structure() != self._parts
+
+    @property
+    def replaced(self) -> str | None:
+        """The first parameter that a caller replaced, which no inner step adapts."""
+        now = dict(self.module.named_parameters())
+        others = (n for n in {**now, **self._by_name} if now.get(n) is not self._by_name.get(n))
+        return next(others, None)
 
     def restore(self, model: nn.Module, state: list[dict[str, Any]]) -> None:
         """Start again from the meta-model: weights, buffers, modes, masks, optimizer state."""
@@ -170,6 +192,8 @@ class Workspace:
             buffer.copy_(sources[name])
         for mine, theirs in zip(self.module.modules(), model.modules(), strict=True):
             _take_over_settings(mine, theirs)
+        for group, options in zip(self.optimizer.param_groups, self._options, strict=True):
+            group.update(options)  # a scheduler of the last task's may have changed them
         if self._first_step and self._pruner.first_step_hook(self.module) is None:
             self._first_step.remove()
             self._first_step = None
@@ -293,6 +317,25 @@ class Workspace:
         self.optimizer.state.clear()
         self.optimizer.state.update(zip(self.parameters, into, strict=False))
         return states
+
+
+def structure(module: nn.Module) -> list[object]:
+    """The modules of a network, and what was registered to run with them."""
+    parts: list[object] = []
+    for part in module.modules():
+        pre, post = part._forward_pre_hooks, part._forward_hooks
+        before, after = part._backward_pre_hooks, part._backward_hooks
+        parts += part, *pre.values(), *post.values(), *before.values(), *after.values()
+    return parts
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a parameter group, without its parameters."""
+    return {
+        key: value.clone() if isinstance(value, Tensor) else value
+        for key, value in group.items()
+        if key != "params"
+    }
 
 
 def _restore_state(

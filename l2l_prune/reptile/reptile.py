@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
@@ -30,6 +31,7 @@ from l2l_prune.reptile.learner import (
     adam,
     copied_state,
     move_state,
+    structure,
 )
 from l2l_prune.scheduled import ScheduledPruner
 from l2l_prune.schedules.schedule import Schedule
@@ -174,6 +176,7 @@ class PrunedReptile(nn.Module):
         self._group = group
         self._workspaces: list[Workspace] = []
         self._seen_modules = [*model.modules()]
+        self._seen_kinds = [(p.dtype, p.device) for p in model.parameters()]
         self._inner_state: list[dict[str, Any]] = []
         self._collected: list[Tensor] = []  # sum over tasks, one tensor a parameter
         self._tasks = 0
@@ -256,12 +259,17 @@ class PrunedReptile(nn.Module):
 
         Raises:
             RuntimeError: If the learner belongs to another PrunedReptile, was collected before,
-                was cloned before the last :meth:`step`, or was cast or moved by itself; or after
-                :meth:`finalize`.
+                was cloned before the last :meth:`step`, was cast or moved by itself, or has layers
+                other than the model's; or after :meth:`finalize`.
         """
         self._check_usable()
         self._check_kinds(learner)
         workspace = self._taken_back(learner)
+        if name := workspace.replaced:
+            raise RuntimeError(
+                f"{name} of this learner is not the one that clone() gave it, so no inner step "
+                "adapted it: replace layers in the model, or discard(learner)"
+            )
         if self._collects_moves:
             start = workspace.before_last if self.foml else self.module.parameters()
             moved = workspace.moves(start)
@@ -275,7 +283,7 @@ class PrunedReptile(nn.Module):
         if self.carry_state:
             workspace.clear_momentum()
             self._inner_state = workspace.save_state(self._inner_state)
-        self._workspaces.append(workspace)
+        self._keep(workspace)
 
     def discard(self, learner: Learner) -> None:
         """Use a learner up without collecting it, for evaluation.
@@ -285,7 +293,7 @@ class PrunedReptile(nn.Module):
         Raises:
             RuntimeError: As for :meth:`collect`.
         """
-        self._workspaces.append(self._taken_back(learner))
+        self._keep(self._taken_back(learner))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -435,6 +443,11 @@ class PrunedReptile(nn.Module):
             raise TypeError(f"learner must be one made by clone(), got {checks.describe(learner)}")
         return learner.release(self, self.iteration)
 
+    def _keep(self, workspace: Workspace) -> None:
+        """Keep a working copy for the next task, unless that would see what was done to it."""
+        if not workspace.altered:
+            self._workspaces.append(workspace)
+
     def _carried_states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         return zip(self.module.parameters(), self._inner_state, strict=False)
 
@@ -443,11 +456,16 @@ class PrunedReptile(nn.Module):
         modules = [*self.module.modules()]
         if modules != self._seen_modules:
             self._seen_modules, self._inner_state = modules, []  # which belongs to other modules
+        kinds = [(p.dtype, p.device) for p in self.module.parameters()]
+        if kinds != self._seen_kinds:  # the model was cast or moved, not this PrunedReptile
+            self._seen_kinds = kinds
+            for parameter, state in self._carried_states():
+                move_state(state, functools.partial(_like, parameter))
+        parts, masked = structure(self.module), [held_names(module) for module in modules]
         trained = [parameter.requires_grad for parameter in self.module.parameters()]
-        buffers = {name: buffer.shape for name, buffer in self.module.named_buffers()}
-        masked = [held_names(module) for module in modules]
-        inference = torch.is_inference_mode_enabled()
-        origin = (modules, trained, buffers, masked, self.inner_lr, inference)
+        buffers = {n: (b.shape, b.dtype, b.device) for n, b in self.module.named_buffers()}
+        optimizer = (self.inner_optimizer, self.inner_lr, torch.is_inference_mode_enabled())
+        origin = (parts, kinds, trained, buffers, masked, optimizer)
         while self._workspaces:
             workspace = self._workspaces.pop()
             if workspace.origin == origin:
@@ -459,6 +477,10 @@ class PrunedReptile(nn.Module):
     def _check_usable(self) -> None:
         if self.pruner.finalized:
             raise RuntimeError("PrunedReptile was finalized: make a new one to train on")
+
+
+def _like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    return tensor.to(parameter)
 
 
 def _check_state(state: Any, parameters: dict[str, nn.Parameter], shapes: bool) -> None:

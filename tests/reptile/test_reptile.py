@@ -582,6 +582,74 @@ def test_working_copies_follow_what_is_frozen_replaced_or_slowed_down():
     assert moves(reptile, x)["3.weight"] > 0
 
 
+def test_what_a_caller_did_to_a_learner_ends_with_it():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    reptile = PrunedReptile(net, Schedule((Segment(99),)), inner_lr=0.1)
+    x, seen = torch.randn(8, 4), []
+
+    def note(*_):
+        seen.append(1)
+
+    learner = reptile.clone()
+    rates = torch.optim.lr_scheduler.StepLR(learner.workspace.optimizer, 1, 0.1)
+    learner.adapt(learner(x).square().mean())
+    rates.step()
+    reptile.discard(learner)
+    assert reptile.clone().workspace.optimizer.param_groups[0]["lr"] == 0.1
+
+    def replace_head(module):
+        module[2] = nn.Linear(4, 3)
+
+    for change in (
+        lambda module: module[0].register_forward_hook(note),
+        lambda module: module[2].register_full_backward_hook(note),
+        lambda module: module[0].weight.register_hook(note),
+        replace_head,
+    ):
+        learner = reptile.clone()
+        change(learner.module)
+        learner.adapt(learner(x).square().mean())
+        reptile.discard(learner)
+        seen.clear()
+        learner = reptile.clone()
+        assert learner(x).shape == (8, 2)
+        learner.adapt(learner(x).square().mean())
+        assert not seen
+        reptile.discard(learner)
+    learner = reptile.clone()
+    replace_head(learner.module)
+    with pytest.raises(RuntimeError, match=r"2\.weight of this learner is not the one"):
+        reptile.collect(learner)
+    net[0].register_forward_hook(note)
+    reptile.clone()(x)
+    assert seen == [1]
+
+
+def test_learners_follow_a_model_that_was_cast_and_another_inner_optimizer():
+    torch.manual_seed(0)
+    net, twin = SmallNet(), SmallNet().double()
+    twin.load_state_dict(net.state_dict())
+    reptile, expected = (PrunedReptile(n, SCHEDULE, meta_lr=0.5) for n in (net, twin))
+    x, y = task(0)[0]
+
+    def once(reptile, x):
+        learner = reptile.clone()
+        learner.adapt(F.cross_entropy(learner(x), y))
+        reptile.collect(learner)
+        reptile.step()
+
+    once(reptile, x)
+    once(expected, x.double())
+    net.double()  # not the PrunedReptile around it
+    once(reptile, x.double())
+    once(expected, x.double())
+    assert net.fc.weight.dtype == torch.float64
+    assert torch.allclose(net.fc.weight, twin.fc.weight, atol=1e-5)
+    reptile.inner_optimizer = torch.optim.SGD
+    assert type(reptile.clone().workspace.optimizer) is torch.optim.SGD
+
+
 class Scaled(nn.Module):
     """With a plain attribute, dropout, and a buffer that may be made later."""
 
