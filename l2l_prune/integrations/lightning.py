@@ -18,7 +18,7 @@ from l2l_prune._basics.moved import renamed
 from l2l_prune._basics.tensor_files import save_tensors
 from l2l_prune.masking.allocation import Allocation
 from l2l_prune.masking.criteria import Criterion, magnitude
-from l2l_prune.masking.layers import Layers, Rule, select
+from l2l_prune.masking.layers import Layers, Rule, made_later, select
 from l2l_prune.masking.masked_layer import (
     attach,
     dense_state_dict,
@@ -79,8 +79,9 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
     Raises:
         TypeError: If ``schedule`` is not a Schedule, or ``dense_weights`` not a path.
         FileNotFoundError: When the fit starts, if the folder of ``dense_weights`` does not exist.
-        ValueError: When the fit starts, if the module cannot be pruned as asked, no optimizer holds
-            a pruned weight, weight averaging stands before this callback, or
+        ValueError: When the fit starts, if the module cannot be pruned as asked, makes layers in
+            ``setup()`` or ``configure_model()`` that would have to be pruned, no optimizer holds a
+            pruned weight, weight averaging stands before this callback, or
             DistributedDataParallel would overwrite the masks of tasks.
 
     Examples:
@@ -120,6 +121,7 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
             "task_masks": task_masks,
         }
         self._dense_weights = dense_weights
+        self._known: set[nn.Module] = set()  # what the module was made of when masks were attached
         self._restored: dict[str, Any] | None = None
         self._handles: list[Any] = []
         self._lent: list[tuple[nn.Module, str]] = []
@@ -145,6 +147,7 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
             # Lightning wraps the module later; the ranks are there already.
             group = dist.group.WORLD if trainer.world_size > 1 and dist.is_initialized() else None
             self.pruner = Pruner(pl_module, self.schedule, group=group, **self._options)
+            self._known = set(pl_module.modules())
             state, self._restored = self._restored, None  # for this module and no other
             if state is not None:
                 self.pruner.load_state_dict(state)
@@ -156,6 +159,7 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Find the optimizers of the pruned weights and count their steps from here on."""
         pruner = self._attached()
+        self._check_no_layer_is_late(pl_module)
         if any(segment.per_task for segment in self.schedule.segments):
             check_broadcasts(trainer.strategy.model)
         pruner.forget_optimizers()  # of an earlier fit
@@ -173,6 +177,7 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, *args: Any) -> None:
         """A batch is a task: draw masks for it, if the schedule says so."""
+        self._task.close()  # of a batch that the module skipped by returning -1
         if self._attached().segment.per_task:
             self._task.enter_context(self._attached().task_masks())
 
@@ -183,6 +188,10 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         position = float(self.schedule.index(pruner.iteration))
         pl_module.log("pruning/sparsity", pruner.sparsity, on_step=True, on_epoch=False)
         pl_module.log("pruning/phase", position, on_step=True, on_epoch=False)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """A batch that was skipped has no end; its task is over."""
+        self._task.close()
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int, *args: Any
@@ -227,6 +236,16 @@ class PruningCallback(_callback_class()):  # type: ignore[misc]
         if self.pruner is None:
             raise RuntimeError("PruningCallback is not set up: give it to Trainer(callbacks=...)")
         return self.pruner
+
+    def _check_no_layer_is_late(self, pl_module: nn.Module) -> None:
+        """Masks must be there before Lightning restores weights, so no layer may come later."""
+        rules = {key: self._options[key] for key in ("only", "skip")}
+        if late := made_later(pl_module, self._known, **rules):
+            raise ValueError(
+                f"{', '.join(tensor.full_name for tensor in late)} would not be pruned: setup() or "
+                "configure_model() made it after the masks; make it in __init__(), or leave it out "
+                "with skip="
+            )
 
     def _count(self, optimizer: Optimizer, *args: Any) -> None:
         # A scaler lets fused optimizers skip a step themselves, and signals it by this tensor.

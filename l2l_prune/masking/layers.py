@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -57,13 +57,7 @@ def select(
             "the model is scripted (torch.jit): prune it, and finalize the Pruner, before you "
             "script it"
         )
-    aside = _beside_the_network(model) if only is None else set()
-    candidates = [
-        LayerTensor(path, module, name)
-        for path, module in model.named_modules()
-        if module not in aside
-        for name in _prunable_names(module, everything=only is not None)
-    ]
+    candidates = _candidates(model, everything=only is not None)
     if layers == "authors":
         first = next((c for c in candidates if isinstance(c.module, _CONV)), None)
         if first is None:
@@ -94,6 +88,42 @@ def select(
         )
     check_all_prunable(model, chosen)
     return chosen
+
+
+def made_later(
+    model: nn.Module,
+    known: Collection[nn.Module],
+    *,
+    only: Rule | Iterable[Rule] | None = None,
+    skip: Rule | Iterable[Rule] | None = None,
+) -> list[LayerTensor]:
+    """Trained tensors that :func:`select` would choose too, in modules that it has not seen.
+
+    Args:
+        model: As for :func:`select`, like ``only`` and ``skip``.
+        known: The modules that the model had when tensors were chosen.
+        only: See ``model``.
+        skip: See ``model``.
+    """
+    only_rules, skip_rules = read_rules("only", only, model), read_rules("skip", skip, model)
+    return [
+        tensor
+        for tensor in _candidates(model, everything=only is not None)
+        if tensor.module not in known
+        and getattr(tensor.module._parameters.get(tensor.name), "requires_grad", False)
+        and (only is None or matches(tensor, only_rules))
+        and not matches(tensor, skip_rules)
+    ]
+
+
+def _candidates(model: nn.Module, *, everything: bool) -> list[LayerTensor]:
+    aside = set() if everything else _beside_the_network(model)
+    return [
+        LayerTensor(path, module, name)
+        for path, module in model.named_modules()
+        if module not in aside
+        for name in _prunable_names(module, everything=everything)
+    ]
 
 
 def segment_counts(

@@ -374,6 +374,41 @@ def test_misuse_is_told(tmp_path):
         PruningCallback(SCHEDULE).on_fit_start(None, Plain())
 
 
+@pytest.mark.parametrize("hook", ["setup", "configure_model"])
+def test_a_layer_that_is_made_after_the_masks_is_refused(tmp_path, hook):
+    class Late(Plain):
+        def training_step(self, batch, index):
+            return F.cross_entropy(self.last(self.net(batch[0])), batch[1])
+
+    def make(module, stage=None):
+        module.teacher = Net().requires_grad_(False)  # is never pruned
+        module.last = nn.Linear(3, 3)
+
+    setattr(Late, hook, make)
+    with pytest.raises(ValueError, match=f"^last.weight would not be pruned: .*{hook}"):
+        trainer(tmp_path, [PruningCallback(SCHEDULE)]).fit(Late(), loader())
+    pruning = PruningCallback(SCHEDULE, skip=lambda name, module: name == "last")
+    trainer(tmp_path, [pruning]).fit(Late(), loader())
+    assert set(pruning.pruner.masks) == {"net.conv.weight", "net.head.weight"}
+
+
+def test_a_batch_that_the_module_skips_leaves_no_task_open(tmp_path):
+    zeros = []
+
+    class Skipping(Plain):
+        def on_train_batch_start(self, batch, index):
+            return -1 if index == 3 else None
+
+        def on_train_epoch_end(self):
+            zeros.append(int((self.net.head.weight == 0).sum()))
+
+    schedule = Schedule((Segment(12, sparse=True, sparsity=0.5, masks="task"),))
+    pruning = PruningCallback(schedule, task_masks=TaskMasks(torch.Generator().manual_seed(0)))
+    trainer(tmp_path, [pruning], epochs=2).fit(Skipping(), loader(6))
+    assert pruning.pruner.iteration == 6
+    assert zeros == [0, 0]
+
+
 def test_a_module_can_be_fitted_again(tmp_path):
     module, pruning = Plain(), PruningCallback(SCHEDULE)
     for _ in range(3):
