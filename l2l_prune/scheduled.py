@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -108,7 +109,6 @@ class ScheduledPruner(ServesLearners, ABC):
         self._iteration += 1
         self._step_hooks.call(self)
 
-    @torch.no_grad()
     def finalize(self) -> nn.Module:
         """End the pruning and leave a plain module: original classes, names, order and shapes.
 
@@ -120,9 +120,20 @@ class ScheduledPruner(ServesLearners, ABC):
 
         Raises:
             RuntimeError: If called twice, or if other code changed a mask.
+
+        Warns:
+            UserWarning: If something is pruned and the schedule would still retrain it.
         """
         self._check_usable(thoroughly=True)
-        self._let_go()
+        to_come = self.schedule.segments[self._position + 1 :]
+        if self.segment.held and any(s.iterations and not s.sparse for s in to_come):
+            warnings.warn(
+                f"finalize() before the schedule retrains what is pruned ({self._place()}): pruned "
+                "weights stay 0; to retrain them, call step() once per meta-iteration to the end",
+                stacklevel=2,
+            )
+        with torch.no_grad():
+            self._let_go()
         self._finalized = True
         return self.model
 

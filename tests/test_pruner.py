@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from l2l_prune import DSDSchedule, IHTSchedule, Pruner, Schedule, Segment
 from l2l_prune.masking import Rows
+from l2l_prune.schedules import one_shot
 
 SPARSE_NOW = Schedule((Segment(5, sparse=True, sparsity=0.5),))
 IHT = IHTSchedule(0.5, pretrain=2, prune=3, retrain=2, rounds=2, initial_sparsity=0.3)
@@ -198,12 +199,29 @@ def test_rounds_without_retraining_make_a_new_mask_each(net):
     assert sparsities == [0.2, 0.2, 0.4, 0.4, 0.6, 0.6, 0.6]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        (DSDSchedule(0.5, pretrain=0, prune=2, retrain=1), 2),
+        (one_shot(0.5, pretrain=1, prune=3), 2),  # sparse to the end
+        (DSDSchedule(0.5, pretrain=1, prune=2, retrain=0), 2),
+    ],
+)
+def test_finalize_warns_of_nothing_but_missing_retraining(net, schedule, steps, recwarn):
+    pruner = Pruner(net, schedule)
+    for _ in range(steps):
+        pruner.step()
+    pruner.finalize()
+    assert not recwarn.list
+
+
 def test_finalize_gives_back_the_plain_model(net, batch):
     keys, classes = list(net.state_dict()), [type(m) for m in net.modules()]
     parameters = list(net.parameters())
     pruner = Pruner(net, DSDSchedule(0.5, pretrain=0, prune=2, retrain=1))
     out = net(batch[0])
-    assert pruner.finalize() is net
+    with pytest.warns(UserWarning, match=r"iteration 0 of 3, phase prune.* step\(\)"):
+        assert pruner.finalize() is net
     assert list(net.state_dict()) == keys
     assert [type(m) for m in net.modules()] == classes
     assert [id(p) for p in net.parameters()] == [id(p) for p in parameters]

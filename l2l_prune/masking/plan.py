@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch.distributed as dist
 from torch import Tensor
@@ -16,7 +15,7 @@ from l2l_prune.masking.one_mask import all_true, arranged, check_weight, named
 from l2l_prune.masking.patterns import UNSTRUCTURED, Pattern
 from l2l_prune.masking.prunable import LayerTensor
 from l2l_prune.masking.topk import check_finite
-from l2l_prune.schedules.schedule import Schedule
+from l2l_prune.schedules.schedule import Schedule, Segment
 
 
 class MaskChoice:
@@ -45,8 +44,11 @@ class MaskChoice:
         allocation: Allocation,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        if not callable(criterion):
-            raise TypeError(f"criterion must be a function of a weight, got {describe(criterion)}")
+        if not callable(criterion) or isinstance(criterion, type):
+            raise TypeError(
+                "criterion must be a function of a weight (l2l_prune.masking.magnitude, or a "
+                f"Movement(...) that was made), got {describe(criterion)}"
+            )
         of_type("pattern", pattern, Pattern, "a Pattern")  # type: ignore[type-abstract]
         one_of("allocation", allocation, ALLOCATIONS)
         self._global = allocation == "global"
@@ -57,7 +59,7 @@ class MaskChoice:
         self._group = group
         self._tensors, self._criterion, self._pattern = tensors, criterion, pattern
         self._counts = [  # by segment: what each tensor keeps, or what all keep together
-            kept_counts(tensors, s if s.held else replace(s, sparse=False), allocation, pattern)
+            kept_counts(tensors, s if s.held else Segment(s.iterations), allocation, pattern)
             for s in schedule.segments
         ]
 

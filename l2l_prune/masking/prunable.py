@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize, prune
 
+from l2l_prune.masking.masked_layer import held_names
+
 _PRUNABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -84,7 +86,9 @@ def check_prunable(tensor: LayerTensor) -> None:
     advice = "leave it out with skip="
     problem = None
     if _already_pruned(module, name):
-        problem = f"is already pruned: take that mask off with prune.remove first, or {advice}"
+        own = name in held_names(module)
+        how = "finalize() the Pruner that holds its mask" if own else "prune.remove() its mask"
+        problem = f"is already pruned: {how} first, or {advice}"
     elif parametrize.is_parametrized(module, name):
         problem = f"is parametrized: remove the parametrization first, or {advice}"
     elif weight is None:

@@ -40,7 +40,7 @@ class Segment:
             is drawn at random.
         sparsity: Fraction of each selected tensor to prune, in [0, 1), or a mapping from layer
             name or ``fnmatch`` pattern to such a fraction (layers that are not named stay
-            dense). Ignored when dense.
+            dense).
         keep: Explicit counts ``k_l``: layer name or pattern -> number of weights that stay
             (>= 1). Takes precedence over ``sparsity``.
         phase: What the segment is called in reports; ``"dense"`` or ``"sparse"`` by default.
@@ -74,6 +74,8 @@ class Segment:
             raise ValueError(f"share must be in (0, 1], got {self.share}")
         if self.share < 1 and self.masks == "phase":
             raise ValueError('share needs masks="task"')
+        if not self.sparse and (self.sparsity or self.keep):
+            raise ValueError("sparsity and keep need sparse=True: a dense segment prunes nothing")
         of_type("phase", self.phase, str, "a string")
         set_field(self, "phase", self.phase or ("sparse" if self.sparse else "dense"))
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from functools import partial
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from l2l_prune import DSDSchedule, IHTSchedule, Pruner, Schedule, Segment, dense_state_dict
-from l2l_prune.masking.criteria import random
+from l2l_prune.masking.criteria import Movement, random
 from l2l_prune.masking.patterns import NByM
 from tests.bad_input.case import Case
 from tests.conftest import SmallNet
@@ -40,7 +41,8 @@ def attached(folder, steps=0, schedule=NOW):
 
 def finalized(folder):
     scene = attached(folder)
-    scene["pruner"].finalize()
+    with pytest.warns(UserWarning, match="finalize.* before the schedule retrains"):
+        scene["pruner"].finalize()
     return scene
 
 
@@ -187,7 +189,11 @@ MODELS = [
     refused("lazy, only everything", "0.weight is not initialized", lazy_norm, only="*"),
     refused("made in inference mode", "weight .*inference_mode", inference),
     Case(
-        "two Pruners", lambda s: Pruner(s.net, NOW), ValueError, "conv1.weight is already", attached
+        "two Pruners",
+        lambda s: Pruner(s.net, NOW),
+        ValueError,
+        "conv1.weight is already pruned: finalize.* the Pruner",
+        attached,
     ),
     Case(
         "a copy of a pruned model",
@@ -245,6 +251,7 @@ ARGUMENTS = [
         small,
     ),
     option("a criterion by name", "criterion .*'magnitude'", TypeError, criterion="magnitude"),
+    option("the class of a criterion", "criterion .*class Movement", TypeError, criterion=Movement),
     option("a criterion of another shape", "conv1.weight .*criterion", criterion=flat),
     option(
         "a criterion of yes and no",

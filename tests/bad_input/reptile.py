@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -55,7 +56,8 @@ def collected(folder):
 
 def finalized(folder):
     scene = running(folder)
-    scene["reptile"].finalize()
+    with pytest.warns(UserWarning, match="finalize.* before the schedule retrains"):
+        scene["reptile"].finalize()
     return scene
 
 

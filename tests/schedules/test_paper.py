@@ -219,6 +219,8 @@ def test_mappings_are_frozen_copies():
         (lambda: Segment(1, sparsity={}), ValueError, "sparsity"),
         (lambda: Segment(1, sparsity={"fc": 2}), ValueError, r"sparsity\['fc'\]"),
         (lambda: Segment(1, sparsity={3: 0.2}), TypeError, "sparsity"),
+        (lambda: Segment(1, sparsity=0.5), ValueError, "sparse=True"),
+        (lambda: Segment(1, keep={"fc": 1}), ValueError, "sparse=True"),
         (lambda: Segment(1, keep={"fc": 0}), ValueError, r"keep\['fc'\]"),
         (lambda: Segment(1, keep={"fc": 0.5}), TypeError, r"keep\['fc'\]"),
         (lambda: Segment(1, keep=4), TypeError, "keep"),
