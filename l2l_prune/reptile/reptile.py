@@ -222,7 +222,8 @@ class PrunedReptile(nn.Module):
             adapt_only: What inner steps change, everything by default: names of layers (or of
                 modules around them, or of parameters), ``fnmatch`` patterns, module types or
                 predicates ``(name, module) -> bool``; or a mapping from layers to the output
-                channels that adapt (``None``: all). The backward pass ends at the first layer
+                channels that adapt (``None``: all), counted among those that the learner has
+                (``structured=`` cuts some out). The backward pass ends at the first layer
                 that adapts. Chosen channels (for instance by
                 :func:`~l2l_prune.reptile.best_channels.best_channels`) take as much time as
                 their whole layers.
