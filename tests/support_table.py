@@ -92,8 +92,11 @@ def hosts() -> list[str]:
     return lines
 
 
+def what(test: str) -> str:
+    return test.removeprefix("test_").replace("_", " ")
+
+
 def row(test: str, cases: list[tuple[str, str]]) -> str:
-    what = test.removeprefix("test_").replace("_", " ")
     names = [
         case
         for case, _ in cases
@@ -102,4 +105,4 @@ def row(test: str, cases: list[tuple[str, str]]) -> str:
     outcomes = [outcome for _, outcome in cases]
     counts = {o: outcomes.count(o) for o in ("passed", "failed", "skipped") if o in outcomes}
     result = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-    return f"| {what} | {', '.join(names) or len(cases)} | {result} |"
+    return f"| {what(test)} | {', '.join(names) or len(cases)} | {result} |"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests import support_table
 from tests.conftest import needs_compiler
 
 ROOT = Path(__file__).parents[1]
@@ -138,6 +139,21 @@ def test_described_outputs_are_what_is_printed():
     exec(first, namespace)
     lines = [line.split() for line in namespace["schedule"].describe().splitlines()]
     assert lines == [line.split() for line in blocks(page, "text")[0].splitlines()]
+
+
+def test_the_support_table_has_every_test():
+    """By name alone: ``make support`` runs them, and writes the page anew."""
+    page = (ROOT / "docs" / "support.md").read_text()
+    sections = dict(re.findall(r"^`(tests/\S+)`\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    assert list(sections) == list(support_table.TITLES)
+    whole = [*ROOT.glob("tests/hosts/test_*.py"), *ROOT.glob("tests/shipping/test_*.py")]
+    assert {named(path) for path in whole} <= set(sections)
+    for path, rows in sections.items():
+        tests = re.findall(r"^def (test_\w+)\(", (ROOT / path).read_text(), re.MULTILINE)
+        _, *listed = re.findall(r"^\| (.+?) \|", rows, re.MULTILINE)  # the first is the head
+        assert sorted(listed) == sorted(map(support_table.what, tests)), path
+    examples = re.findall(r"^\| example \| (.+?) \|", page, re.MULTILINE)[0].split(", ")
+    assert sorted(examples) == sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 
 
 @pytest.mark.process
