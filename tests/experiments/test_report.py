@@ -16,7 +16,7 @@ from rich.console import Console
 from scipy import stats
 
 from l2l_prune.experiments.config import RunConfig, make_config
-from l2l_prune.experiments.report import figures, finished_runs, results
+from l2l_prune.experiments.report import figures, finished_runs, plots, results
 from l2l_prune.experiments.report.comparisons import Comparison
 from l2l_prune.experiments.report.finished_runs import read_folder, schedule_rate
 from l2l_prune.experiments.report.report import write_report
@@ -303,11 +303,33 @@ def test_lines_of_one_rate_are_told_apart(tmp_path, monkeypatch):
 
 
 def test_many_panels_stand_in_rows():
-    from l2l_prune.experiments.report.plots import new_figure
-
-    figure, axes = new_figure((10, 8), 7, rows=3)
+    figure, axes = plots.new_figure((10, 8), 7, rows=3)
     assert len(axes) == len(figure.axes) == 7
     assert {ax.get_subplotspec().rowspan.start for ax in axes} == {0, 1, 2}
+
+
+def test_phases_are_shaded_where_all_curves_of_a_panel_have_them(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    for method, options in (
+        ("dense", {}),
+        ("dsd", {}),
+        ("dsd", {"criterion": "random"}),
+        ("dsd", {"pretrain": 0.1}),
+    ):
+        finish(tmp_path, method, 0.9, 0.7, **options)
+    runs = {run.config["name"]: [run] for run in read_folder(tmp_path).runs}
+    other = next(name for name in runs if "pretrain" in name)
+    alike = {name: run for name, run in runs.items() if name != other}
+    plots.curves_by_method({"alike": alike, "not": runs}, tmp_path / "x.png", "")
+    alike_panel, mixed_panel = drawn[-1].axes
+    segments = alike["DSD"][0].segments
+    start = segments[0]["iterations"]
+    (span,) = alike_panel.patches
+    assert (span.get_x(), span.get_width()) == (start, segments[1]["iterations"])
+    assert "shaded" in alike_panel.get_xlabel()
+    assert not mixed_panel.patches
+    assert "shaded" not in mixed_panel.get_xlabel()
 
 
 def test_bad_folders(tmp_path):

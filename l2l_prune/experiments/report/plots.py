@@ -72,7 +72,8 @@ def curves_by_method(
     """Mean curves over seeds, a line a method (Figures 1 and 2 of the paper).
 
     Args:
-        panels: The runs of each method, by panel; the sparse phases of the last are shaded.
+        panels: The runs of each method, by panel. Sparse phases are shaded if all methods of a
+            panel that have any have the same ones.
         path: The PNG file to write.
         title: Above the figure.
     """
@@ -82,10 +83,12 @@ def curves_by_method(
     for ax, shown in zip(axes, panels.values(), strict=True):
         for style, (label, runs) in zip(styles(), shown.items(), strict=False):
             _seed_means(ax, runs, label, *style)
-        for start, stop in _sparse_spans(next(reversed(shown.values()))[0]):
+        phases = {tuple(_sparse_spans(runs[0])) for runs in shown.values()} - {()}
+        shaded = phases.pop() if len(phases) == 1 else ()
+        for start, stop in shaded:
             ax.axvspan(start, stop, color="0.5", alpha=0.18, lw=0)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set(xlabel="meta-iteration (sparse phases shaded)")
+        ax.set(xlabel="meta-iteration" + (" (sparse phases shaded)" if shaded else ""))
         # Below, since curves fill the panel.
         ax.legend(
             frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2
