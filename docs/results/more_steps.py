@@ -1,16 +1,18 @@
-"""Scores the Reptile runs of a folder again with more adaptation steps.
+"""Scores the Reptile runs of a folder again, adapted in other ways.
 
 python docs/results/more_steps.py runs/study docs/results/study/more-steps.toml more-steps.csv
 
 Only runs that the plan's comparisons name are scored, with their last weights, on the tasks of
 their own final scores. The inner optimizer starts afresh, so scores after the runs' own 5 steps
-stand beside those after 50. Scores are kept in the CSV, on which `verdicts.py` judges the plan:
-repeat a stopped command to go on.
+stand beside those after 50. The plan's `[adaptation]` says which settings tell the runs apart, and
+on what each inner step learns: a minibatch of the run's own size, or the whole support set. Scores
+are kept in the CSV, on which `verdicts.py` judges the plan: repeat a stopped command to go on.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import sys
 from pathlib import Path
 
@@ -26,18 +28,19 @@ from l2l_prune.experiments.toml_files import read_toml
 from l2l_prune.fewshot.evaluation import few_shot_accuracy
 
 STEPS = (5, 50)
-COLUMNS = ("replicate", "method", "channels", "steps", "test")
+OF_SCORES = ("steps", "batch")  # settings of scores, not of runs
 
 
-def score(run: FinishedRun, steps: int) -> float:
+def score(run: FinishedRun, steps: int, batch: str) -> float:
     """Test accuracy after so many steps."""
     config = run.settings_on_cpu()
+    sizes = {"own": config.eval_batch, "whole": config.ways * config.shots}
     images = load_split(config, "test")
     return few_shot_accuracy(
         restored_reptile(run, images),
         evaluation_tasks(images, config, "final tasks", "test"),
         steps=steps,
-        batch_size=config.eval_batch,
+        batch_size=sizes[batch],
         transductive=config.transductive,
         generator=stream(config.seed, "evaluation minibatches"),
         tasks_at_once=tasks_at_once(config.channels, images.images.shape[-1]),
@@ -47,10 +50,12 @@ def score(run: FinishedRun, steps: int) -> float:
 def main(folder: Path, plan_file: Path, table: Path) -> None:
     """Score what is missing."""
     torch.set_num_threads(1)
-    comparisons = read_comparisons(read_toml(plan_file)["comparison"])
+    plan = read_toml(plan_file)
+    comparisons = read_comparisons(plan["comparison"])
+    adaptation = plan.get("adaptation", {"columns": ["channels"]})
     runs = read_folder(folder).runs
     sides = [
-        {name: value for name, value in side.items() if name != "steps"}  # of scores, not of runs
+        {name: value for name, value in side.items() if name not in OF_SCORES}
         for comparison in comparisons
         for side in (comparison.treatment, comparison.control)
     ]
@@ -60,12 +65,16 @@ def main(folder: Path, plan_file: Path, table: Path) -> None:
         with table.open() as file:
             scored = {tuple(row[:-1]) for row in list(csv.reader(file))[1:]}
     else:
-        table.write_text(",".join(COLUMNS) + "\n")
+        batch = ["batch"] if "batch" in adaptation else []
+        columns = ["replicate", "method", *adaptation["columns"], "steps", *batch, "test"]
+        table.write_text(",".join(columns) + "\n")
     for run in sorted(named.values(), key=lambda run: (run.seed, run.method)):
-        for steps in STEPS:
-            key = (str(run.seed), run.config["name"], str(run.config["channels"]), str(steps))
+        own = [str(run.config[column]) for column in adaptation["columns"]]
+        for steps, batch in itertools.product(STEPS, adaptation.get("batch", ["own"])):
+            key = (str(run.seed), run.config["name"], *own, str(steps))
+            key += (batch,) if "batch" in adaptation else ()
             if key not in scored:
-                row = (*key, f"{score(run, steps):.4f}")
+                row = (*key, f"{score(run, steps, batch):.4f}")
                 with table.open("a") as file:
                     csv.writer(file, lineterminator="\n").writerow(row)
 
