@@ -92,14 +92,21 @@ def check_same_iteration(
 
 @torch.no_grad()
 def check_same(
-    values: Mapping[str, Tensor], iteration: int, group: dist.ProcessGroup | None
+    values: Mapping[str, Tensor],
+    iteration: int,
+    group: dist.ProcessGroup | None,
+    *,
+    what: str = "masks",
+    advice: str = "the weights, and any masks that are given, must be the same on all of them",
 ) -> None:
-    """Refuse masks (or numbers of channels) that are not the same on all ranks.
+    """Refuse masks (or weights, or which channels stay) that are not the same on all ranks.
 
     Args:
-        values: Tensors by name, with the same names and shapes on all ranks.
+        values: Tensors by name, with the same names and shapes on all ranks; NaN equals NaN.
         iteration: The iteration at which they are due.
         group: The ranks.
+        what: What they are, for the error.
+        advice: What to do, for the error.
 
     Raises:
         RuntimeError: On all ranks, with the names of those that differ.
@@ -112,12 +119,12 @@ def check_same(
     for number, value in enumerate(values.values()):
         first = value.clone(memory_format=torch.contiguous_format)
         take_first([first], group)
-        differs[number] = (first != value).any()
+        differs[number] = ((first != value) & ((first == first) | (value == value))).any()
     dist.all_reduce(differs, dist.ReduceOp.MAX, group=group)
     if names := [n for n, d in zip(values, differs.tolist(), strict=True) if d]:
         raise RuntimeError(
-            f"the masks of {', '.join(names)} differ between the ranks at iteration {iteration}: "
-            "the weights, and any masks that are given, must be the same on all of them"
+            f"the {what} of {', '.join(names)} differ between the ranks at iteration {iteration}: "
+            f"{advice}"
         )
 
 

@@ -74,6 +74,10 @@ class Exported:
 
 
 _STATE_VERSION = 2
+_DISTRIBUTED = (
+    "a DistributedDataParallel model cannot lose channels: it would stop averaging gradients. "
+    "Average them by hand, with group=, or mask weights with Pruner"
+)
 
 
 class ChannelPruner(ScheduledPruner):
@@ -105,8 +109,11 @@ class ChannelPruner(ScheduledPruner):
             segments of ``masks="task"``: the network stays whole, and each learner of
             :class:`~l2l_prune.PrunedReptile` that is cloned in :meth:`task_masks` is small.
         group: Ranks of torch.distributed that train the same model and average its gradients
-            themselves; they compare the channels that they keep at each change. Not for
-            DistributedDataParallel, which loses track of parameters that change their shape.
+            themselves; at each change they compare their weights, then the channels that they
+            keep. Not for DistributedDataParallel, which loses track of parameters that change
+            their shape: a model that holds it is refused. A pruner cannot see one *around* what
+            it is given; with ``group`` the ranks notice at the next change that their weights
+            have drifted apart, without it nothing does.
 
     Raises:
         ImportError: If torch-pruning is missing.
@@ -146,10 +153,7 @@ class ChannelPruner(ScheduledPruner):
         if group is not None:
             checks.of_type("group", group, dist.ProcessGroup, "a torch.distributed ProcessGroup")
         if ranks.group_of(model) is not None:
-            raise ValueError(
-                "a DistributedDataParallel model cannot lose channels: it would stop averaging "
-                "gradients. Average them by hand, with group=, or mask weights with Pruner"
-            )
+            raise ValueError(_DISTRIBUTED)
         self._group = group
         self._importance = importance_function(importance)
         self._needs_gradients = importance == "taylor"
@@ -331,9 +335,6 @@ class ChannelPruner(ScheduledPruner):
     def _end_iteration(self, entered: int | None) -> None:
         self._tasks.check_begun(self._position, self._iteration)
         kept = None if entered is None else self._choose(entered)
-        if kept is not None:
-            here = next(self.model.parameters()).device
-            ranks.check_same({"channels": kept.to(here)}, self._iteration, self._group)
         if self._stepped or not self._optimizers:  # a gradient scaler may have skipped the step
             self.released = {}
         if entered is not None:
@@ -394,16 +395,37 @@ class ChannelPruner(ScheduledPruner):
             self._watch()
 
     def _choose(self, position: int) -> Tensor | None:
-        """Channels to keep in a segment, or None if the network is whole there."""
+        """Channels to keep in a segment, or None if the network is whole there.
+
+        Raises:
+            RuntimeError: If the ranks have different weights or would keep different channels.
+        """
+        self._check_ranks()
         counts = self._counts[position]
         if counts is None:
             return None
-        return choose_channels(
+        kept = choose_channels(
             self._channels,
             counts,
             self._importance,
             needs_gradients=self._needs_gradients,
             before=self._kept,
+        )
+        here = next(self.model.parameters()).device
+        ranks.check_same({"channels": kept.to(here)}, self._iteration, self._group)
+        return kept
+
+    def _check_ranks(self) -> None:
+        if ranks.group_of(self.model) is not None:  # put into it since
+            raise RuntimeError(_DISTRIBUTED)
+        weights = {name: weight.detach() for name, weight in self.model.named_parameters()}
+        ranks.check_same(
+            weights,
+            self._iteration,
+            self._group,
+            what="weights",
+            advice="start from the same ones, and average the gradients by hand before each "
+            "optimizer step (DistributedDataParallel stops doing so when channels are cut)",
         )
 
     def _by_name(self) -> dict[str, Tensor]:
