@@ -38,6 +38,10 @@ class Slot:
     axis: Axis
     units: Tensor
 
+    def holds(self, group: ChannelGroup) -> bool:
+        """Whether some of its positions are channels of the group."""
+        return bool(((self.units >= group.first) & (self.units < group.units.stop)).any())
+
 
 @dataclass(frozen=True)
 class ChannelGroup:
@@ -62,6 +66,11 @@ class ChannelGroup:
     def name(self) -> str:
         """The layer that makes the channels; the first if there are several (a residual sum)."""
         return self.makers[0].path
+
+    @property
+    def names(self) -> list[str]:
+        """What ``skip`` takes to leave all of its channels in place."""
+        return [maker.path or maker.full_name for maker in self.makers]
 
     @property
     def units(self) -> range:
@@ -366,10 +375,7 @@ def importance_function(importance: str | Importance) -> Importance:
 def scored_slots(channels: Channels, group: ChannelGroup) -> list[Slot]:
     """The weights of a group that importance depends on; those that make its channels first."""
     found = [
-        slot
-        for slot in channels.slots
-        if _pruning_function(slot) is not None
-        and bool(((slot.units >= group.first) & (slot.units < group.units.stop)).any())
+        slot for slot in channels.slots if _pruning_function(slot) is not None and slot.holds(group)
     ]
     order = {maker.path: number for number, maker in enumerate(group.makers)}
     end = len(order)

@@ -56,6 +56,28 @@ def channel_counts(channels: Channels, segment: Segment) -> list[int] | None:
     return counts
 
 
+def refuse_frozen_readers(channels: Channels, groups: Sequence[ChannelGroup]) -> None:
+    """Refuse to cut channels that a frozen weight reads: it restarts from 0 when they come back.
+
+    Args:
+        channels: All channels of the network.
+        groups: Those of which some are cut.
+
+    Raises:
+        ValueError: Naming the weight and what to do.
+    """
+    for slot in channels.slots:
+        weight = slot.module._parameters.get(slot.axis.tensor)  # a buffer never learns either
+        if slot.axis.role != "reads" or (weight is not None and weight.requires_grad):
+            continue
+        if names := [name for group in groups if slot.holds(group) for name in group.names]:
+            raise ValueError(
+                f"{slot.axis.name} is frozen (requires_grad=False), so it could not learn again to "
+                f"read channels of {', '.join(names)} that were cut out and come back: unfreeze "
+                f"it, or let them keep all channels with skip={names}"
+            )
+
+
 def choose_channels(
     channels: Channels,
     counts: Sequence[int],
@@ -132,7 +154,7 @@ def try_cuts(
             continue
         heads = [group for group in failed if group.heads]
         if len(heads) < len(failed):
-            names = [maker.path for g in failed if not g.heads for maker in g.makers]
+            names = [name for g in failed if not g.heads for name in g.names]
             raise ValueError(
                 f"the network does not run as it should without some channels of "
                 f"{', '.join(names)} ({trial.problem}): leave them out with skip={names}"

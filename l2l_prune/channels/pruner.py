@@ -29,6 +29,7 @@ from l2l_prune.channels.plan import (
     channel_counts,
     check_channels_of,
     choose_channels,
+    refuse_frozen_readers,
     try_cuts,
 )
 from l2l_prune.channels.surgery import Surgery
@@ -119,9 +120,9 @@ class ChannelPruner(ScheduledPruner):
         ImportError: If torch-pruning is missing.
         TypeError: If an argument has the wrong type.
         ValueError: If the network cannot be shrunk, a name matches nothing, a segment would leave
-            a layer no channel, ``model`` is learn2learn's Meta-SGD or GBML, whose rates or updates
-            would not fit, or is trained by DistributedDataParallel, or an optimizer's state cannot
-            be cut (L-BFGS, Adafactor).
+            a layer no channel, a frozen layer reads channels that are cut, ``model`` is
+            learn2learn's Meta-SGD or GBML, whose rates or updates would not fit, or is trained by
+            DistributedDataParallel, or an optimizer's state cannot be cut (L-BFGS, Adafactor).
 
     Examples:
         >>> from l2l_prune import DSDSchedule
@@ -169,6 +170,12 @@ class ChannelPruner(ScheduledPruner):
         self._counts = [  # None where the network itself is whole
             channel_counts(self._channels, s) if s.held else None for s in schedule.segments
         ]
+        self._cut = [  # groups that the network itself loses channels of
+            group
+            for number, group in enumerate(self._channels.groups)
+            if any(c is not None and c[number] < group.channels for c in self._counts)
+        ]
+        refuse_frozen_readers(self._channels, self._cut)
         self._tasks = TaskChannels(task_masks, self._channels, schedule, group)
         self._copies: WeakKeyDictionary[nn.Module, SmallCopy] = WeakKeyDictionary()
         self._optimizers = optimizer_state.as_optimizers(optimizer)
@@ -334,6 +341,8 @@ class ChannelPruner(ScheduledPruner):
 
     def _end_iteration(self, entered: int | None) -> None:
         self._tasks.check_begun(self._position, self._iteration)
+        if entered is not None:
+            refuse_frozen_readers(self._channels, self._cut)
         kept = None if entered is None else self._choose(entered)
         if self._stepped or not self._optimizers:  # a gradient scaler may have skipped the step
             self.released = {}

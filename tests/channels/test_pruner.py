@@ -15,7 +15,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from l2l_prune import DSDSchedule, IHTSchedule, PrunedReptile, Pruner, Schedule, Segment
+from l2l_prune import (
+    DSDSchedule,
+    IHTSchedule,
+    PrunedReptile,
+    Pruner,
+    Schedule,
+    Segment,
+    TaskMasks,
+)
 from l2l_prune.channels.pruner import ChannelPruner, Structured
 from l2l_prune.fewshot.models import CaviaConv4, Conv4
 from l2l_prune.masking.patterns import NByM
@@ -828,6 +836,45 @@ def test_a_lazy_layer_is_named():
     net = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2))
     with pytest.raises(ValueError, match=r"^0\.weight is not initialized yet"):
         ChannelPruner(net, SCHEDULE, example_inputs=torch.zeros(1, 4))
+
+
+def three_layers():
+    return nn.Sequential(*(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
+
+
+def test_a_frozen_layer_that_reads_what_is_cut_is_refused():
+    """It would restart from zeros and stay there."""
+    net, x = three_layers(), torch.zeros(2, 4)
+    net[2].requires_grad_(False)
+    before = net[2].weight.clone()
+    words = r"^2\.weight is frozen .* channels of 0 .*skip=\['0'\]$"
+    with pytest.raises(ValueError, match=words):
+        ChannelPruner(net, SCHEDULE, example_inputs=x)
+    keep_0 = Schedule((Segment(1), Segment(1, sparse=True, sparsity={"2": 0.5}), Segment(1)))
+    for schedule, skip in ((SCHEDULE, "0"), (keep_0, None)):  # what 2 makes comes back as it was
+        made = ChannelPruner(net, schedule, example_inputs=x, skip=skip)
+        made.step()
+        assert net[2].weight.shape == (4, 8)
+        made.finalize()
+        assert torch.equal(net[2].weight, before)
+    tasks = Schedule((Segment(1, sparse=True, sparsity=0.5, masks="task"),))
+    ChannelPruner(net, tasks, example_inputs=x, task_masks=TaskMasks(torch.Generator()))
+
+
+def test_a_layer_that_is_frozen_later_is_noticed_at_the_change():
+    net, x = three_layers(), torch.zeros(2, 4)
+    made = ChannelPruner(net, DSDSchedule(0.5, pretrain=1, prune=2, retrain=1), example_inputs=x)
+    made.step()
+    net[2].weight.requires_grad_(False)
+    made.step()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=r"^2\.weight is frozen"):
+        made.step()
+    assert (made.iteration, made.sparse) == (2, True)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    net[2].weight.requires_grad_(True)
+    made.step()
+    assert not made.sparse
 
 
 def test_channels_of_a_distributed_model_are_refused():
