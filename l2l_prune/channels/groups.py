@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,12 +55,15 @@ class ChannelGroup:
         channels: How many channels there are.
         first: Number of the first channel over all groups.
         heads: Whether the channels are attention heads.
+        parts: Channels, from 0, of layers that have no others: each layer must keep one. Only where
+            a concatenation is added to something do layers have a part of a group.
     """
 
     makers: tuple[LayerTensor, ...]
     channels: int
     first: int
     heads: bool
+    parts: frozenset[frozenset[int]]
 
     @property
     def name(self) -> str:
@@ -76,6 +79,11 @@ class ChannelGroup:
     def units(self) -> range:
         """Numbers of its channels over all groups."""
         return range(self.first, self.first + self.channels)
+
+    def best(self, order: list[int], keep: int) -> list[int]:
+        """The first of an order of preference, but one of each part; all counted from 0."""
+        leading = {next((c for c in order if c in part), None) for part in self.parts}
+        return sorted(order, key=lambda channel: channel not in leading)[:keep]
 
 
 @dataclass(frozen=True)
@@ -115,11 +123,7 @@ class Channels:
         number[stay] = -1
         number[-1] = -1
         slots = [Slot(s.module, s.axis, number[s.units]) for s in self.slots]
-        left = [
-            ChannelGroup(g.makers, g.channels, int(number[g.first]), g.heads)
-            for g in self.groups
-            if g not in groups
-        ]
+        left = [replace(g, first=int(number[g.first])) for g in self.groups if g not in groups]
         names = {maker.path: why for group in groups for maker in group.makers}
         held = tuple(slot for slot in slots if bool((slot.units >= 0).any()))
         return Channels(tuple(left), held, self.whole | names)
@@ -195,6 +199,7 @@ def _grouped(
         members.setdefault(number, {}).update(free)
         own.update(dict.fromkeys(members[number], number))
     attended = {r for ids in labels.attended for r in labels.roots(ids).reshape(-1).tolist()}
+    held = [set(ids.tolist()) for ids in roots.values()]
     groups: list[ChannelGroup] = []
     unit: dict[int, int] = {}
     whole: dict[str, str] = {}
@@ -205,7 +210,9 @@ def _grouped(
             whole.update({maker.path: why for maker in its})
             continue
         heads = bool(attended & units.keys())
-        groups.append(ChannelGroup(tuple(its), len(units), len(unit), heads))
+        place = {root: number for number, root in enumerate(units)}
+        parts = frozenset(frozenset(place[r] for r in ids) for ids in held if ids < place.keys())
+        groups.append(ChannelGroup(tuple(its), len(units), len(unit), heads, parts))
         unit.update({root: len(unit) + n for n, root in enumerate(units)})
     shrunk = {maker.path for group in groups for maker in group.makers}
     for axis, maker in makers.items():
@@ -216,8 +223,8 @@ def _grouped(
     for axis, ids in roots.items():
         numbers = torch.tensor([unit.get(root, -1) for root in ids.tolist()], device="cpu")
         slots.append(Slot(modules[axis.path], axis, numbers))
-    held = tuple(slot for slot in slots if bool((slot.units >= 0).any()))
-    return Channels(tuple(groups), held, whole)
+    slots = [slot for slot in slots if bool((slot.units >= 0).any())]
+    return Channels(tuple(groups), tuple(slots), whole)
 
 
 def _refuse(
@@ -373,15 +380,22 @@ def importance_function(importance: str | Importance) -> Importance:
 
 
 def scored_slots(channels: Channels, group: ChannelGroup) -> list[Slot]:
-    """The weights of a group that importance depends on; those that make its channels first."""
+    """The weights of a group that importance depends on; those that make its channels first.
+
+    torch-pruning adds all up in the shape of the first, so those that hold only a part of the
+    channels (of a concatenation that is added to something) come last.
+    """
     found = [
         slot for slot in channels.slots if _pruning_function(slot) is not None and slot.holds(group)
     ]
     order = {maker.path: number for number, maker in enumerate(group.makers)}
     end = len(order)
-    return sorted(
-        found, key=lambda s: order.get(s.axis.path, end) if s.axis.role == "makes" else end
-    )
+
+    def place(slot: Slot) -> tuple[bool, int]:
+        partly = bool(group.parts) and not {*group.units} <= {*slot.units.tolist()}
+        return partly, order.get(slot.axis.path, end) if slot.axis.role == "makes" else end
+
+    return sorted(found, key=place)
 
 
 def importance_group(channels: Channels, group: ChannelGroup, kept: Tensor) -> Any:

@@ -22,7 +22,7 @@ from l2l_prune.channels.groups import (
 )
 from l2l_prune.channels.surgery import Surgery
 from l2l_prune.masking.layers import check_names, lookup
-from l2l_prune.masking.topk import kept_count, top_mask
+from l2l_prune.masking.topk import kept_count
 from l2l_prune.schedules.schedule import Schedule, Segment
 
 _FIXED_HEADS = "its code fixes the number of heads"
@@ -47,10 +47,12 @@ def channel_counts(channels: Channels, segment: Segment) -> list[int] | None:
     for group in channels.groups:
         explicit, rate = lookup(group.makers, keep), lookup(group.makers, table)
         count = kept_count(group.channels, rate or 0.0) if explicit is None else int(explicit)
-        if not 0 < count <= group.channels:
+        least = max(1, len(group.parts))
+        if not least <= count <= group.channels:
+            shared = f" that {least} layers share, of which each needs one," if least > 1 else ""
             raise ValueError(
-                f"{group.name} has {group.channels} channels and would keep {count}: change the "
-                "sparsity for this layer, or leave it out with skip="
+                f"{group.name} has {group.channels} channels{shared} and would keep {count}: "
+                "change the sparsity for this layer, or leave it out with skip="
             )
         counts.append(count)
     return counts
@@ -120,12 +122,14 @@ def choose_channels(
             scores = scores[: len(present)]  # torch-pruning leaves room for each position
         if not isinstance(scores, Tensor) or scores.shape != (len(present),):
             raise ValueError(
-                f"the importance of the channels of {group.name} is {scores!r}: there must be "
-                f"{len(present)} scores (bn_scale needs batch normalisation after the layer)"
+                f"the importance of the channels of {', '.join(group.names)} is {scores!r}: there "
+                f"must be {len(present)} scores (bn_scale needs batch normalisation of all of them)"
             )
         if not bool(torch.isfinite(scores).all()):
             raise ValueError(f"the importance of the channels of {group.name} is not finite")
-        chosen[present[top_mask(scores.detach().float(), keep).cpu()]] = True
+        order = present[scores.detach().float().cpu().argsort(descending=True, stable=True)]
+        best = group.best((order - group.first).tolist(), keep)
+        chosen[[group.first + channel for channel in best]] = True
     return chosen
 
 
@@ -173,6 +177,47 @@ def _with_all_heads(channels: Channels, groups: Sequence[ChannelGroup]) -> Chann
     return left
 
 
+def try_scores(
+    model: nn.Module,
+    channels: Channels,
+    groups: Sequence[ChannelGroup],
+    importance: Importance | None,
+) -> None:
+    """Score the channels of a copy, so that what cannot be scored is told before training.
+
+    Args:
+        model: The network.
+        channels: All its channels.
+        groups: Those of which some will be cut.
+        importance: One of torch-pruning's functions; other functions may know this very network
+            and are not called.
+
+    Raises:
+        ValueError: Naming the layers and what to do.
+    """
+    twin = copy.deepcopy(model)
+    _randomize(twin)
+    for parameter in twin.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    there = channels.on(twin)
+    for group in groups:
+        counts = [g.channels - (g is group) for g in channels.groups]
+        told = f"the channels of {', '.join(group.names)} cannot be scored"
+        advice = f"let them keep all channels with skip={group.names}"
+        if not scored_slots(channels, group):
+            raise ValueError(
+                f"{told}, since no Linear, convolution or batch normalisation layer holds them: "
+                f"use such layers, or {advice}"
+            )
+        try:
+            if importance is not None:
+                choose_channels(there, counts, importance)
+        except Exception as error:
+            raise ValueError(
+                f"{told} with this importance ({error}): choose another, or {advice}"
+            ) from error
+
+
 class _Trial:
     """A copy of a network to cut, with random weights, since zeros would hide differences."""
 
@@ -185,11 +230,11 @@ class _Trial:
     def failing(self, channels: Channels, counts: Sequence[int]) -> list[ChannelGroup]:
         """The groups that cannot be cut, narrowed down as far as possible."""
         chosen = torch.Generator().manual_seed(0)
-        some, others = channels.all(), channels.all()
+        some, others = ~channels.all(), ~channels.all()
         for group, count in zip(channels.groups, counts, strict=True):
-            order = torch.randperm(group.channels, generator=chosen, device="cpu") + group.first
-            some[order[count:]] = False
-            others[order[: group.channels - count]] = False
+            order = torch.randperm(group.channels, generator=chosen, device="cpu").tolist()
+            for kept, preferred in ((some, order), (others, order[::-1])):
+                kept[[group.first + c for c in group.best(preferred, count)]] = True
         surgery = Surgery(self._twin, channels.on(self._twin))
         groups = list(channels.groups)
         return self._culprits(surgery, some, groups) or self._culprits(surgery, others, groups)

@@ -31,6 +31,7 @@ from l2l_prune.channels.plan import (
     choose_channels,
     refuse_frozen_readers,
     try_cuts,
+    try_scores,
 )
 from l2l_prune.channels.surgery import Surgery
 from l2l_prune.channels.task_channels import SmallCopy, TaskChannels
@@ -176,6 +177,8 @@ class ChannelPruner(ScheduledPruner):
             if any(c is not None and c[number] < group.channels for c in self._counts)
         ]
         refuse_frozen_readers(self._channels, self._cut)
+        named = self._importance if isinstance(importance, str) else None
+        try_scores(model, self._channels, self._cut, named)
         self._tasks = TaskChannels(task_masks, self._channels, schedule, group)
         self._copies: WeakKeyDictionary[nn.Module, SmallCopy] = WeakKeyDictionary()
         self._optimizers = optimizer_state.as_optimizers(optimizer)

@@ -89,7 +89,8 @@ class TaskChannels(TaskDraws):
             self.kept = ~self._channels.all()
             for group, count in zip(self._channels.groups, counts, strict=True):
                 order = torch.randperm(group.channels, generator=generator, device="cpu")
-                self.kept[group.first + order[:count]] = True
+                best = group.best(order.tolist(), count)
+                self.kept[[group.first + channel for channel in best]] = True
                 self._told[group.name] = self.kept[list(group.units)]
         return self.kept
 

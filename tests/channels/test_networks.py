@@ -47,6 +47,23 @@ class Concat(nn.Module):
         yield self.head, gone["c"]
 
 
+class Dense(nn.Module):
+    """A dense block with a shortcut: each of its layers makes a part of the channels of a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)
+        self.short, self.head = nn.Conv2d(3, 10, 1), nn.Linear(10, 5)
+
+    def forward(self, x):
+        a = F.elu(self.a(x))
+        return self.head((torch.cat([a, F.elu(self.b(a))], 1) + self.short(x)).mean((2, 3)))
+
+    def read(self, gone):
+        yield self.b, [i for i in gone["a"] if i < 6]
+        yield self.head, gone["a"]
+
+
 class Depthwise(nn.Module):
     def __init__(self):
         super().__init__()
@@ -146,7 +163,7 @@ def gone_of(pruner, full):
     return {name: sorted({*every} - {*pruner.channels[name]}) for name, every in full.items()}
 
 
-KINDS = [Concat, Depthwise, Grouped, GroupNormed, Heads, Shuffled]
+KINDS = [Concat, Dense, Depthwise, Grouped, GroupNormed, Heads, Shuffled]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

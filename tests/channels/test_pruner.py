@@ -486,9 +486,87 @@ class Tied(nn.Module):
         return self.last(torch.relu(self.first(x) + self.second(x)).mean((2, 3)))
 
 
+class Branches(nn.Module):
+    """Two layers make a part each of the channels of a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 3), nn.Linear(4, 5), nn.Linear(4, 8)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last(torch.relu(torch.cat([self.a(x), self.b(x)], 1) + self.c(x)))
+
+
+class Raw(nn.Module):
+    """Its parameters are in no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2 = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(2, 8))
+
+    def forward(self, x):
+        return F.linear(torch.relu(F.linear(x, self.w1)), self.w2)
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2", "taylor"])
+@pytest.mark.parametrize("small", ["a", "b"])
+def test_the_channels_of_parts_are_scored_together_and_each_part_keeps_one(small, importance):
+    torch.manual_seed(0)
+    net, x = Branches(), torch.randn(6, 4)
+    with torch.no_grad():
+        for position in range(3) if small == "a" else range(3, 8):
+            net.c.weight[position] *= 0.01
+            net.last.weight[:, position] *= 0.01
+        net.get_submodule(small).weight.mul_(0.01)
+    made = pruner(net, x, importance=importance)
+    net(x).square().sum().backward()
+
+    def size(weight):
+        return {"l1": weight, "l2": weight**2, "taylor": weight * weight.grad}[importance].abs()
+
+    with torch.no_grad():
+        scores = torch.cat([size(net.a.weight).sum(1), size(net.b.weight).sum(1)])
+        scores += size(net.c.weight).sum(1) + size(net.last.weight).sum(0)
+    own = {"a": [0, 1, 2], "b": [3, 4, 5, 6, 7]}[small]
+    order = scores.argsort(descending=True).tolist()
+    best = next(c for c in order if c in own)
+    expected = [best, *(c for c in order if c != best)][:4]
+    made.step()
+    assert made.channels == {"a": sorted(expected)}
+    rows = net.get_submodule(small).weight.shape[0]
+    assert rows == len({*expected} & {*own}) > 0
+
+
+def test_learners_with_random_channels_keep_one_of_each_part():
+    schedule = Schedule((Segment(1, sparse=True, sparsity=0.75, masks="task"),))
+    reptile = PrunedReptile(
+        Branches(),
+        schedule,
+        structured=Structured(torch.randn(6, 4)),
+        task_masks=TaskMasks(torch.Generator().manual_seed(0)),
+    )
+    for _ in range(20):
+        with reptile.task_masks():
+            learner = reptile.clone()
+        assert [learner.module.a.out_features, learner.module.b.out_features] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
+        (
+            lambda: pruner(Branches(), torch.zeros(2, 4), rate=0.875),
+            r"^a has 8 channels that 2 layers share, of which each needs one, and would keep 1:",
+        ),
+        (
+            lambda: pruner(Raw(), torch.zeros(2, 4)),
+            r"^the channels of w1 cannot be scored, since no Linear.*skip=\['w1'\]$",
+        ),
+        (
+            lambda: pruner(Branches(), torch.zeros(2, 4), importance="bn_scale"),
+            r"^the channels of a, b, c cannot be .*bn_scale needs batch.*skip=\['a', 'b', 'c'\]$",
+        ),
         (lambda: pruner(nn.Linear(28, 5), IMAGES.float()[:, 0, 0]), "no channels that can be"),
         (
             lambda: pruner(Unknown(), IMAGES.float()),
