@@ -330,33 +330,38 @@ def _step_of_rounding(result: Tensor) -> float:
 # ---- saved state ----------------------------------------------------------------------------
 
 
-def check_channels_of(
+def read_channels_of(
     state: Any,
     schedule: Schedule,
-    channels: Channels,
+    surgery: Surgery,
     counts: Sequence[list[int] | None],
     shapes: Mapping[str, torch.Size],
-) -> None:
-    """Refuse a state whose channels do not fit this network.
+) -> Tensor | None:
+    """Which channels a state keeps; None if all. Refuses one that does not fit this network.
 
     Args:
         state: What ``ChannelPruner.state_dict()`` gave, for this schedule.
         schedule: The ChannelPruner's.
-        channels: All channels of its network.
+        surgery: Of its network.
         counts: How many channels of each group stay, by segment.
         shapes: The full shapes of all tensors that hold channels, by name.
 
     Raises:
         ValueError: Naming what does not fit.
     """
-    kept, wanted = state["kept"], counts[schedule.index(state["iteration"])]
-    if not isinstance(kept, (dict, type(None))) or not isinstance(state["full"], dict):
+    channels, chosen = surgery.channels, surgery.channels.all()
+    kept, full, regrown = state["kept"], state["full"], state["regrown"]
+    wanted = counts[schedule.index(state["iteration"])]
+    dicts = (full, regrown) if kept is None else (kept, full, regrown)
+    if not all(isinstance(d, dict) for d in dicts) or not isinstance(state["stepped"], bool):
         raise ValueError("this is not a ChannelPruner state dict of this version")
     names = [group.name for group in channels.groups]
     if (kept is None) != (wanted is None) or (kept is not None and list(kept) != names):
         raise ValueError("the checkpoint's channels do not fit this model and schedule")
     for group, count in zip(channels.groups, wanted or (), strict=False):
-        index = (kept or {})[group.name]
+        index = kept[group.name]
+        if not isinstance(index, Tensor) or index.dtype != torch.long or index.dim() != 1:
+            raise ValueError(f"the checkpoint's channels of {group.name} are not numbers of them")
         if index.tolist() != sorted({int(i) % group.channels for i in index}):
             raise ValueError(f"the checkpoint has channels of {group.name} that do not exist")
         if len(index) != count:
@@ -364,7 +369,23 @@ def check_channels_of(
                 f"the checkpoint keeps {len(index)} channels of {group.name}, but the "
                 f"schedule keeps {count} at iteration {state['iteration']}"
             )
-    for entry in ("full", "regrown"):
-        for name, tensor in state[entry].items():
-            if shapes.get(name) != tensor.shape:
-                raise ValueError(f"the checkpoint's {entry} tensor {name} does not fit this model")
+        chosen[list(group.units)] = False
+        chosen[group.first + index.cpu()] = True
+    if missing := set() if kept is None else set(shapes) - set(full):
+        raise ValueError(f"the checkpoint's full tensors lack {', '.join(sorted(missing))}")
+    for name, tensor in full.items():
+        if not isinstance(tensor, Tensor) or kept is None or shapes.get(name) != tensor.shape:
+            raise ValueError(f"the checkpoint's full tensor {name} does not fit this model")
+    cuts = surgery.plan(chosen)
+    for name, mask in regrown.items():
+        if (
+            name not in cuts
+            or not isinstance(cuts[name].get(), nn.Parameter)
+            or not isinstance(mask, Tensor)
+            or mask.dtype != torch.bool
+            or mask.shape != cuts[name].small(shapes[name])
+        ):
+            raise ValueError(
+                f"the checkpoint's regrown {name} is not a mask of a parameter of this model"
+            )
+    return None if kept is None else chosen

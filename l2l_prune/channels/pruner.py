@@ -27,8 +27,8 @@ from l2l_prune.channels.groups import (
 )
 from l2l_prune.channels.plan import (
     channel_counts,
-    check_channels_of,
     choose_channels,
+    read_channels_of,
     refuse_frozen_readers,
     try_cuts,
     try_scores,
@@ -322,23 +322,19 @@ class ChannelPruner(ScheduledPruner):
             state = {"stepped": False, **state}
         self._check_state(state, keys | set(self._tasks.state_dict()), _STATE_VERSION)
         self._tasks.check_state(state)
-        check_channels_of(state, self.schedule, self._channels, self._counts, self._shapes)
-        kept = state["kept"]
+        kept = read_channels_of(state, self.schedule, self._surgery, self._counts, self._shapes)
         self._tasks.load_state_dict(state)
         self._grow()
         self._iteration = state["iteration"]
         self._position = self.schedule.index(self._iteration)
         self.released = {}
         if kept is not None:
-            chosen = ~self._channels.all()
-            for group in self._channels.groups:
-                chosen[group.first + kept[group.name].cpu()] = True
-            self._shrink(chosen)
+            self._shrink(kept)
             for name, tensor in state["full"].items():
                 self._full[name].copy_(tensor)
         for name, mask in state["regrown"].items():
             self.released[name] = mask.to(self.model.get_parameter(name).device, copy=True)
-        self._stepped = bool(state["stepped"])
+        self._stepped = state["stepped"]
 
     # ---- inside -----------------------------------------------------------------------------
 

@@ -56,6 +56,10 @@ class Cut:
             parameter.data = value
             parameter.grad = None
 
+    def small(self, full: torch.Size) -> torch.Size:
+        """The shape of the part that stays."""
+        return torch.Size(len(self.keep.get(dim, range(size))) for dim, size in enumerate(full))
+
     def take(self, full: Tensor) -> Tensor:
         """The part that stays, in the memory format of the whole."""
         part = full

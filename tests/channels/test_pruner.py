@@ -754,6 +754,63 @@ def test_what_has_regrown_is_loaded_to_where_the_network_is():
     assert {mask.device.type for mask in other.released.values()} == {"meta"}
 
 
+def test_what_has_come_back_between_sparse_segments_can_be_resumed():
+    def start():
+        schedule = Schedule(
+            (Segment(1, sparse=True, sparsity=0.75), Segment(2, sparse=True, sparsity=0.25))
+        )
+        return ChannelPruner(three_layers(), schedule, example_inputs=torch.zeros(2, 4))
+
+    made, other = start(), start()
+    made.step()
+    other.load_state_dict(made.state_dict())
+    assert other.channels == made.channels
+    assert made.released.keys() == other.released.keys() != set()
+    assert all(torch.equal(mask, other.released[name]) for name, mask in made.released.items())
+
+
+def without(name, state):
+    del state["full"][name]
+
+
+SPOILED = {
+    r"full tensors lack 0\.weight": lambda state: without("0.weight", state),
+    r"full tensor 0\.weight does not fit": lambda s: s["full"].update({"0.weight": torch.ones(5)}),
+    r"full tensor 9\.weight does not fit": lambda s: s["full"].update({"9.weight": torch.ones(5)}),
+    r"full tensor 0\.bias does not fit": lambda s: s["full"].update({"0.bias": [0.0] * 8}),
+    r"regrown 0\.bias is not a mask": lambda s: s["regrown"].update({"0.bias": torch.ones(2)}),
+    r"regrown 2\.bias is not a mask": lambda s: s["regrown"].update({"2.bias": None}),
+    r"regrown 4\.bias is not a mask": lambda s: s["regrown"].update(
+        {"4.bias": torch.ones(2, dtype=torch.bool)}  # which holds no channels
+    ),
+    r"channels of 0 are not numbers": lambda s: s["kept"].update({"0": [0, 1]}),
+    "channels of 2 are not numbers": lambda s: s["kept"].update({"2": torch.ones(2)}),
+    "not a ChannelPruner state dict": lambda s: s.update(stepped=torch.ones(2)),
+    "not a .* state dict of this": lambda s: s.update(regrown=[]),
+}
+
+
+@pytest.mark.parametrize("words", SPOILED)
+def test_a_spoiled_state_is_refused_and_changes_nothing(words):
+    def start():
+        schedule = DSDSchedule(0.75, pretrain=1, prune=2, retrain=1)
+        return ChannelPruner(three_layers(), schedule, example_inputs=torch.zeros(2, 4))
+
+    saved, made = start(), start()
+    saved.step()
+    state = saved.state_dict()
+    SPOILED[words](state)
+    for _ in range(3):  # released, so that there is something to lose
+        made.step()
+    before = copy.deepcopy((made.state_dict(), made.model.state_dict()))
+    with pytest.raises(ValueError, match=words):
+        made.load_state_dict(state)
+    after = (made.state_dict(), made.model.state_dict())
+    assert all(map(torch.equal, after[1].values(), before[1].values()))
+    assert after[0]["iteration"] == before[0]["iteration"]
+    assert after[0]["regrown"].keys() == before[0]["regrown"].keys() != set()
+
+
 @pytest.mark.parametrize("closure", [False, True])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.999)])
 def test_regrown_weights_do_not_jump(betas, closure):
