@@ -229,6 +229,8 @@ def tell_size(module: nn.Module, block: int | None) -> None:
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = module.weight.shape[1]
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
     elif isinstance(module, nn.GroupNorm) and weight is not None and block:
         module.num_channels, module.num_groups = len(weight), len(weight) // block
     elif isinstance(module, nn.modules.batchnorm._NormBase):

@@ -34,6 +34,7 @@ _TOGETHER = frozenset({"softmax", "log_softmax", "_softmax", "_log_softmax", "cu
 _ENTRYWISE = frozenset({  # entrywise, but not marked so in all versions of torch
     "native_dropout", "bernoulli", "uniform", "normal", "fill", "zero", "hardswish", "hardtanh",
     "hardsigmoid", "softplus", "leaky_relu", "elu", "rrelu_with_noise", "log_sigmoid_forward",
+    "_prelu_kernel",
 })  # fmt: skip
 _NEW = frozenset({"new_empty", "new_zeros", "new_ones", "new_full"})
 
@@ -164,7 +165,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._held.setdefault(id(tensor), (path, name))
 
     def of(self, tensor: Any) -> Tensor | None:
-        """The labels of a tensor; None if its size is fixed."""
+        """The labels of a tensor; None if its size is fixed, or it is a number for all channels."""
         if not isinstance(tensor, Tensor):
             return None
         if id(tensor) in self._values:
@@ -172,12 +173,18 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if id(tensor) not in self._held:
             return None
         self.used.add(id(tensor))
-        long = [dim for dim, size in enumerate(tensor.shape) if size > 1] or [0]
-        if len(long) > 1 or tensor.dim() == 0:
+        long = [dim for dim, size in enumerate(tensor.shape) if size > 1]
+        if len(long) != 1:
             return None
         ids = self._axis(tensor, long[0], "carries")
         assert ids is not None
         return ids.view(tensor.shape)
+
+    def _carried(self, tensor: Any) -> Tensor | None:
+        """The labels of a layer's bias or the like, where one number belongs to one channel."""
+        if id(tensor) in self._held and tensor.shape == (1,):
+            return self._axis(tensor, 0, "carries")
+        return self.of(tensor)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -212,6 +219,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             "native_group_norm": self._group_norm,
             "constant_pad_nd": self._pad,
             "bmm": self._bmm,
+            "glu": self._glu,
         }
         if name in named:
             return named[name]
@@ -278,7 +286,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._make(made, dim, bias, out)
 
     def _make(self, made: Tensor, dim: int, bias: Any, out: Tensor) -> None:
-        carried = self.of(bias)
+        carried = self._carried(bias)
         if carried is not None:
             self._labels.join(carried, made)
         shape = [1] * out.dim()
@@ -295,7 +303,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if channels is None:
             return
         for tensor in args[1:5]:
-            carried = self.of(tensor)
+            carried = self._carried(tensor)
             if carried is not None:
                 self._labels.join(carried, channels)
         self._set(_first(out), self.of(args[0]))
@@ -308,7 +316,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         groups, affine = (args[6], args[1:3]) if native else (args[1], args[2:4])
         blocks = self._labels.join_along(channels.view(groups, -1), [1])
         for tensor in affine:
-            carried = self.of(tensor)
+            carried = self._carried(tensor)
             if carried is not None:
                 self._labels.join(carried.view(groups, -1), blocks)
         self._together(channels)
@@ -350,6 +358,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._labels.join(*ends)
             self._labels.attended.append(ends[0])
         self._set(out, ends[0])
+
+    def _glu(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+        """One half of the channels gates the other: they lose the same ones."""
+        labels = self.of(args[0])
+        assert labels is not None
+        made, gates = labels.chunk(2, args[1] if len(args) > 1 else -1)
+        self._labels.join(made, gates)
+        self._set(out, made)
 
     # ---- operations --------------------------------------------------------------------------
 
@@ -420,7 +436,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if labels is None:
             return
         moved = list(range(2 if labels.dim() > 2 else 1, labels.dim()))
-        self._set(out, self._labels.join_along(labels, moved))
+        across = set(moved) & set(self._labels.varying(labels))
+        ends = self._labels.join_along(labels, moved)
+        if across:  # as in local response normalisation
+            self._together(labels)
+        self._set(out, ends)
 
     def _pad(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         labels = self.of(args[0])

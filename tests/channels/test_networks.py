@@ -83,6 +83,25 @@ class Depthwise(nn.Module):
         yield self.excite, gone["squeeze"]
 
 
+class Gated(nn.Module):
+    """Activations with weights of their own, and one whose halves gate each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.each = nn.Conv2d(3, 6, 3), nn.PReLU(6)
+        self.wide, self.all = nn.Conv2d(6, 8, 3), nn.PReLU()
+        self.gain, self.head = nn.Parameter(torch.full((1,), 0.7)), nn.Linear(4, 5)
+        nn.init.uniform_(self.each.weight)
+
+    def forward(self, x):
+        x = F.glu(self.wide(self.each(self.first(x))), 1)
+        return self.head((self.gain * self.all(x)).mean((2, 3)))
+
+    def read(self, gone):
+        yield self.wide, gone["first"]
+        yield self.head, gone["wide"]
+
+
 class Grouped(nn.Module):
     def __init__(self):
         super().__init__()
@@ -163,7 +182,7 @@ def gone_of(pruner, full):
     return {name: sorted({*every} - {*pruner.channels[name]}) for name, every in full.items()}
 
 
-KINDS = [Concat, Dense, Depthwise, Grouped, GroupNormed, Heads, Shuffled]
+KINDS = [Concat, Dense, Depthwise, Gated, Grouped, GroupNormed, Heads, Shuffled]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -195,6 +195,40 @@ def test_sizes_and_statistics_are_those_of_a_small_net(make):
     assert small(IMAGES).shape == (6, 5)
 
 
+def test_an_activations_own_weights_are_cut_along():
+    net = nn.Sequential(nn.Linear(4, 8), nn.PReLU(8), nn.Linear(8, 6), nn.PReLU(), nn.Linear(6, 2))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.arange(8))
+    made = pruner(net, torch.zeros(2, 4))
+    made.step()
+    assert net[1].weight.tolist() == made.channels["0"]
+    assert (net[1].num_parameters, net[3].num_parameters) == (4, 1)
+    made.step()
+    assert (net[1].num_parameters, net[1].weight.tolist()) == (8, [*range(8)])
+
+
+def test_both_halves_of_a_gate_count():
+    net = nn.Sequential(nn.Linear(4, 8), nn.GLU(), nn.Linear(4, 2))
+    for parameter in net.parameters():
+        nn.init.constant_(parameter, 0.1)
+    with torch.no_grad():
+        net[0].weight[[1, 4 + 3]] = 5.0  # of the first half, and of the second
+    made = pruner(net, torch.zeros(2, 4))
+    made.step()
+    assert made.channels == {"0": [1, 3]}
+    assert net[0].weight[:, 0].tolist() == pytest.approx([5.0, 0.1, 0.1, 5.0])
+
+
+def test_channels_that_are_normalised_with_their_neighbours_stay():
+    net = nn.Sequential(
+        *(nn.Conv2d(1, 8, 3), nn.LocalResponseNorm(3), nn.Conv2d(8, 4, 3)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)),
+    )
+    made = pruner(net, IMAGES.float())
+    assert made.whole["0"] == "its channels are normalised or summed together"
+    assert set(made.channels) == {"2"}
+
+
 def test_counted_operations():
     net = nn.Sequential(nn.Linear(10, 8, bias=False), nn.ReLU(), nn.Linear(8, 4, bias=False))
     pruner = ChannelPruner(net, SCHEDULE, example_inputs=torch.zeros(1, 10))
