@@ -68,17 +68,17 @@ class Cut:
         return _like(part, full)
 
     def put(self, part: Tensor, full: Tensor, zero_incoming: bool = False) -> Tensor:
-        """The whole tensor with the part in its place."""
-        whole = full.clone()
-        keep = {dim: index.to(full.device) for dim, index in self.keep.items()}
+        """The whole tensor with the part in its place, on its device and in its dtype."""
+        whole = full.to(part.device, part.dtype, copy=True)
+        keep = {dim: index.to(part.device) for dim, index in self.keep.items()}
         if zero_incoming:
             for dim in self.incoming & keep.keys():
-                gone = torch.ones(full.shape[dim], dtype=torch.bool, device=full.device)
+                gone = torch.ones(full.shape[dim], dtype=torch.bool, device=part.device)
                 gone[keep[dim]] = False
                 whole.index_fill_(dim, gone.nonzero().squeeze(1), 0)
         everywhere: list[Any] = []
         for dim, size in enumerate(full.shape):
-            index = keep.get(dim, torch.arange(size, device=full.device))
+            index = keep.get(dim, torch.arange(size, device=part.device))
             everywhere.append(index.view([-1] + [1] * (full.dim() - dim - 1)))
         whole[tuple(everywhere)] = part
         return _like(whole, full)
@@ -154,7 +154,7 @@ class Surgery:
         released = {}
         for name, cut in self.plan(kept).items():
             small = cut.get().detach().clone()
-            full = whole[name].to(device=small.device, dtype=small.dtype)
+            full = whole[name]
             cut.set(cut.put(small, full, zero_incoming=True))
             there = cut.put_into_zeros(torch.ones_like(small, dtype=torch.bool), full)
             for state in states(cut.get()):

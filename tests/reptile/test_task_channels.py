@@ -151,6 +151,37 @@ def test_what_no_task_had_stays_bit_for_bit(net, batch):
         assert bool((parameter[moved] != before[name][moved]).any()) or name == "conv1.bias"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("foml", [False, True])
+@pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_small_learner_that_was_cast_can_be_discarded(net, make_optimizer, foml, dtype):
+    """It grows back in its own dtype, and later learners are as if it had never been."""
+
+    def go_on(reptile, casts):
+        for number in range(3):
+            with reptile.task_masks():
+                learner = reptile.clone()
+            adapt(learner, task(number))
+            if casts and number == 1:
+                twin = learner.module
+                assert adapt(learner.to(dtype), task(5, dtype)).module.fc.in_features == 8
+                reptile.discard(learner)
+                assert {p.dtype for p in twin.parameters()} == {dtype}
+                assert twin.fc.in_features == 16
+            elif number == 1:
+                reptile.discard(learner)
+            else:
+                reptile.collect(learner)
+        reptile.step()
+        return reptile.module
+
+    options = {"inner_optimizer": make_optimizer, "foml": foml, "carry_state": True}
+    copies = copy.deepcopy(net), copy.deepcopy(net)
+    plain = go_on(reptile_of(copies[0], **options), casts=False)
+    after = go_on(reptile_of(copies[1], **options), casts=True)
+    assert all(map(torch.equal, plain.parameters(), after.parameters()))
+
+
 def test_a_share_of_the_tasks_has_all_channels(net):
     schedule = Schedule((Segment(40, sparse=True, sparsity=0.5, masks="task", share=0.5),))
     reptile, small = reptile_of(net, schedule=schedule), 0
