@@ -412,14 +412,15 @@ class ChannelPruner(ScheduledPruner):
         counts = self._counts[position]
         if counts is None:
             return None
-        kept = choose_channels(
-            self._channels,
-            counts,
-            self._importance,
-            needs_gradients=self._needs_gradients,
-            before=self._kept,
-        )
         here = next(self.model.parameters()).device
+        with ranks.failing_together(self._group, here):
+            kept = choose_channels(
+                self._channels,
+                counts,
+                self._importance,
+                needs_gradients=self._needs_gradients,
+                before=self._kept,
+            )
         ranks.check_same({"channels": kept.to(here)}, self._iteration, self._group)
         return kept
 

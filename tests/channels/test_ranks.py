@@ -94,3 +94,24 @@ def test_a_distributed_part_put_in_later_is_refused_at_the_change():
         assert net[0].module.weight.shape == (8, 4)
     finally:
         dist.destroy_process_group()
+
+
+def lack_gradients(rank, folder):
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    schedule = DSDSchedule(0.5, pretrain=1, prune=2, retrain=2)
+    x, group = torch.ones(2, 4), dist.group.WORLD
+    made = ChannelPruner(net, schedule, example_inputs=x, importance="taylor", group=group)
+    if rank == 0:
+        net(x).sum().backward()
+    words = "rank 1 of the group failed" if rank == 0 else "gradient"
+    with pytest.raises((RuntimeError, ValueError), match=words):
+        made.step()
+    assert not made.sparse
+    dist.destroy_process_group()
+
+
+@pytest.mark.process
+def test_a_rank_without_gradients_keeps_no_other_waiting(tmp_path):
+    on_two_ranks(lack_gradients, str(tmp_path))
