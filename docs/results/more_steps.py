@@ -4,9 +4,10 @@ python docs/results/more_steps.py runs/study docs/results/study/more-steps.toml 
 
 Only runs that the plan's comparisons name are scored, with their last weights, on the tasks of
 their own final scores. The inner optimizer starts afresh, so scores after the runs' own 5 steps
-stand beside those after 50. The plan's `[adaptation]` says which settings tell the runs apart, and
-on what each inner step learns: a minibatch of the run's own size, or the whole support set. Scores
-are kept in the CSV, on which `verdicts.py` judges the plan: repeat a stopped command to go on.
+stand beside those after 50. The plan's `[adaptation]` says which settings tell the runs apart, how
+many steps there are, and on what each learns: a minibatch of the run's own size, or the whole
+support set. Scores are kept in the CSV, on which `verdicts.py` judges the plan: repeat a stopped
+command to go on.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from l2l_prune.experiments.streams import stream
 from l2l_prune.experiments.toml_files import read_toml
 from l2l_prune.fewshot.evaluation import few_shot_accuracy
 
-STEPS = (5, 50)
 OF_SCORES = ("steps", "batch")  # settings of scores, not of runs
 
 
@@ -52,7 +52,7 @@ def main(folder: Path, plan_file: Path, table: Path) -> None:
     torch.set_num_threads(1)
     plan = read_toml(plan_file)
     comparisons = read_comparisons(plan["comparison"])
-    adaptation = plan.get("adaptation", {"columns": ["channels"]})
+    adaptation = plan.get("adaptation", {"columns": ["channels"], "steps": [5, 50]})
     runs = read_folder(folder).runs
     sides = [
         {name: value for name, value in side.items() if name not in OF_SCORES}
@@ -70,7 +70,9 @@ def main(folder: Path, plan_file: Path, table: Path) -> None:
         table.write_text(",".join(columns) + "\n")
     for run in sorted(named.values(), key=lambda run: (run.seed, run.method)):
         own = [str(run.config[column]) for column in adaptation["columns"]]
-        for steps, batch in itertools.product(STEPS, adaptation.get("batch", ["own"])):
+        for steps, batch in itertools.product(
+            adaptation["steps"], adaptation.get("batch", ["own"])
+        ):
             key = (str(run.seed), run.config["name"], *own, str(steps))
             key += (batch,) if "batch" in adaptation else ()
             if key not in scored:
