@@ -48,6 +48,8 @@ TABLES = {
     "task-masks-maml": ["task-masks-maml"],
     "with-decay": ["with-decay"],
     "regime": ["regime"],
+    "tasks": ["tasks"],
+    "support-sets": ["support-sets"],
 }
 """The tables on which each plan is judged."""
 
@@ -145,7 +147,7 @@ def test_every_published_verdict_is_of_a_plan():
     assert with_verdicts == families
 
 
-@pytest.mark.parametrize("plan", [plan for plan in TABLES if plan != "more-steps"])
+@pytest.mark.parametrize("plan", [p for p in TABLES if p not in ("more-steps", "support-sets")])
 def test_means_follow_from_the_published_runs(plan):
     """Every arm has a row, all of whose cells follow."""
     columns = ("train", "test", "gap", "weights", "seconds")
@@ -173,6 +175,20 @@ def test_means_after_more_steps_follow_from_the_published_scores():
     arms = {arm[:2] for arm in means}
     expected = [(means[(*arm, "5")], means[(*arm, "50")]) for arm in arms]
     assert sorted(scores) == sorted(expected)
+
+
+def test_means_on_support_sets_follow_from_the_published_scores():
+    """Own scores are those of family J."""
+    own = {m["method"] + m["shots"]: m["test"] for m in verdicts.means(rows_of("tasks"))}
+    means = verdicts.means(rows_of("support-sets"))
+    scores = {m["method"] + m["shots"] + m["batch"]: m["test"] for m in means}
+    rows = [row for family, row in page() if family == "T" and "whole support set, fresh" in row]
+    cells = [tuple(row.values())[1:] for row in rows]
+    expected = [
+        (own[arm], scores[arm + "own"], scores[arm + "whole"])
+        for arm in ("dense5", "DSD, random5", "dense1", "DSD, random1")
+    ]
+    assert cells == expected
 
 
 def test_a_table_takes_the_runs_of_several_machines(tmp_path):
