@@ -158,16 +158,23 @@ def sweep(
     replicates = N (seeds that each have their own split).
     Repeat a stopped sweep to resume it; a failed run does not stop the others.
     """
-    from l2l_prune.experiments.running.sweep import expand
+    from l2l_prune.experiments.running.sweep import check_arms, expand
 
     logger = chosen_logger(logger, tensorboard)
     with plain_errors(out):
         document = read_toml(file)
-        _comparisons(file, document)
+        stated = _comparisons(file, document)
         try:
             configs = expand(document.get("base", {}), document.get("grid", {}))
+            unknown = check_arms(configs, stated)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from None
+        if unknown:
+            typer.echo(
+                f"{file}: comparisons name {', '.join(unknown)}, which no run has as a setting: "
+                "report --plan cannot judge them",
+                err=True,
+            )
         check_files(configs[0].data, held_out=configs[0].held_out, **configs[0].data_options)
         _run_all(configs, out, jobs, cluster, logger)
 
@@ -449,7 +456,7 @@ def report(
             from l2l_prune.experiments.exporting import measure_adaptation
 
             measure_adaptation(folder)
-        for path in write_report(folder, stated):
+        for path in write_report(folder, stated, plan):
             typer.echo(f"wrote {path}")
 
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 from scipy import stats
+from typer.testing import CliRunner
 
+from l2l_prune.experiments.cli import app
 from l2l_prune.experiments.config import RunConfig, make_config
 from l2l_prune.experiments.report import figures, finished_runs, plots, results
 from l2l_prune.experiments.report.comparisons import Comparison
@@ -340,6 +342,18 @@ def test_bad_folders(tmp_path):
         (tmp_path / "x" / "results.json").write_text(text)
         with pytest.raises(ValueError, match="is damaged"):
             write_report(tmp_path)
+
+
+def test_a_plan_that_does_not_fit_its_runs_is_named(folder, tmp_path):
+    plan = tmp_path / "plan.toml"
+    sides = 'treatment = {name = "DSD, randm"}\ncontrol = {name = "dense"}'
+    plan.write_text(f'[[comparison]]\nfamily = "A"\n{sides}')
+    result = CliRunner().invoke(app, ["report", str(folder), "--plan", str(plan)])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"l2l-prune: {plan}: comparison DSD, randm minus dense: no run is DSD, randm; the "
+        "runs are: dense; DSD; IHT\n"
+    )
 
 
 OTHER = {  # of settings that are names, or nothing by default

@@ -17,10 +17,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from l2l_prune.experiments.cli import app
+from l2l_prune.experiments.report.comparisons import read_comparisons
 from l2l_prune.experiments.running.processes import run_all
 from l2l_prune.experiments.running.run_folder import Outcome
 from l2l_prune.experiments.running.storage import run_name
-from l2l_prune.experiments.running.sweep import expand, sweep
+from l2l_prune.experiments.running.sweep import check_arms, expand, sweep
 
 BASE = {
     "algorithm": "reptile",
@@ -190,3 +191,47 @@ def test_bad_files_are_told_in_a_line(tmp_path, text, words):
     assert result.exit_code == 2
     assert words in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+PLAN = """
+[base]
+algorithm = "reptile"
+iterations = 4
+[[grid]]
+method = "dense"
+replicates = 2
+[[grid]]
+method = "dsd"
+criterion = "random"
+replicates = 2
+[[comparison]]
+family = "A"
+treatment = {treatment}
+control = {{ name = "dense" }}
+"""
+
+
+@pytest.mark.parametrize(
+    ("treatment", "words"),
+    [
+        ('{ name = "DSD, randm" }', "no run is DSD, randm; the runs are: dense; DSD, random"),
+        ("{ channels = 64 }", "channels 64 means both"),
+    ],
+)
+def test_a_comparison_of_runs_that_the_sweep_will_not_have_is_refused(tmp_path, treatment, words):
+    file, out = tmp_path / "plan.toml", tmp_path / "out"
+    file.write_text(PLAN.format(treatment=treatment))
+    result = CliRunner().invoke(app, ["sweep", str(file), "--out", str(out)])
+    assert result.exit_code == 2
+    assert f"{file}: comparison " in result.stderr
+    assert words in result.stderr
+    assert not out.exists()
+
+
+def test_a_comparison_may_name_what_another_program_adds_to_the_scores(tmp_path):
+    """As docs/results/study/more-steps.toml does."""
+    [stated] = read_comparisons(
+        [{"family": "A", "treatment": {"name": "DSD", "steps": 50}, "control": {"name": "dense"}}]
+    )
+    configs = expand(BASE, {"method": ["dense", "dsd"]})
+    assert check_arms(configs, [stated]) == ["steps"]

@@ -190,8 +190,7 @@ def comparison_table(judged: Iterable[Judged]) -> str:
 
 
 def _differences(comparison: Comparison, runs: Sequence[FinishedRun], part: str) -> OverSeeds:
-    treated = matching(comparison.treatment, runs)
-    control = matching(comparison.control, runs)
+    treated, control = both_sides(comparison, runs)
     shared = sorted(treated.keys() & control.keys(), key=str)
     if len(shared) < 2:
         raise ValueError(f"{comparison.title} needs two replicates or more, got {len(shared)}")
@@ -201,6 +200,20 @@ def _differences(comparison: Comparison, runs: Sequence[FinishedRun], part: str)
         ),
         treated[shared[0]].measure,
     )
+
+
+def both_sides(
+    comparison: Comparison, runs: Sequence[FinishedRun]
+) -> tuple[dict[Replicate, FinishedRun], dict[Replicate, FinishedRun]]:
+    """The runs of the treatment and of the control, by replicate.
+
+    Raises:
+        ValueError: If a side has no run, or two of one replicate; the message names the comparison.
+    """
+    try:
+        return matching(comparison.treatment, runs), matching(comparison.control, runs)
+    except ValueError as error:
+        raise ValueError(f"comparison {comparison.title}: {error}") from None
 
 
 def matching(
@@ -213,9 +226,11 @@ def matching(
     """
     found: dict[Replicate, FinishedRun] = {}
     known: set[str] = set()
+    arms: dict[str, None] = {}
     for run in runs:
         config = nameable(run)
         known |= config.keys()
+        arms[_in_words({name: config[name] for name in wanted if name in config})] = None
         if any(config.get(name, ...) != value for name, value in wanted.items()):
             continue
         if run.replicate in found:
@@ -226,8 +241,9 @@ def matching(
         found[run.replicate] = run
     if not found:
         unknown = sorted(wanted.keys() - known)
-        why = f": runs have no setting {', '.join(unknown)}" if unknown else ""
-        raise ValueError(f"no run is {_in_words(wanted)}{why}")
+        why = f": runs have no setting {', '.join(unknown)}" if unknown and runs else ""
+        there = f"; the runs are: {'; '.join(arms)}" if any(arms) else ""
+        raise ValueError(f"no run is {_in_words(wanted)}{why}{there}")
     return found
 
 

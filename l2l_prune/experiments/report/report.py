@@ -36,22 +36,29 @@ _STYLE = (
 )
 
 
-def write_report(folder: Path, comparisons: Sequence[Comparison] = ()) -> list[Path]:
+def write_report(
+    folder: Path, comparisons: Sequence[Comparison] = (), plan: Path | None = None
+) -> list[Path]:
     """Write ``report.md``, ``report.html`` (one self-contained file) and the figures.
 
     Args:
         folder: What ``l2l-prune paper``, ``sweep`` or ``run`` filled; all runs in it count.
         comparisons: What a plan states; the report then opens with it.
+        plan: The plan's file, for messages.
 
     Returns:
         The files.
 
     Raises:
         ValueError: If there is no run in the folder, a ``results.json`` is damaged, or two hold
-            different results of the same settings and seed.
+            different results of the same settings and seed; or if the runs are not those that a
+            comparison names.
     """
     found = read_folder(folder)
-    judged = judge(comparisons, found.runs) if comparisons else []
+    try:
+        judged = judge(comparisons, found.runs) if comparisons else []
+    except ValueError as error:
+        raise ValueError(f"{plan}: {error}" if plan else str(error)) from None
     parts, figures = ["# Runs", *_notes(found)], []
     if any(run.config.get("held_out") == "validation" for run in found.runs):
         parts.append(

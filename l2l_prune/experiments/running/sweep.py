@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import itertools
 import math
@@ -13,6 +14,8 @@ from rich.console import Console
 
 from l2l_prune._basics import checks
 from l2l_prune.experiments.config import KNOWN, RunConfig, make_config
+from l2l_prune.experiments.report.comparisons import Comparison, both_sides, nameable
+from l2l_prune.experiments.report.finished_runs import FinishedRun
 from l2l_prune.experiments.running.processes import run_all
 from l2l_prune.experiments.running.run_folder import Outcome
 from l2l_prune.experiments.running.storage import locked_folder, run_name
@@ -103,6 +106,32 @@ def _numbered(name: str, grid: dict[str, Any], instead: Sequence[str]) -> range:
     if both := [other for other in instead if other in grid]:
         raise ValueError(f"give {name} or {both[0]}, not both")
     return range(checks.whole_number(name, number, least=1))
+
+
+def check_arms(configs: Sequence[RunConfig], comparisons: Sequence[Comparison]) -> list[str]:
+    """Refuse comparisons of runs that a sweep will not have, before it trains for hours.
+
+    Args:
+        configs: The runs of the sweep.
+        comparisons: What its file states.
+
+    Returns:
+        Settings that comparisons name and no run has: they are those of scores that another program
+        adds, or slips. They do not count here.
+
+    Raises:
+        ValueError: If a side has no run, or two of one replicate.
+    """
+    runs = [
+        FinishedRun({"config": config.to_json()}, Path(run_name(config)), 0) for config in configs
+    ]
+    known, unknown = {name for run in runs for name in nameable(run)}, set[str]()
+    for one in comparisons:
+        sides = (one.treatment, one.control)
+        unknown |= {name for side in sides for name in side} - known
+        treatment, control = ({n: v for n, v in side.items() if n in known} for side in sides)
+        both_sides(dataclasses.replace(one, treatment=treatment, control=control), runs)
+    return sorted(unknown)
 
 
 def sweep(
