@@ -148,5 +148,8 @@ def apportion(total: int, shares: dict[str, float]) -> dict[str, int]:
         parts[name] += 1
     for name, share in shares.items():
         if share > 0 and parts[name] == 0:
-            raise ValueError(f"{name} would get no iteration out of {total}: make the run longer")
+            raise ValueError(
+                f"{name}, {100 * share:.3g}% of {total} iterations, would get none: make the "
+                "run longer"
+            )
     return parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -122,7 +123,7 @@ def _ramp_lengths(iterations: int, most_steps: int, share: float = 0.5) -> dict[
     if length < 2:
         raise ValueError(
             f"a ramp does not fit into {100 * share:g}% of {iterations} iterations: make the run "
-            "longer, or the ramp"
+            "longer"
         )
     steps = min(most_steps, length)
     interval = length // steps
@@ -256,7 +257,15 @@ def make_schedule(
         raise ValueError(f"method {method} takes no {', '.join(unknown)}: leave it out")
     shares = {name: phases[name] for name in phases if name in ("pretrain", "retrain", "ramp")}
     checks.check_fractions(shares)
-    return row.make(iterations, sparsity, **phases)
+    try:
+        return row.make(iterations, sparsity, **phases)
+    except ValueError as error:
+        usual = {name: inspect.signature(row.make).parameters[name].default for name in row.takes}
+        used = {"iterations": iterations, **usual, **phases}
+        words = ", ".join(f"{name}={value}" for name, value in used.items() if value is not None)
+        short = str(error).endswith("make the run longer")
+        fewer = ", or take fewer rounds" if short and "rounds" in used else ""
+        raise ValueError(f"method {method} with {words}: {error}{fewer}") from None
 
 
 def published_phases(method: str, data: str, channels: int) -> dict[str, Any]:

@@ -84,6 +84,17 @@ CASES = [
     told("--sparsity of the demo", r"--sparsity.*1\.5", "demo --sparsity 1.5"),
     told("--iterations many", "--iterations", "run --iterations many"),
     told("--iterations 3", "make the run longer", "run --iterations 3"),
+    told(
+        "--iterations 10 of iht",
+        "method iht with iterations=10, pretrain=0.2, retrain=0.25, rounds=4: retrain, 25% of 2 "
+        "iterations, would get none: make the run longer, or take fewer rounds",
+        "run --method iht --iterations 10",
+    ),
+    told(
+        "--rounds of a short cyclic",
+        "method cyclic with iterations=9, pretrain=0.2, rounds=7: a ramp does not .* fewer rounds",
+        "run --method cyclic --iterations 9 --rounds 7",
+    ),
     told("--seeds 0", "--seeds", "run --seeds 0"),
     told("--seed -1", "--seed", "run --seed -1"),
     told("--jobs 0", "--jobs", "run --jobs 0"),
