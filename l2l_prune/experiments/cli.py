@@ -120,6 +120,7 @@ def run(
     """
     from l2l_prune.experiments.running.compare_one_seed import compare_one_seed
     from l2l_prune.experiments.running.compare_seeds import compare_seeds
+    from l2l_prune.experiments.running.run import check_splits
 
     check_sparsity(settings["sparsity"])
     logger = chosen_logger(logger, tensorboard)
@@ -134,6 +135,7 @@ def run(
         check_files(
             data, held_out=configs[0].held_out, **configs[0].data_options, download=download
         )
+        check_splits(configs)
         jobs = _jobs(jobs, configs[0].ranks)
         if seeds == 1:
             compare_one_seed(configs, out, Console(), jobs, logger)
@@ -390,8 +392,10 @@ def _run_all(
     configs: list[RunConfig], out: Path, jobs: int | None, cluster: str | None, logger: str | None
 ) -> None:
     """A sweep; where runs failed, it says so and ends the command."""
+    from l2l_prune.experiments.running.run import check_splits
     from l2l_prune.experiments.running.sweep import sweep as run_all
 
+    check_splits(configs)
     if jobs is None and cluster != "slurm":
         jobs = _jobs(jobs, max(config.ranks for config in configs))
     outcomes = run_all(configs, out, Console(), jobs=jobs, cluster=cluster, logger=logger)

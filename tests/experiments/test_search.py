@@ -689,8 +689,17 @@ def test_a_folder_that_another_process_writes_to_is_refused(tmp_path):
         (["tune", "--rate", "0.5", "--rate", "50"], "rate must be in"),
         (["study", "--hours", "0"], "hours"),
         (["study", "--split", "100"], "replicates use the rest"),
-        (["tune", "--ways", "130"], "the test split is too small: ways=130"),
-        (["study", "--ways", "130"], "the test split is too small: ways=130"),
+        (["tune", "--ways", "31"], "the train split is too small: ways=31"),
+        (["study", "--ways", "31"], "the train split is too small: ways=31"),
+        (
+            ["tune", "--ways", "100", "--train-classes", "100"],
+            "the validation split is too small: ways=100",
+        ),
+        (
+            ["study", "--ways", "100", "--train-classes", "100"],
+            "the validation split is too small: ways=100",
+        ),
+        (["tune", "--shots", "10", "--queries", "11"], "split is too small: shots + queries = 21"),
     ],
 )
 def test_what_cannot_be_searched_is_told_in_a_line(tmp_path, arguments, words):

@@ -181,6 +181,10 @@ def test_workers_end_with_a_killed_sweep_and_the_next_one_goes_on(tmp_path):
         ("[base]\nchanels = 3\n", "chanels"),
         ("[base]\n[comparison]\n", "begin with [[comparison]]"),
         ('[base]\n[[comparison]]\nfamly = "A"\n', "has no famly"),
+        (
+            '[base]\nalgorithm = "reptile"\nmethod = "dense"\n[grid]\nways = [5, 31]\n',
+            "the train split is too small: ways=31",
+        ),
     ],
 )
 def test_bad_files_are_told_in_a_line(tmp_path, text, words):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,7 @@ def run(
         FloatingPointError: If scores or the weights at the end are not finite: the run diverged.
     """
     checks.whole_number("checkpoint_every", checkpoint_every, least=1)
-    splits = ["train", config.held_out]
-    if config.select == "best" and config.held_out != "validation":
-        splits.append("validation")
-    data = {split: load_split(config, split) for split in splits}
+    data = {split: load_split(config, split) for split in _splits(config)}
     _check_memory(config, data["train"].images.shape[1:])
     saved = load_checkpoint(checkpoint, config) if checkpoint else None
     with shared_tasks(config, checkpoint if saved else None):
@@ -207,17 +205,44 @@ def load_split(config: RunConfig, split: str) -> Images:
         raise ValueError(f"device {config.device} cannot be used here: {reason}") from None
 
 
-def check_split(config: RunConfig, split: str) -> None:
-    """Refuse a split that is too small for the run's tasks, before hours of training.
+def check_splits(configs: Iterable[RunConfig], *more: str) -> None:
+    """Refuse splits that are too small for the tasks of runs, before any of them begins.
+
+    Args:
+        configs: The runs.
+        *more: Splits that will be used besides those of the runs themselves.
 
     Raises:
-        ValueError: If it has too few classes, or too few images of a class.
+        ValueError: If a split has too few classes, or too few images of a class.
     """
-    images = load_split(config, split)
-    try:
-        evaluation_tasks(images, config, "final tasks", split)
-    except ValueError as error:
-        raise ValueError(f"the {split} split is too small: {error}") from None
+    seen = set()
+    for config in configs:
+        on_cpu = dataclasses.replace(config, device="cpu")  # a GPU may be elsewhere
+        for split in dict.fromkeys([*_splits(config), *more]):
+            asked = (split, *(getattr(config, name) for name in _SHAPES), config.split is None)
+            if asked in seen:  # random splits are all of one size
+                continue
+            seen.add(asked)
+            images = load_split(on_cpu, split)
+            try:
+                if split == "train":
+                    _training_tasks(images, on_cpu)
+                evaluation_tasks(images, on_cpu, "final tasks", split)
+            except ValueError as error:
+                raise ValueError(f"the {split} split is too small: {error}") from None
+
+
+_SHAPES = (
+    *("data", "data_root", "image_size", "skip_damaged", "train_classes", "ways"),
+    *("shots", "queries", "train_shots", "train_queries"),
+)
+"""Settings by which data may be too small for tasks."""
+
+
+def _splits(config: RunConfig) -> list[str]:
+    """The splits that a run uses."""
+    chosen = ["validation"] if config.select == "best" else []
+    return list(dict.fromkeys(["train", config.held_out, *chosen]))
 
 
 def _training_tasks(data: Images, config: RunConfig) -> EpisodeSampler:

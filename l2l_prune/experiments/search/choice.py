@@ -21,7 +21,7 @@ from l2l_prune.experiments.methods import CANDIDATES, METHODS, TUNE_RATES
 from l2l_prune.experiments.report.pareto import front_places
 from l2l_prune.experiments.report.seed_statistics import amount, signed
 from l2l_prune.experiments.report.tables import markdown_table
-from l2l_prune.experiments.running.run import check_split, load_split
+from l2l_prune.experiments.running.run import check_splits, load_split
 from l2l_prune.experiments.running.storage import locked_folder, run_name
 from l2l_prune.experiments.search.costs import Budget, Cost, cost_of, end_network, timed
 from l2l_prune.experiments.search.halving import (
@@ -138,7 +138,7 @@ def tune(
     with locked_folder(out):
         about = {**shared, "methods": list(methods), "rates": list(rates), **budget.given}
         check_search(out / "tune.json", about)
-        check_split(config, "test")
+        check_splits([config], "test")
         shape = load_split(config, "train").images.shape[1:]
         space = Space(shared, methods, rates, shape, budget, out / "milliseconds.json")
         space.check()  # before anything is trained

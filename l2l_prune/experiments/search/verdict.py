@@ -28,7 +28,7 @@ from l2l_prune.experiments.report.finished_runs import FinishedRun, mean_weights
 from l2l_prune.experiments.report.report import write_report
 from l2l_prune.experiments.report.seed_statistics import amount
 from l2l_prune.experiments.report.tables import markdown_table
-from l2l_prune.experiments.running.run import check_split, load_split
+from l2l_prune.experiments.running.run import check_splits, load_split
 from l2l_prune.experiments.running.storage import locked_folder, run_name
 from l2l_prune.experiments.running.sweep import FIRST_REPLICATE, expand
 from l2l_prune.experiments.search.costs import cost_of, dense_width
@@ -133,7 +133,7 @@ def study(
             **({"split of the races": shared["split"]} if "split" in shared else {}),
         }
         check_search(out / "study.json", about)
-        check_split(whole[0], "test")
+        check_splits(whole, "test")
         record_search(out / "study.json", about)
         plan = out / "plan.toml"
         options: dict[str, Any] = {"jobs": jobs, "hours": hours, "clock": out / "clock.json"}
