@@ -169,7 +169,7 @@ CASES = [
     told(
         "report of an empty folder", "no finished run in here", "report here", folder_called("here")
     ),
-    told("report of no folder", "no finished run in nowhere", "report nowhere"),
+    told("report of no folder", "no finished run in nowhere: .*no such folder", "report nowhere"),
     told("export without --out", "Missing option '--out'", "export here", folder_called("here")),
     told("export of no folder", "there is no folder nowhere", "export nowhere --out out"),
     told(

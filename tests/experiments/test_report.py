@@ -356,6 +356,17 @@ def test_a_plan_that_does_not_fit_its_runs_is_named(folder, tmp_path):
     )
 
 
+def test_the_folder_above_folders_of_runs_names_these(tmp_path):
+    """As that of a study does."""
+    finish(tmp_path / "study" / "confirmation", "dense", 0.9, 0.7)
+    finish(tmp_path / "study" / "races", "dense", 0.9, 0.7)
+    for command in (["report"], ["export", "--out", str(tmp_path / "out")]):
+        result = CliRunner().invoke(app, [*command, str(tmp_path / "study")])
+        assert result.exit_code == 2
+        named = " or ".join(str(tmp_path / "study" / name) for name in ("confirmation", "races"))
+        assert f"there is no finished run in {tmp_path / 'study'}: give {named}" in result.stderr
+
+
 OTHER = {  # of settings that are names, or nothing by default
     "held_out": "validation",
     "split": 3,

@@ -439,7 +439,10 @@ def read_folder(folder: Path) -> FolderRuns:
             lines = error.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             failed[name] = lines[-1] if lines else "it does not say why"
     if not runs and not failed:
-        raise ValueError(f"there is no finished run in {folder}")
+        below = sorted({str(file.parent.parent) for file in folder.glob("*/*/results.json")})
+        there = f": give {' or '.join(below)}, where there are some" if below else ""
+        there = there if folder.is_dir() else ": there is no such folder"
+        raise ValueError(f"there is no finished run in {folder}{there}")
     runs, copies = _without_copies(runs, folder)
     in_order = sorted(runs, key=lambda run: int(run.config["channels"]))
     named = [run for same in grouped(in_order, _problem).values() for run in _named(same)]
