@@ -186,4 +186,5 @@ def baseline_first(method: str) -> int:
 def check_sparsity(sparsity: float | None) -> None:
     """Refuse a sparsity outside (0, 1)."""
     if sparsity is not None and not 0 < sparsity < 1:
-        raise typer.BadParameter(f"{sparsity} is not in (0, 1)", param_hint="--sparsity")
+        percent = f": for {sparsity:g}% give {sparsity / 100:g}" if 1 < sparsity < 100 else ""
+        raise typer.BadParameter(f"{sparsity} is not in (0, 1){percent}", param_hint="--sparsity")

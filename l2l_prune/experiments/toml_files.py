@@ -31,7 +31,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         return values
     except (OSError, ValueError) as error:  # the latter also for text that Python refuses
-        raise ValueError(f"{path}: {error}") from None
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueError(f"{path}: {why}") from None
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply") from None
 

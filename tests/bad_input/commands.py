@@ -79,7 +79,11 @@ CASES = [
     told("the command's unknown schedule", "method .*dense.*'sdd'", "run --schedule sdd"),
     told("the command's unknown data", "data .*glyphs.*'cub'", "run --data cub"),
     told("--sparsity 50%", "--sparsity", "run --sparsity 50%"),
-    told("--sparsity 50", r"--sparsity.*50\.0 is not in \(0, 1\)", "run --sparsity 50"),
+    told(
+        "--sparsity 50",
+        r"--sparsity.*50\.0 is not in \(0, 1\): for 50% give 0\.5",
+        "run --sparsity 50",
+    ),
     told("--sparsity nan", "--sparsity.*nan", "run --sparsity nan"),
     told("--sparsity of the demo", r"--sparsity.*1\.5", "demo --sparsity 1.5"),
     told("--iterations many", "--iterations", "run --iterations many"),
@@ -109,7 +113,7 @@ CASES = [
     told("--data-root that is empty", r"FC100_train\.pickle", "run --data fc100 --data-root ."),
     told("--out a file", "--out.*a.txt.*is a file", "run --out a.txt", file("a.txt", "")),
     told("--out below a file", "a.txt", "run --out a.txt/runs", file("a.txt", "")),
-    told("no such --config", "--config.*no.toml", "run --config no.toml"),
+    told("no such --config", "--config.*: no.toml: No such file or dir", "run --config no.toml"),
     told(
         "--config a folder", "--config.*here.*directory", "run --config here", folder_called("here")
     ),
@@ -128,7 +132,7 @@ CASES = [
     config("config with a word for yes", "--transductive", 'transductive = "maybe"'),
     config("config with a number for a name", "algorithm.*5", "algorithm = 5"),
     config("config with an unknown schedule", "method .*'sdd'", 'schedule = "sdd"'),
-    told("no such sweep", "no.toml", "sweep no.toml"),
+    told("no such sweep", "l2l-prune: no.toml: No such file", "sweep no.toml"),
     told("sweep a folder", "here.*directory", "sweep here", folder_called("here")),
     sweep("sweep with a slip", "grid.toml: Expected", "[base"),
     sweep("sweep with another table", r"\[base\], \[grid\]", GRID + "[run]\n"),
@@ -138,7 +142,16 @@ CASES = [
     sweep("sweep with no values", "sparsity .*empty", GRID + "sparsity = []"),
     sweep("sweep with listed seeds", "seeds .*seed = ", GRID + "seeds = [0, 1]"),
     sweep("sweep with words for a number", "ways .*'five'", GRID + 'ways = ["five"]'),
-    told("a folder without --data-root", "folder needs .*--data-root", "run --data folder"),
+    told(
+        "a folder without --data-root",
+        "data=folder needs the folder .*--data-root",
+        "run --data folder",
+    ),
+    told(
+        "pictures of no folder",
+        "there is no folder nowhere",
+        "run --algorithm field --data pictures --data-root nowhere",
+    ),
     told(
         "a folder without classes",
         "neither class folders nor pictures",

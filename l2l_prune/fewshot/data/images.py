@@ -203,7 +203,7 @@ def _check_name(name: str) -> None:
 
 def _folder(name: str, root: str | os.PathLike[str] | None) -> Path:
     if root is None:
-        raise ValueError(f"{name} needs the folder of its files: give root (--data-root)")
+        raise ValueError(f"data={name} needs the folder of its files: give root (--data-root)")
     return Path(root).expanduser()
 
 

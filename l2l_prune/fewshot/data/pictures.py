@@ -176,6 +176,8 @@ def picture_files(folder: str | os.PathLike[str]) -> list[Path]:
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and not path.is_dir()
     )
+    if not Path(folder).exists():
+        raise FileNotFoundError(f"there is no folder {folder}")
     if not paths:
         raise FileNotFoundError(f"there are no pictures ({', '.join(ENDINGS)}) under {folder}")
     return paths
