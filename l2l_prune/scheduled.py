@@ -177,12 +177,33 @@ class ScheduledPruner(ServesLearners, ABC):
         if type(state["iteration"]) is not int or state["iteration"] < 0:
             raise ValueError(f"the checkpoint's iteration must be >= 0, got {state['iteration']!r}")
         if state["schedule"] != self.schedule.to_dict():
+            differing = _differing(state["schedule"], self.schedule.to_dict())
             raise ValueError(
-                f"the checkpoint belongs to another schedule: {state['schedule']}, "
-                f"but this {kind} has {self.schedule.to_dict()}"
+                f"the checkpoint belongs to another schedule than that of this {kind}: {differing}"
             )
 
     def _place(self) -> str:
         """The position in the schedule in words, as the heading of a summary."""
         done = f"iteration {self._iteration} of {self.schedule.iterations}"
         return f"{done}, phase {self.segment.label}"
+
+
+def _differing(saved: Any, own: dict[str, Any]) -> str:
+    """In which fields a checkpoint's schedule is not this one, in words; of many the first ones."""
+    try:
+        pairs = [("type", saved["type"], own["type"])]
+        pairs += [("number of segments", len(saved["segments"]), len(own["segments"]))]
+        segments = zip(saved["segments"], own["segments"], strict=False)
+        for number, (theirs, ours) in enumerate(segments, start=1):
+            where = f"of segment {number} ({ours['phase']})"
+            names = {**theirs, **ours}
+            pairs += [(f"{name} {where}", theirs.get(name), ours.get(name)) for name in names]
+        shown = checks.describe
+        found = [f"{n} is {shown(a)} there and {shown(b)} here" for n, a, b in pairs if a != b]
+    except (AttributeError, LookupError, TypeError):
+        return f"it holds {checks.describe(saved)}"
+    more = f"; and {len(found) - _MOST_SHOWN} more" if len(found) > _MOST_SHOWN else ""
+    return "; ".join(found[:_MOST_SHOWN]) + more
+
+
+_MOST_SHOWN = 4

@@ -57,7 +57,17 @@ PRUNER = [
         lambda s: {k: v for k, v in s.items() if k != "masks"},
     ),
     spoilt("another version", "not a Pruner state dict", lambda s: {**s, "version": 1}),
-    spoilt("another schedule's state", "another schedule.*0.4", lambda s: of_another_schedule()),
+    spoilt(
+        "another schedule's state",
+        r"another schedule .* Pruner: sparsity of segment 2 \(prune\) is 0\.4 there and 0\.5 here$",
+        lambda s: of_another_schedule(),
+    ),
+    spoilt("a schedule that is none", "it holds None", lambda s: {**s, "schedule": None}),
+    spoilt(
+        "a schedule of no segments",
+        "number of segments is 0 there and 3 here",
+        lambda s: {**s, "schedule": {"type": "DSDSchedule", "segments": []}},
+    ),
     spoilt("another model's state", "other tensors.*conv1.weight", lambda s: of_another_model()),
     spoilt("an iteration that is none", "iteration .*True", lambda s: {**s, "iteration": True}),
     spoilt("no masks", "masks", lambda s: {**s, "masks": None}),
