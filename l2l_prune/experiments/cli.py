@@ -35,6 +35,7 @@ from l2l_prune.experiments.options import (
     TensorboardOption,
     baseline_first,
     check_sparsity,
+    check_used,
     chosen_logger,
     plain_errors,
 )
@@ -93,6 +94,7 @@ def demo(
 @app.command()
 @takes_settings(Phases, RunConfig, own={"final_tasks": "--eval-tasks"})
 def run(
+    context: typer.Context,
     algorithm: AlgorithmOption = "reptile",
     method: MethodOption = ["dsd"],  # noqa: B006 - typer copies it
     data: DataOption = "glyphs",
@@ -123,6 +125,7 @@ def run(
     from l2l_prune.experiments.running.run import check_splits
 
     check_sparsity(settings["sparsity"])
+    check_used(context, algorithm, method)
     logger = chosen_logger(logger, tensorboard)
     out = out or Path("runs") / "-".join((algorithm, *method))
     settings |= {"data": data, "data_root": str(data_root) if data_root else None}

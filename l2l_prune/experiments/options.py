@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -188,3 +188,26 @@ def check_sparsity(sparsity: float | None) -> None:
     if sparsity is not None and not 0 < sparsity < 1:
         percent = f": for {sparsity:g}% give {sparsity / 100:g}" if 1 < sparsity < 100 else ""
         raise typer.BadParameter(f"{sparsity} is not in (0, 1){percent}", param_hint="--sparsity")
+
+
+_OF_PRUNING = (
+    *("sparsity", "pretrain", "retrain", "rounds", "ramp", "task_share", "layer_rates"),
+    *("criterion", "pattern", "allocation", "rewind", "regrow"),
+)
+_OF_REPTILE = ("inner_batch", "eval_batch")
+
+
+def check_used(context: typer.Context, algorithm: str, methods: Iterable[str]) -> None:
+    """Refuse options on the command line that none of its runs would use.
+
+    Settings of a file may be shared with other runs, so that these may have no effect.
+    """
+    for names, idle, why in (
+        (_OF_PRUNING, set(methods) == {"dense"}, "dense runs do not prune"),
+        (_OF_REPTILE, algorithm != "reptile", "it works only with the algorithm reptile"),
+    ):
+        for name in names:
+            source = context.get_parameter_source(name)
+            if idle and source is not None and source.name == "COMMANDLINE":
+                option = "--" + name.replace("_", "-")
+                raise typer.BadParameter(f"{why}: leave it out", param_hint=option)

@@ -86,6 +86,18 @@ CASES = [
     ),
     told("--sparsity nan", "--sparsity.*nan", "run --sparsity nan"),
     told("--sparsity of the demo", r"--sparsity.*1\.5", "demo --sparsity 1.5"),
+    told(
+        "--sparsity of dense runs",
+        "--sparsity: dense runs do not prune: leave it out",
+        "run --method dense --sparsity 0.5",
+    ),
+    told("--rounds of dense runs", "--rounds: dense", "run --method dense --rounds 5"),
+    told("--regrow of dense runs", "--regrow: dense", "run --method dense --regrow random"),
+    told(
+        "--inner-batch of MAML",
+        "--inner-batch: it works only with the algorithm reptile",
+        "run --algorithm maml --inner-batch 5",
+    ),
     told("--iterations many", "--iterations", "run --iterations many"),
     told("--iterations 3", "make the run longer", "run --iterations 3"),
     told(

@@ -233,6 +233,20 @@ def test_bad_input_is_told_in_a_line(tmp_path, monkeypatch, arguments, words):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--method", "dense", "--config", "run.toml"),
+        ("--method", "dense", "--method", "iht", "--rounds", "2"),
+    ],
+)
+def test_settings_of_pruning_may_be_shared_with_dense_runs(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text("sparsity = 0.5\nrounds = 2\n")
+    result = CliRunner().invoke(app, ["run", *arguments, "--ways", "1"])
+    assert "ways must be" in result.stderr  # the first thing that is wrong
+
+
 def test_a_name_that_is_too_long_is_told_in_a_line():
     result = CliRunner().invoke(app, ["run", "--out", "x" * 300])
     assert result.exit_code == 2
