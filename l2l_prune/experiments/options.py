@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
+from l2l_prune._basics import checks
 from l2l_prune.experiments.defaults import DEFAULTS
 from l2l_prune.experiments.methods import METHODS
 from l2l_prune.experiments.running.loggers import LOGGERS, check_logger
@@ -133,12 +135,37 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     for key, value in values.items():
         if isinstance(value, bool) and key not in flags:  # which counts as 1
             raise typer.BadParameter(f"{path}: {key} must not be {str(value).lower()}")
+        _check_type(context, path, key, value)
     several = {p.name for p in context.command.params if getattr(p, "multiple", False)}
     context.default_map = {
         key: [value] if key in several and isinstance(value, str) else value
         for key, value in values.items()
     }
     return path
+
+
+_TYPES: dict[type, tuple[tuple[type, ...], str]] = {
+    int: ((int,), "an integer"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "true or false"),
+}
+
+
+def _check_type(context: typer.Context, path: Path, key: str, value: object) -> None:
+    """Refuse text for a number, such as "20", which the command line would convert."""
+    if context.command.callback is None:
+        return
+    annotation = inspect.signature(context.command.callback).parameters[key].annotation
+    kind, *_ = get_args(annotation)  # of Annotated
+    kinds = {part for each in (kind, *get_args(kind)) for part in (each, *get_args(each))}
+    for wanted, (types, words) in _TYPES.items():
+        values = value if isinstance(value, list) else [value]
+        if wanted in kinds and (wrong := [v for v in values if not isinstance(v, types)]):
+            option = "--" + key.replace("_", "-")
+            raise typer.BadParameter(
+                f"{path} sets it to {checks.describe(wrong[0])}, but it must be {words}",
+                param_hint=option,
+            )
 
 
 ConfigOption = Annotated[

@@ -138,6 +138,28 @@ CASES = [
     ),
     config("config with a table", "run.toml sets unknown options: run", "[run]\nways = 5"),
     config("config with words for a number", "--iterations", 'iterations = "many"'),
+    config(
+        "config with a number in quotes",
+        "--iterations: run.toml sets it to '20', but it must be an integer",
+        'iterations = "20"',
+    ),
+    config(
+        "config with a rate in quotes",
+        "--inner-lr: run.toml sets it to '0.1', but it must be a number",
+        'inner-lr = "0.1"',
+    ),
+    config(
+        "config with yes in quotes",
+        "--bf16: run.toml sets it to 'yes', but it must be true or false",
+        'bf16 = "yes"',
+    ),
+    config("config with part of an integer", "--ways: .*5.5, but .* an integer", "ways = 5.5"),
+    told(
+        "study's config with a rate in quotes",
+        "--rate: study.toml sets it to '0.5', but it must be a number",
+        "study --config study.toml",
+        file("study.toml", 'rate = [0.3, "0.5"]'),
+    ),
     config("config with a list for a number", "--ways", "ways = [2, 3]"),
     config("config with half a seed", "--seeds", "seeds = 1.5"),
     config("config with a yes for a number", "ways must not be true", "ways = true"),
