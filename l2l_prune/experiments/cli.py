@@ -18,7 +18,14 @@ except ImportError as error:  # pragma: no cover - needs an environment without 
 
 import l2l_prune
 from l2l_prune.experiments.config import Phases, RunConfig, make_config
-from l2l_prune.experiments.methods import CANDIDATES, STUDY_METHODS, STUDY_RATES, TUNE_RATES
+from l2l_prune.experiments.methods import (
+    CANDIDATES,
+    STUDY_CHOOSES,
+    STUDY_METHODS,
+    STUDY_RATES,
+    TUNE_CHOOSES,
+    TUNE_RATES,
+)
 from l2l_prune.experiments.options import (
     AlgorithmOption,
     CandidatesOption,
@@ -185,7 +192,7 @@ def sweep(
 
 
 @app.command()
-@takes_settings(Phases, RunConfig, own={"final_tasks": "--eval-tasks"})
+@takes_settings(Phases, RunConfig, own={"final_tasks": "--eval-tasks"}, hidden=TUNE_CHOOSES)
 def tune(
     algorithm: AlgorithmOption = "reptile",
     method: CandidatesOption = list(CANDIDATES),  # noqa: B006 - typer copies it
@@ -241,7 +248,7 @@ def tune(
 
 
 @app.command()
-@takes_settings(Phases, RunConfig, own={"final_tasks": "--eval-tasks"})
+@takes_settings(Phases, RunConfig, own={"final_tasks": "--eval-tasks"}, hidden=STUDY_CHOOSES)
 def study(
     algorithm: AlgorithmOption = "reptile",
     method: CandidatesOption = list(STUDY_METHODS),  # noqa: B006 - typer copies it

@@ -174,6 +174,10 @@ TUNE_RATES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 """Sparsities that ``tune`` tries by default."""
 STUDY_RATES = (0.5, 0.8, 0.9)
 """Sparsities that ``study`` tries by default."""
+STUDY_CHOOSES = ("method", "sparsity", "layer_rates", "held_out", "name")
+"""Settings that ``study`` chooses itself."""
+TUNE_CHOOSES = (*STUDY_CHOOSES, "pretrain", "retrain", "rounds", "allocation", "structured")
+"""Settings that ``tune`` chooses itself."""
 
 _RAMPS = ("cubic", "cyclic", "metasparse")
 

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -107,7 +107,7 @@ def check_settings(settings: object) -> None:
 
 
 def takes_settings(
-    *owners: type, own: Mapping[str, str] | None = None
+    *owners: type, own: Mapping[str, str] | None = None, hidden: Collection[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each setting of some dataclasses.
 
@@ -117,6 +117,7 @@ def takes_settings(
     Args:
         *owners: The dataclasses.
         own: Further names of an option, by setting.
+        hidden: Settings that the command refuses with a reason, and which its help leaves out.
     """
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
@@ -130,7 +131,7 @@ def takes_settings(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
-                annotation=_option(name, owner, (own or {}).get(name)),
+                annotation=_option(name, owner, (own or {}).get(name), name in hidden),
             )
             for owner in owners
             for name in settings_of(owner)
@@ -144,7 +145,7 @@ def takes_settings(
     return add
 
 
-def _option(name: str, owner: type, also: str | None) -> Any:
+def _option(name: str, owner: type, also: str | None, hidden: bool) -> Any:
     rules, kind, _ = settings_of(owner)[name]
     [field] = [f for f in dataclasses.fields(owner) if f.name == name]
     help_text = rules.help
@@ -161,6 +162,7 @@ def _option(name: str, owner: type, also: str | None) -> Any:
         min=rules.least,
         show_default=shown,
         rich_help_panel=rules.panel,
+        hidden=hidden,
     )
     plain = kind if kind in (int, float, bool) else str
     return Annotated[plain | None, option]

@@ -678,6 +678,21 @@ def test_a_folder_that_another_process_writes_to_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("command", "chosen"),
+    [
+        ("study", ["--sparsity", "--layer-rates", "--held-out"]),
+        ("tune", ["--sparsity", "--layer-rates", "--held-out", "--pretrain", "--rounds"]),
+    ],
+)
+def test_help_leaves_out_what_a_search_refuses(command, chosen):
+    runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
+    text = runner.invoke(app, [command, "--help"]).stdout
+    assert "--iterations" in text
+    assert not [option for option in chosen if f"{option} " in text]
+    assert "--sparsity " in runner.invoke(app, ["run", "--help"]).stdout
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["tune", "--held-out", "test"], "the search chooses it"),

@@ -17,7 +17,7 @@ from l2l_prune._basics.files import replace_file
 from l2l_prune._basics.tensor_files import load_tensors
 from l2l_prune.experiments.config import RunConfig, file_name
 from l2l_prune.experiments.defaults import LEARN_MORE
-from l2l_prune.experiments.methods import CANDIDATES, METHODS, TUNE_RATES
+from l2l_prune.experiments.methods import CANDIDATES, METHODS, TUNE_CHOOSES, TUNE_RATES
 from l2l_prune.experiments.report.pareto import front_places
 from l2l_prune.experiments.report.seed_statistics import amount, signed
 from l2l_prune.experiments.report.tables import markdown_table
@@ -127,8 +127,7 @@ def tune(
     _optuna()
     budget = budget or Budget()
     checks.whole_number("races", races, least=1)
-    chosen = ("method", "sparsity", "pretrain", "retrain", "rounds", "allocation", "structured")
-    shared = base_settings(base, chosen)
+    shared = base_settings(base, TUNE_CHOOSES)
     if unknown := sorted(set(methods) - (METHODS.keys() - {"dense"})):
         others = ", ".join(name for name in METHODS if name != "dense")
         raise ValueError(f"methods must be from {others}, got {unknown[0]!r}")

@@ -279,7 +279,7 @@ def base_settings(base: Mapping[str, Any], chosen: Sequence[str]) -> dict[str, A
         ValueError: If one of these was given.
     """
     given = {name: value for name, value in base.items() if value is not None}
-    if both := sorted(given.keys() & {*chosen, "held_out", "name", "layer_rates"}):
+    if both := sorted(given.keys() & set(chosen)):
         raise ValueError(f"leave {', '.join(both)} out: the search chooses it")
     return given
 

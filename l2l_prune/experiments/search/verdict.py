@@ -14,7 +14,7 @@ from rich.console import Console
 
 from l2l_prune._basics import checks
 from l2l_prune._basics.files import replace_file
-from l2l_prune.experiments.methods import STUDY_METHODS, STUDY_RATES
+from l2l_prune.experiments.methods import STUDY_CHOOSES, STUDY_METHODS, STUDY_RATES
 from l2l_prune.experiments.report import same_settings
 from l2l_prune.experiments.report.comparisons import (
     Comparison,
@@ -107,7 +107,7 @@ def study(
             process writes to it.
     """
     check_statsmodels()  # before hours of runs that could not be judged
-    shared = base_settings(base, ("sparsity", "method"))
+    shared = base_settings(base, STUDY_CHOOSES)
     checks.whole_number("replicates", replicates, least=2)
     for name in ("seed", "split"):
         if shared.get(name, 0) >= FIRST_REPLICATE:
