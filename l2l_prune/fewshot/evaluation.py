@@ -92,6 +92,8 @@ class Mean:
         '50.0 ± 19.6'
         >>> str(Mean((20.0, 22.0), PSNR))
         '21.0 ± 2.0'
+        >>> str(Mean((0.4,)))
+        '40.0 (one task, no interval)'
     """
 
     values: tuple[float, ...]
@@ -122,7 +124,19 @@ class Mean:
 
     def __str__(self) -> str:
         mean, width = map(self.measure.read, (self.mean, self.ci95))
-        return f"{mean:.1f} ± {width:.1f}"
+        if len(self.values) < 2:
+            return f"{tenths(mean)} (one task, no interval)"
+        return f"{tenths(mean)} ± {tenths(width)}"
+
+
+def tenths(value: float, sign: str = "") -> str:
+    """A number with one decimal, and never as a negative zero.
+
+    Examples:
+        >>> tenths(-1.25), tenths(-0.01), tenths(-0.01, "+")
+        ('-1.2', '0.0', '+0.0')
+    """
+    return f"{round(value, 1) + 0.0:{sign}.1f}"
 
 
 MeanT = TypeVar("MeanT", bound=Mean)

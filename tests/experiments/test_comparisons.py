@@ -18,7 +18,7 @@ from l2l_prune.experiments.report.comparisons import (
     read_comparisons,
 )
 from l2l_prune.experiments.report.finished_runs import FinishedRun
-from l2l_prune.experiments.report.seed_statistics import OverSeeds
+from l2l_prune.experiments.report.seed_statistics import OverSeeds, signed
 
 
 def finished(method, seed, test, **settings):
@@ -120,6 +120,12 @@ def test_replicates_without_a_partner_are_left_out_and_bad_plans_refused():
     assert judge([by_width], runs + wide)[0].difference.mean < 0
     with pytest.raises(ValueError, match="two replicates or more, got 1"):
         judge([DSD], [run for run in runs if run.seed == 0])
+
+
+def test_a_difference_that_rounds_to_zero_has_no_minus():
+    assert str(OverSeeds((-0.0001,))) == "0.0"
+    assert signed(OverSeeds((-0.0201, 0.02))) == "+0.0 ± 25.5"
+    assert signed(OverSeeds((-0.022, 0.02))) == "-0.1 ± 26.7"
 
 
 @pytest.mark.parametrize(("loss", "verdict"), [(0.25, "not shown"), (0.0, "not worse by more")])

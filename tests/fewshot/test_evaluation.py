@@ -52,6 +52,14 @@ def test_mean_and_interval_by_hand():
     assert not Mean((-0.1, 0.1, 0.12)).significant
 
 
+def test_one_task_has_no_interval_and_no_zero_is_negative():
+    of_one = few_shot_accuracy(
+        Knower(nn.Parameter(torch.ones(()))), [episode()], steps=0, batch_size=3
+    )
+    assert str(of_one) == "75.0 (one task, no interval)"
+    assert str(Mean((-0.1, 0.0999))) == "0.0 ± 19.6"
+
+
 def test_interval_agrees_with_scipy():
     stats = pytest.importorskip("scipy.stats")
     values = torch.rand(400, dtype=torch.float64).tolist()

@@ -17,6 +17,7 @@ from l2l_prune._basics import checks
 from l2l_prune.experiments.report.finished_runs import FinishedRun, Replicate
 from l2l_prune.experiments.report.seed_statistics import OverSeeds, signed
 from l2l_prune.experiments.report.tables import markdown_table
+from l2l_prune.fewshot.evaluation import tenths
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,7 @@ def _seen(judged: Judged) -> str:
     least = judged.difference.measure.read(judged.detectable)
     if not math.isfinite(least):
         return "-"
-    return f"from {least:+.1f} on" if judged.comparison.margin else f"{least:.1f}"
+    return f"from {tenths(least, '+')} on" if judged.comparison.margin else tenths(least)
 
 
 def _p_value(difference: OverSeeds, margin: float) -> float:

@@ -23,7 +23,7 @@ from l2l_prune.experiments.report.finished_runs import schedule_rate
 from l2l_prune.experiments.report.plots import run_curves
 from l2l_prune.experiments.report.seed_statistics import signed
 from l2l_prune.experiments.run_result import Point, RunResult
-from l2l_prune.fewshot.evaluation import Mean, paired_difference, unpaired_difference
+from l2l_prune.fewshot.evaluation import Mean, paired_difference, tenths, unpaired_difference
 
 
 def results_table(
@@ -51,7 +51,7 @@ def results_table(
             "" if size is None else f"{size:,}",
             str(result.train),
             str(result.test),
-            f"{measure.read(gap):.1f} ± {measure.read(width):.1f}",
+            f"{tenths(measure.read(gap))} ± {tenths(measure.read(width))}",
             f"{result.seconds:.0f}",
         )
     return table

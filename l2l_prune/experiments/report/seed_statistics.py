@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from l2l_prune.fewshot.evaluation import Mean
+from l2l_prune.fewshot.evaluation import Mean, tenths
 
 WORDS = {"train": ("higher", "lower"), "test": ("better", "worse"), "gap": ("larger", "smaller")}
 
@@ -31,14 +31,14 @@ class OverSeeds(Mean):
         return more if self.mean > 0 else less
 
     def __str__(self) -> str:
-        return super().__str__() if len(self.values) > 1 else f"{self.measure.read(self.mean):.1f}"
+        return super().__str__() if len(self.values) > 1 else tenths(self.measure.read(self.mean))
 
 
 def signed(difference: Mean) -> str:
     """A difference, of accuracies in percentage points, with its sign: ``"+1.2 ± 0.5"``."""
     read = difference.measure.read
-    width = f" ± {read(difference.ci95):.1f}" if len(difference.values) > 1 else ""
-    return f"{read(difference.mean):+.1f}{width}"
+    width = f" ± {tenths(read(difference.ci95))}" if len(difference.values) > 1 else ""
+    return f"{tenths(read(difference.mean), '+')}{width}"
 
 
 def amount(difference: Mean) -> str:

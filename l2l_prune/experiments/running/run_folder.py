@@ -18,7 +18,7 @@ from l2l_prune.experiments.run_result import Progress, RunResult
 from l2l_prune.experiments.running.checkpoint import remove_checkpoint
 from l2l_prune.experiments.running.run import run
 from l2l_prune.experiments.running.storage import finished_run, in_words, locked_folder, run_name
-from l2l_prune.fewshot.evaluation import ACCURACY, Measure
+from l2l_prune.fewshot.evaluation import ACCURACY, Measure, tenths
 
 _PATIENCE = 120
 """Seconds for a process whose command was killed to notice at its next meta-iteration."""
@@ -44,7 +44,7 @@ class Outcome:
         if self.error:
             return self.error
         train, test = map(self.measure.read, (self.train, self.test))
-        return f"train {train:.1f}, {self.held_out} {test:.1f}{self.measure.ending}"
+        return f"train {tenths(train)}, {self.held_out} {tenths(test)}{self.measure.ending}"
 
 
 def run_into(

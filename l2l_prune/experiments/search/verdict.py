@@ -46,6 +46,7 @@ from l2l_prune.experiments.search.halving import (
 from l2l_prune.experiments.toml_files import read_toml
 from l2l_prune.fewshot.data.folder import has_own_splits
 from l2l_prune.fewshot.data.images import OWN_SPLITS
+from l2l_prune.fewshot.evaluation import tenths
 
 RACING = 0.4
 """Share of the time limit for the races; the rest is for the replicates."""
@@ -402,9 +403,9 @@ def _in_words(judged: Judged, runs: Sequence[FinishedRun]) -> str:
     least = measure.read(judged.detectable)
     if judged.verdict == "not shown" and math.isfinite(least):
         if judged.comparison.margin:
-            seen = f"a true difference of {measure.difference(f'{least:+.1f}')} or more"
+            seen = f"a true difference of {measure.difference(tenths(least, '+'))} or more"
         else:
-            seen = measure.difference(f"{least:.1f}")
+            seen = measure.difference(tenths(least))
         text += f"; {seen} could have been seen"
     sides = [
         list(matching(side, runs).values())
