@@ -661,9 +661,11 @@ def test_the_report_opens_with_what_paid(tmp_path, no_curves):
     text = opening(tmp_path)
     width = 100 * stats.t.ppf(0.975, 2) * 0.01 / 3**0.5
     assert text.startswith("# reptile on glyphs, 5-way: dense, DSD 50%, IHT 50%\n")
-    assert f"best of 2 beside dense is **DSD 50%**, +2.0 ± {width:.1f} points" in text
-    assert "**IHT 50%**, 20% of the weights, -0.5 ± 0.0 points (worse)" in text
-    assert "**IHT 50%**, 0.50 of dense's seconds" in text
+    best = f"+2.0 ± {width:.1f} points over dense (not significant)"
+    assert f"of 2 methods compared with dense, **DSD 50%** does best: {best}." in text
+    least = "that loses no more than 1 point is **IHT 50%**"
+    assert f"- The smallest {least}: 20% of dense's weights, -0.5 ± 0.0 points (worse)." in text
+    assert f"- The fastest {least}: 50% of dense's seconds, -0.5 ± 0.0 points (worse)." in text
     assert "**IHT 50%** (4) minus dense with 20 channels (5): +9.5 ± 0.0 points (better)" in text
     assert "DSD 50%** (20) minus" not in text  # dense at its end, as large as the dense net
     assert "(2): take this as exploration" in text

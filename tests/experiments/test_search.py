@@ -52,7 +52,7 @@ from l2l_prune.experiments.search.halving import (
     toml_lines,
 )
 from l2l_prune.experiments.search.sensitivity import Sensitivity, measure
-from l2l_prune.experiments.search.verdict import _answer, _plan, _verdict
+from l2l_prune.experiments.search.verdict import _answer, _length, _plan, _verdict
 from l2l_prune.experiments.toml_files import read_toml
 from l2l_prune.fewshot.models import Conv4
 from tests.fewshot.data.picture_files import write_classes
@@ -584,13 +584,27 @@ def test_a_folders_own_splits_are_kept(own, split, varies, tmp_path, monkeypatch
     assert asked == ["varies" if varies else "fixed"]
 
 
-def finished(folder, config, score, seconds=10.0):
+def finished(folder, config, score, seconds=10.0, weights=None):
     """A run folder as a report reads it."""
     place = folder / run_name(config)
     place.mkdir(parents=True)
     scores = {"mean": score, "ci95": 0.01, "per_task": [score, score]}
     entry = {"config": config.to_json(), "train": scores, "test": scores, "seconds": seconds}
-    (place / "results.json").write_text(json.dumps({"runs": [{**entry, "curve": []}]}))
+    entry |= {"curve": [], "weights": weights}
+    (place / "results.json").write_text(json.dumps({"runs": [entry]}))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        (1.07, "7% longer than"),
+        (1.004, "as long as"),
+        (0.5, "50% less time than"),
+        (2.5, "2.5 times as long as"),
+    ],
+)
+def test_a_length_of_training_in_words(ratio, words):
+    assert _length(ratio) == words
 
 
 def test_a_verdict_says_what_was_shown_and_what_was_not(tmp_path, monkeypatch):
@@ -605,9 +619,9 @@ def test_a_verdict_says_what_was_shown_and_what_was_not(tmp_path, monkeypatch):
     for config in configs:
         noise = (config.seed % 2 - 0.5) / 250
         if config.name == "RigL":
-            finished(tmp_path / "runs", config, 0.6 + noise, seconds=5.0)
+            finished(tmp_path / "runs", config, 0.6 + noise, seconds=5.0, weights=25)
         elif config.channels == 4:
-            finished(tmp_path / "runs", config, 0.6)
+            finished(tmp_path / "runs", config, 0.6, weights=100)
         elif config.seed == 100:  # of the narrow one, all others failed
             finished(tmp_path / "runs", config, 0.4)
     monkeypatch.setattr("l2l_prune.experiments.search.verdict.write_report", lambda *_: [])
@@ -616,7 +630,8 @@ def test_a_verdict_says_what_was_shown_and_what_was_not(tmp_path, monkeypatch):
     assert "**not worse by more than 1 point**" in text
     assert "**not shown**" in text
     assert "could have been seen" in text
-    assert "Training took 0.50 of its seconds" in text
+    words = "Training took 50% less time than dense, and the network has 25% as many weights."
+    assert words in text
     assert "corrected by Holm for the 3 comparisons" in text
     [within] = judge([stated[1]], read_folder(tmp_path / "runs").runs)
     assert f"{within.verdict}** (p = {3 * within.p:.2g})" in text  # the third has not been judged

@@ -103,28 +103,29 @@ def _explored(runs: Sequence[FinishedRun]) -> list[str]:
         if not rivals:
             continue
         compared += len(rivals)
-        where = f"{same[0].title}: " if len(problems) > 1 else ""
+        where = f"In {same[0].title}, of" if len(problems) > 1 else "Of"
+        methods = "1 method" if len(rivals) == 1 else f"{len(rivals)} methods"
         best = max(rivals, key=lambda rival: rival.difference.mean)
         over = "over" if best.difference.mean >= 0 else "against"
         lines.append(
-            f"- {where}the best of {len(rivals)} beside dense is **{best.method}**, "
-            f"{best.in_words} {over} dense."
+            f"- {where} {methods} compared with dense, **{best.method}** does best: "
+            f"{amount(best.difference)} {over} dense ({best.verdict})."
         )
         near = [r for r in rivals if r.difference.mean >= -_NEAR]
         smaller = [r for r in near if r.size is not None and r.size <= _SMALLER]
         if smaller:
             least = min(smaller, key=lambda rival: rival.size or 0.0)
             lines.append(
-                f"- Smallest with no more than {_read(least.difference, _NEAR)} lost: "
-                f"**{least.method}**, {100 * (least.size or 0):.0f}% of the weights, "
+                f"- The smallest that loses no more than {_read(least.difference, _NEAR)} is "
+                f"**{least.method}**: {100 * (least.size or 0):.0f}% of dense's weights, "
                 f"{least.in_words}."
             )
         faster = [r for r in near if r.time <= _FASTER]
         if faster:
             least = min(faster, key=lambda rival: rival.time)
             lines.append(
-                f"- Fastest with no more than {_read(least.difference, _NEAR)} lost: "
-                f"**{least.method}**, {least.time:.2f} of dense's seconds, {least.in_words}."
+                f"- The fastest that loses no more than {_read(least.difference, _NEAR)} is "
+                f"**{least.method}**: {100 * least.time:.0f}% of dense's seconds, {least.in_words}."
             )
     lines += _at_equal_size(runs)
     if not lines:
@@ -155,9 +156,12 @@ class _Rival:
         return paired_difference(over_seeds(ours, "test"), over_seeds(theirs, "test"))
 
     @property
+    def verdict(self) -> str:
+        return self.difference.verdict(*WORDS["test"])
+
+    @property
     def in_words(self) -> str:
-        found = self.difference
-        return f"{amount(found)} ({found.verdict(*WORDS['test'])})"
+        return f"{amount(self.difference)} ({self.verdict})"
 
     @property
     def size(self) -> float | None:

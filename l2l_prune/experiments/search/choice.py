@@ -592,8 +592,8 @@ def _words(
         else:
             said.append(f"{titles[rival]} beats dense: {gain}.")
         said.append(
-            f"It has {costs[rival].bytes / costs[0].bytes:.2f} of dense's bytes and "
-            f"{costs[rival].macs / costs[0].macs:.2f} of its multiply-accumulate operations."
+            f"It takes {100 * costs[rival].bytes / costs[0].bytes:.0f}% of dense's bytes and "
+            f"{100 * costs[rival].macs / costs[0].macs:.0f}% of its multiply-accumulate operations."
         )
     if 0 not in within:
         said.append("Dense does not meet the budget.")

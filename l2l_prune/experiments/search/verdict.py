@@ -415,7 +415,18 @@ def _in_words(judged: Judged, runs: Sequence[FinishedRun]) -> str:
         [fmean(run.entry["seconds"] for run in side) for side in sides],
         [mean_weights(side) for side in sides],
     )
-    text += f". Training took {times[0] / times[1]:.2f} of its seconds"
+    name = judged.comparison.control.get("name", "the control")
+    text += f". Training took {_length(times[0] / times[1])} {name}"
     if sizes[0] and sizes[1]:
-        text += f", and {sizes[0] / sizes[1]:.2f} of its weights are left"
+        text += f", and the network has {100 * sizes[0] / sizes[1]:.0f}% as many weights"
     return text + "."
+
+
+def _length(ratio: float) -> str:
+    """``"7% longer than"`` and the like, of a time over another."""
+    percent = round(100 * (ratio - 1))
+    if percent == 0:
+        return "as long as"
+    if ratio >= 2:
+        return f"{ratio:.1f} times as long as"
+    return f"{percent}% longer than" if percent > 0 else f"{-percent}% less time than"
