@@ -83,7 +83,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and tasks.")] = 0,
     eval_tasks: Annotated[int, typer.Option(min=2, help="Tasks behind each score.")] = 60,
 ) -> None:
-    """Train Reptile dense, with DSD, sparse from the start, and small, on rendered characters."""
+    """Train Reptile on rendered characters: dense, with DSD, sparse from the start, and small."""
     from l2l_prune.experiments.demo import run_demo
 
     check_sparsity(sparsity)
@@ -111,7 +111,7 @@ def run(
         int, typer.Option(min=0, help="Seed of weights and tasks, or the first of --seeds.")
     ] = 0,
     seeds: Annotated[
-        int, typer.Option(min=1, help="Number of seeds; with more than one, a table over them.")
+        int, typer.Option(min=1, help="Number of seeds; with several, the table shows means.")
     ] = 1,
     jobs: JobsOption = None,
     out: Annotated[
@@ -123,7 +123,7 @@ def run(
     config: ConfigOption = None,
     **settings: Any,
 ) -> None:
-    """Train any meta-learner with any pruning methods, over one seed or several.
+    """Train a meta-learner with one or more pruning methods, over one seed or several.
 
     Repeat a stopped command to resume it: runs go on from their checkpoints, finished ones stay.
     """
@@ -155,7 +155,10 @@ def run(
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(help=r"TOML file with the tables \[base] and \[grid].")],
+    file: Annotated[
+        Path,
+        typer.Argument(help=r"TOML file with the tables \[base], \[grid] and \[\[comparison]]."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder; each run gets a folder in it.")] = Path(
         "runs/sweep"
     ),
@@ -164,10 +167,11 @@ def sweep(
     logger: LoggerOption = None,
     tensorboard: TensorboardOption = False,
 ) -> None:
-    """Run every combination of a grid of settings, which a TOML file holds.
+    """Run every combination of the settings in a TOML file.
 
-    Its table base holds settings as for `run`, its tables grid lists of values, and seeds = N or
-    replicates = N (seeds that each have their own split).
+    The file's table base holds the settings of `run` that all runs share. Its grid tables hold
+    lists of values, and may hold seeds = N, or replicates = N for seeds with a split of the classes
+    each. Its comparison tables state what `report --plan` is to judge.
     Repeat a stopped sweep to resume it; a failed run does not stop the others.
     """
     from l2l_prune.experiments.running.sweep import check_arms, expand
@@ -222,7 +226,7 @@ def tune(
     config: ConfigOption = None,
     **settings: Any,
 ) -> None:
-    """Choose method, rate and phases within a budget: sensitivity, races, Pareto front, TOML.
+    """Choose the method, rate and phases that do best within a budget of size or time.
 
     It takes the settings of `run` that it does not choose itself, any meta-learner and any data.
     Choices are made on validation tasks; only the winner is scored on test tasks, once. Repeat a

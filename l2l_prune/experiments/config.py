@@ -179,7 +179,7 @@ class RunConfig:
     drop_grad_noise: str = setting("gaussian", "Noise of DropGrad", choices=get_args(Noise))
     mgaug: str | None = setting(
         None,
-        "Add the meta-gradients of pruned sub-networks; they are chosen by",
+        "Add the meta-gradients of pruned sub-networks, and how these are chosen",
         choices=get_args(Way),
         shown="none",
     )
@@ -196,7 +196,7 @@ class RunConfig:
     )
     criterion: str = setting(
         "magnitude",
-        "Weights to keep",
+        "Which weights to keep",
         choices=("magnitude", "random", "snip", "taylor", "grasp", "movement"),
         shown="magnitude; random for static, set, rigl and recommended",
     )
@@ -218,7 +218,7 @@ class RunConfig:
     )
     regrow: str | None = setting(
         None,
-        "Exchange weights within sparse phases; the ones that grow are chosen by",
+        "Exchange weights within sparse phases, and how those that grow are chosen",
         choices=("random", "gradient"),
         shown=_BY_METHOD,
     )
@@ -270,7 +270,7 @@ class RunConfig:
     )
     select: str = setting(
         "last",
-        "Weights to score at the end (best: on validation tasks, and as sparse as at the end)",
+        "Which weights to score (best: on validation tasks, of those as sparse as at the end)",
         choices=("last", "best"),
     )
     eval_every: int = setting(
