@@ -43,8 +43,10 @@ def test_other_sizes_are_resampled(tmp_path):
 
 
 def test_what_cannot_be_read(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no pictures .* under"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         load_pictures(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no pictures .* under"):
+        load_pictures(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"text")
     with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
         load_pictures(tmp_path)
