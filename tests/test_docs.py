@@ -115,7 +115,9 @@ def test_plans_can_be_run_and_judged(plan):
     from l2l_prune.experiments.toml_files import read_toml
 
     document = read_toml(plan)
-    configs = expand(document["base"], document["grid"])
+    adapted = document.get("adaptation")  # of another plan's runs
+    trained = read_toml(plan.parent / adapted["runs"]) if adapted else document
+    configs = expand(trained["base"], trained["grid"])
     draws = random.Random(0)
     runs = []
     for config in configs:
@@ -124,8 +126,9 @@ def test_plans_can_be_run_and_judged(plan):
         runs.append(FinishedRun(entry, Path(run_name(config)), config.schedule.iterations))
     tables = document.get("comparison", [])
     for side in ("treatment", "control"):
-        for table in tables:  # runs have no steps, but scores of more_steps.py do
-            table[side].pop("steps", None)
+        for table in tables:
+            for name in ("steps", "batch"):  # not of runs, but of scores of more_steps.py
+                table[side].pop(name, None)
     judged = judge(read_comparisons(tables), runs)
     assert all(len(one.difference.values) == 8 for one in judged)
     assert judged or plan.parent.name != "study" or plan.stem.endswith("-choice")
