@@ -11,6 +11,7 @@ import copy
 import io
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -19,6 +20,7 @@ from torch.nn.utils import prune
 
 from l2l_prune import PrunedReptile, Pruner, Schedule, Segment, dense_state_dict
 
+pytestmark = pytest.mark.filterwarnings("ignore:finalize")  # in the middle of a schedule
 MOMENTA = ("momentum_buffer", "exp_avg")
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1),

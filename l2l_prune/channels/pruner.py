@@ -133,6 +133,7 @@ class ChannelPruner(ScheduledPruner):
         >>> pruner.step()
         >>> net[0].weight.shape, net[2].weight.shape
         (torch.Size([4, 4]), torch.Size([2, 4]))
+        >>> pruner.step()
         >>> pruner.finalize()[0].weight.shape
         torch.Size([8, 4])
     """

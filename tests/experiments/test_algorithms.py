@@ -16,6 +16,7 @@ from l2l_prune.fewshot.data import EpisodeSampler
 from tests.conftest import without_compiler
 
 pytest.importorskip("learn2learn")
+pytestmark = pytest.mark.filterwarnings("ignore:finalize")  # in the middle of a schedule
 
 
 def sampler(size=28, seed=0, pictures=False):

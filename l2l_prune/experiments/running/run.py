@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +140,10 @@ def _trained(
         for split in ("train", config.held_out)
     )
     size = sum(int(parameter.count_nonzero()) for parameter in algorithm.network.parameters())
-    weights = {name: tensor.cpu() for name, tensor in algorithm.finalize().state_dict().items()}
+    with warnings.catch_warnings():  # the best point may lie in a sparse phase
+        warnings.filterwarnings("ignore", "finalize")
+        net = algorithm.finalize()
+    weights = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
     if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise FloatingPointError(
             f"training diverged: {', '.join(wrong)} of the final weights are not finite; try a "
